@@ -1,0 +1,1 @@
+"""Data-parallel PyTorch on asynchronous lanes."""

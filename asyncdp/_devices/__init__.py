@@ -1,0 +1,1 @@
+"""One small interface to a device, and its drivers."""

@@ -1,0 +1,1 @@
+"""Lanes, completions and the scheduler: knows threads and event loops, not torch modules."""
