@@ -1,7 +1,288 @@
-"""Every public error. The class builds its message: the cause, then the remedy."""
+"""Every public error. The class builds its message: the cause, then the remedy.
+
+Each class also derives from the built-in a user would expect (`ValueError`, `TypeError`,
+`RuntimeError`), so that plain `except ValueError` keeps working.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 
 class AsyncDPError(Exception):
     """Base of every error that asyncdp itself raises."""
+
+
+# --- devices ---------------------------------------------------------------------------------
+
+
+class UnknownDeviceError(AsyncDPError, ValueError):
+    """A device specification names nothing that torch knows or this machine has."""
+
+    def __init__(self, spec: object, cause: str) -> None:
+        super().__init__(
+            f"cannot use device {spec!r}: {cause}. "
+            'Name devices as "cpu", "cpu*4", "cuda", "cuda:0,cuda:1" or a sequence of such names.'
+        )
+
+
+class NoCudaDeviceError(AsyncDPError, RuntimeError):
+    """CUDA was asked for on a machine where torch sees no CUDA device."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "Expected at least one CUDA device to be available, but torch sees none. "
+            'Check nvidia-smi and that torch is a CUDA build, or name CPU lanes: devices="cpu*2".'
+        )
+
+
+class NoDevicesError(AsyncDPError, ValueError):
+    """An empty device list."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the list of devices is empty. Name at least one device, or pass devices=None for the default ones."
+        )
+
+
+# --- arguments of a pass ---------------------------------------------------------------------
+
+
+class NotAModuleError(AsyncDPError, TypeError):
+    """Something other than a `torch.nn.Module` was given as the module."""
+
+    def __init__(self, got: object) -> None:
+        super().__init__(
+            f"expected a torch.nn.Module, but got {type(got).__qualname__}. "
+            "Wrap a function in a small Module, or run it with `await runtime.run(function, ...)`."
+        )
+
+
+class LazyModuleError(AsyncDPError, ValueError):
+    """The module still has uninitialised parameters or buffers."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"the lazy module has an uninitialised parameter or buffer {name!r}. "
+            "Run one batch through the module itself first, so that its shapes are known."
+        )
+
+
+class LengthMismatchError(AsyncDPError, ValueError):
+    """Inputs of one pass differ in length along the dimension they are split on."""
+
+    def __init__(self, dim: int, first: tuple[str, int], other: tuple[str, int]) -> None:
+        super().__init__(
+            f"inputs differ in length along dim {dim}: {first[0]} has {first[1]} and {other[0]} has {other[1]}. "
+            "Give every tensor the same length there, or pass what belongs to the whole batch "
+            "as something other than a splittable tensor."
+        )
+
+
+class CountMismatchError(AsyncDPError, ValueError):
+    """`parallel_apply` got lists of unlike lengths."""
+
+    def __init__(self, what: str, num_modules: int, num_given: int) -> None:
+        super().__init__(
+            f"Must have as many {what} as modules, but got {num_given} {what} for {num_modules} modules. "
+            "Pass one entry per module."
+        )
+
+
+class UnsplittableError(AsyncDPError, TypeError):
+    """An input whose rows do not lie along one dimension."""
+
+    def __init__(self, got: object) -> None:
+        super().__init__(
+            f"a {type(got).__qualname__} cannot be split along a dimension. "
+            "Pass the padded tensor and the lengths, and pack inside forward."
+        )
+
+
+class GatherError(AsyncDPError, ValueError):
+    """The outputs of the replicas do not fit together."""
+
+    def __init__(self, cause: str) -> None:
+        super().__init__(
+            f"cannot gather the outputs of the replicas: {cause}. "
+            "Return the same structure from every shard, with tensors where values differ."
+        )
+
+
+class ReduceAddSizeError(AsyncDPError, ValueError):
+    """ReduceAdd got tensors of unlike sizes."""
+
+    def __init__(self, first: Iterable[int], other: Iterable[int]) -> None:
+        super().__init__(
+            f"All inputs of ReduceAdd must have the same size, but got {list(first)} and {list(other)}. "
+            "Check hooks and custom functions that change a gradient's shape."
+        )
+
+
+class ReduceAddDtypeError(AsyncDPError, ValueError):
+    """ReduceAdd got tensors of unlike dtypes."""
+
+    def __init__(self, first: object, other: object) -> None:
+        super().__init__(
+            f"All inputs of ReduceAdd must have the same dtype, but got {first} and {other}. "
+            "Check hooks and custom functions that change a gradient's dtype."
+        )
+
+
+class ReduceAddInForwardError(AsyncDPError, RuntimeError):
+    """ReduceAdd was used outside of a backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "ReduceAdd can only be used during the backward pass of data parallel. "
+            "Sum tensors in a forward with torch.stack(tensors).sum(0)."
+        )
+
+
+# --- the life of a pass ----------------------------------------------------------------------
+
+
+class StopIterationInLaneError(AsyncDPError, RuntimeError):
+    """Code in a lane raised `StopIteration`, which no future may carry."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "code in a lane raised StopIteration (kept as the cause of this error). "
+            "Call next() with a default, or catch StopIteration inside forward."
+        )
+
+
+class QueueFullError(AsyncDPError, RuntimeError):
+    """A bounded queue has no room and the caller chose not to wait."""
+
+    def __init__(self, what: str, limit: int) -> None:
+        super().__init__(
+            f"the queue of {what} is full ({limit} entries). Await the call to wait for room, or raise the limit."
+        )
+
+
+class RuntimeClosedError(AsyncDPError, RuntimeError):
+    """Work was handed to a runtime that is closed, closing, or was made before a fork."""
+
+    def __init__(self, cause: str = "the runtime is closed") -> None:
+        super().__init__(f"{cause}. Create a new Runtime, or keep work inside its `async with` block.")
+
+
+class DeviceLostError(AsyncDPError, RuntimeError):
+    """The device under a lane no longer answers; its lanes are closed."""
+
+    def __init__(self, lane: str, cause: str) -> None:
+        super().__init__(
+            f"lane {lane} is closed because its device was lost ({cause}). "
+            "A CUDA context does not recover from this: restart the process."
+        )
+
+
+class NestedPassError(AsyncDPError, RuntimeError):
+    """A lane was asked to wait for work on the runtime it belongs to."""
+
+    def __init__(self, lane: str) -> None:
+        super().__init__(
+            f"code running on lane {lane} submitted work to the runtime that owns this lane, "
+            "which could wait for itself for ever. Use another Runtime inside forward."
+        )
+
+
+# --- kernels ---------------------------------------------------------------------------------
+
+
+class UnsupportedDtypeError(AsyncDPError, TypeError):
+    """A kernel was given tensors of a dtype it has no arithmetic for."""
+
+    def __init__(self, kernel: str, dtype: object) -> None:
+        super().__init__(
+            f"{kernel} cannot sum {dtype} tensors. "
+            "Convert them first, for instance with tensor.to(torch.uint8) or tensor.to(torch.float32)."
+        )
+
+
+class KernelsUnavailableError(AsyncDPError, RuntimeError):
+    """`ASYNCDP_KERNELS=numba` forces the compiled kernels, but part of their chain is missing."""
+
+    def __init__(self, device: object, missing: Iterable[str], remedy: str) -> None:
+        super().__init__(
+            f"ASYNCDP_KERNELS=numba, but the compiled kernels cannot run on {device}: {'; '.join(missing)}. "
+            f"{remedy}, or unset ASYNCDP_KERNELS to use the plain torch kernels."
+        )
+
+
+class JobError(AsyncDPError, RuntimeError):
+    """A batch-inference job failed while it ran.
+
+    Args:
+        cause: What happened, without a closing full stop.
+        remedy: What to do about it.
+    """
+
+    def __init__(self, cause: str, remedy: str) -> None:
+        super().__init__(f"{cause}. {remedy}")
+
+
+class JobUsageError(JobError, ValueError):
+    """A batch-inference job cannot start as it was asked for; nothing has run."""
+
+
+class ModelLoadError(JobUsageError):
+    """The model of a batch-inference job is missing, wrong or does not fit its weights."""
+
+
+class OutputExistsError(JobUsageError):
+    """The output folder already holds something."""
+
+    def __init__(self, path: object) -> None:
+        super().__init__(
+            f"The output folder {path} is not empty",
+            "Name another folder, empty this one, or continue its job with --resume.",
+        )
+
+
+class ResumeRefusedError(JobUsageError):
+    """The journal in the output folder belongs to a different job, or cannot be trusted."""
+
+
+class InputError(JobUsageError):
+    """An input file is missing, half-written, or of another format than said."""
+
+
+class OutputError(JobError):
+    """A shard could not be written: disk full, no permission, device gone."""
+
+
+class RecordError(JobError):
+    """A record was refused by its reader, its preprocessing or the model.
+
+    Args:
+        position: Row index over all inputs, from 0.
+        where: File and line or row, for a person to find it.
+        error: What was raised.
+    """
+
+    def __init__(self, position: int, where: str, error: BaseException) -> None:
+        self.position = position
+        super().__init__(
+            f"Record {position} ({where}) was refused: {type(error).__name__}: {error}",
+            "Correct the record, or leave such records out with --on-error skip or --on-error record.",
+        )
+
+
+class TooManyBadRecordsError(JobError):
+    """More records were refused than ``--max-errors`` allows."""
+
+    def __init__(self, num_bad: int, limit: int, last: BaseException) -> None:
+        super().__init__(
+            f"{num_bad} records were refused, more than the {limit} allowed; the last one with "
+            f"{type(last).__name__}: {last}",
+            "Look at the records, then continue with --resume and a higher --max-errors.",
+        )
+
+
+class MissingExtraError(AsyncDPError, ImportError):
+    """A feature needs packages that an extra of asyncdp installs."""
+
+    def __init__(self, feature: str, package: str, extra: str) -> None:
+        super().__init__(f"{feature} needs the package {package}. Install it: pip install 'asyncdp[{extra}]'")
