@@ -1,0 +1,20 @@
+"""Reduce-add and gather: compiled kernels on CUDA, plain torch everywhere else.
+
+Importing this package imports neither Numba nor cuda.core; the first CUDA call does.
+"""
+
+from .chain import KernelReport, report
+from .dispatch import gather, reduce_add, reduce_add_many, split_copy, warm_up
+from .transfer import PathStatistics, statistics
+
+__all__ = [
+    "KernelReport",
+    "PathStatistics",
+    "gather",
+    "reduce_add",
+    "reduce_add_many",
+    "report",
+    "split_copy",
+    "statistics",
+    "warm_up",
+]

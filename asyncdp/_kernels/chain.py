@@ -1,0 +1,127 @@
+"""Which kernels a device runs, and what is missing where it could run better ones.
+
+Nothing here imports Numba or cuda.core: installed distributions are looked up by their metadata.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from typing import Literal
+
+import torch
+
+from ..errors import KernelsUnavailableError
+
+Implementation = Literal["numba", "torch"]
+
+INSTALL_COMMAND = 'pip install "asyncdp[cuda]"'
+MINIMUM_CAPABILITY = (8, 0)
+# A driver refuses code of a newer toolkit, so the toolkit of the wheels is also the oldest driver's.
+MINIMUM_DRIVER = (13, 0)
+_DISTRIBUTIONS = {
+    "numba-cuda": "0.30.4",
+    "cuda-core": "",
+    "nvidia-cuda-nvrtc": "13.0.",
+    "nvidia-nvvm": "13.0.",
+    "nvidia-nvjitlink": "13.0.",
+}
+
+
+@dataclass(frozen=True)
+class KernelReport:
+    """Which kernels run on a device.
+
+    Attributes:
+        device: the device asked about.
+        implementation: `"numba"` for compiled kernels, `"torch"` for the plain reference.
+        reason: one sentence saying why.
+        missing: what the compiled kernels lack here; empty when nothing does.
+        remedy: the command or step that supplies what is missing; empty when nothing is.
+    """
+
+    device: torch.device
+    implementation: Implementation
+    reason: str
+    missing: tuple[str, ...] = ()
+    remedy: str = ""
+
+
+def report(device: torch.device | str) -> KernelReport:
+    """Say which kernels `device` runs and why; looks at the machine, compiles and loads nothing.
+
+    Raises:
+        KernelsUnavailableError: `ASYNCDP_KERNELS=numba` on a CUDA device whose chain is incomplete.
+        ValueError: `ASYNCDP_KERNELS` is neither `numba` nor `torch`.
+    """
+    return _report(torch.device(device), _forced())
+
+
+def implementation(device: torch.device) -> Implementation:
+    """Return the implementation `report` would name, at the price of one dictionary look-up."""
+    return "torch" if device.type != "cuda" else _report(device, _forced()).implementation
+
+
+def missing_distributions() -> tuple[str, ...]:
+    """Name every distribution of the compiler's chain that is absent or of another version."""
+    return tuple(text for name, prefix in _DISTRIBUTIONS.items() if (text := _missing(name, prefix)))
+
+
+@cache
+def _report(device: torch.device, forced: str) -> KernelReport:
+    if device.type != "cuda":
+        return KernelReport(device, "torch", f"{device.type} devices run the plain torch kernels")
+    if forced == "torch":
+        return KernelReport(device, "torch", "ASYNCDP_KERNELS=torch asks for the plain torch kernels")
+    packages, machine = missing_distributions(), _missing_on(device)
+    if not packages and not machine:
+        return KernelReport(device, "numba", "every part of the compiled kernels is in place")
+    remedy = "; ".join(
+        [f"run: {INSTALL_COMMAND}"] * bool(packages) + [step for _, step in machine],
+    )
+    missing = packages + tuple(cause for cause, _ in machine)
+    if forced == "numba":
+        raise KernelsUnavailableError(device, missing, remedy)
+    return KernelReport(device, "torch", "the compiled kernels are incomplete", missing, remedy)
+
+
+def _forced() -> str:
+    forced = os.environ.get("ASYNCDP_KERNELS", "")
+    if forced not in ("", "numba", "torch"):
+        raise ValueError(
+            f"ASYNCDP_KERNELS is {forced!r}. Set it to numba or torch, or unset it to take the best there is."
+        )
+    return forced
+
+
+def _missing(name: str, prefix: str) -> str:
+    try:
+        version = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return f"{name} {prefix}{'*' if prefix.endswith('.') else ''}".rstrip() + " is not installed"
+    return "" if version.startswith(prefix) else f"{name} is {version}, but {prefix}* is needed"
+
+
+def _missing_on(device: torch.device) -> list[tuple[str, str]]:
+    # A ROCm build calls its devices cuda too.
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return [("torch sees no CUDA device", "check nvidia-smi and that torch is a CUDA build")]
+    found = []
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MINIMUM_CAPABILITY:
+        found.append(
+            (f"compute capability {capability[0]}.{capability[1]} is below 8.0", "use a newer device")
+        )
+    driver = _driver_version()
+    if driver < MINIMUM_DRIVER:
+        cause = f"the driver speaks CUDA {driver[0]}.{driver[1]}, but the kernels are built for 13.0"
+        found.append((cause, "update the NVIDIA driver to 580 or newer"))
+    return found
+
+
+def _driver_version() -> tuple[int, int]:
+    # Versions read 13020 for 13.2.
+    number = int(torch._C._cuda_getDriverVersion())  # type: ignore[attr-defined, unused-ignore]
+    return number // 1000, number % 1000 // 10
