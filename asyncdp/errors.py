@@ -41,7 +41,7 @@ class NoDevicesError(AsyncDPError, ValueError):
 
     def __init__(self) -> None:
         super().__init__(
-            "the list of devices is empty. Name at least one device, or pass devices=None for the default ones."
+            "the list of devices is empty. Name at least one device, or devices=None for the default."
         )
 
 
@@ -73,7 +73,8 @@ class LengthMismatchError(AsyncDPError, ValueError):
 
     def __init__(self, dim: int, first: tuple[str, int], other: tuple[str, int]) -> None:
         super().__init__(
-            f"inputs differ in length along dim {dim}: {first[0]} has {first[1]} and {other[0]} has {other[1]}. "
+            f"inputs differ in length along dim {dim}: "
+            f"{first[0]} has {first[1]} and {other[0]} has {other[1]}. "
             "Give every tensor the same length there, or pass what belongs to the whole batch "
             "as something other than a splittable tensor."
         )
@@ -157,7 +158,7 @@ class QueueFullError(AsyncDPError, RuntimeError):
 
     def __init__(self, what: str, limit: int) -> None:
         super().__init__(
-            f"the queue of {what} is full ({limit} entries). Await the call to wait for room, or raise the limit."
+            f"the queue of {what} is full ({limit}). Await the call to wait for room, or raise the limit."
         )
 
 

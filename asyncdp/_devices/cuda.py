@@ -1,0 +1,170 @@
+"""CUDA lanes: a stream per lane, and a thread per device that waits for events."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import optree
+import torch
+
+from .base import LaneDevice
+
+_POLL_SECONDS = 50e-6
+
+
+class _Pending(NamedTuple):
+    event: torch.cuda.Event
+    callback: Callable[[BaseException | None], None]
+
+
+class _EventWaiter:
+    """Waits for the events of one device on a daemon thread and reports each end.
+
+    One pending event is waited for in a blocking synchronise, which costs no CPU. With several, a
+    long one must not hide a short one behind it, so they are queried in turn.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._arrivals: queue.SimpleQueue[_Pending] = queue.SimpleQueue()
+        self._num_lanes = 0
+        threading.Thread(target=self._run, name=f"asyncdp-events-{device}", daemon=True).start()
+
+    def add_lane(self) -> None:
+        self._num_lanes += 1
+
+    def watch(self, pending: _Pending) -> None:
+        self._arrivals.put(pending)
+
+    def _run(self) -> None:
+        torch.cuda.set_device(self._device)
+        waiting: deque[_Pending] = deque()
+        while True:
+            if not waiting:
+                waiting.append(self._arrivals.get())
+            while not self._arrivals.empty():
+                waiting.append(self._arrivals.get())
+            if self._num_lanes == 1:
+                self._finish(waiting.popleft())
+            elif not self._sweep(waiting):
+                time.sleep(_POLL_SECONDS)
+
+    def _sweep(self, waiting: deque[_Pending]) -> bool:
+        """Report every event that has been reached; tell whether there was one."""
+        reached = False
+        for _ in range(len(waiting)):
+            pending = waiting.popleft()
+            if _reached(pending.event):
+                self._finish(pending)
+                reached = True
+            else:
+                waiting.append(pending)
+        return reached
+
+    def _finish(self, pending: _Pending) -> None:
+        try:
+            pending.event.synchronize()
+        except Exception as error:
+            pending.callback(error)
+        else:
+            pending.callback(None)
+
+
+def _reached(event: torch.cuda.Event) -> bool:
+    try:
+        return bool(event.query())
+    except Exception:
+        return True  # the error comes out again, and is reported, in synchronize
+
+
+_waiters: dict[torch.device, _EventWaiter] = {}
+_waiters_lock = threading.Lock()
+
+
+def forget_waiters() -> None:
+    """Forget the waiter threads; called in a forked child, where they no longer exist."""
+    _waiters.clear()
+
+
+def _waiter_of(device: torch.device) -> _EventWaiter:
+    with _waiters_lock:
+        if device not in _waiters:
+            _waiters[device] = _EventWaiter(device)
+        return _waiters[device]
+
+
+class _Captured(NamedTuple):
+    stream: torch.cuda.Stream
+    event: torch.cuda.Event
+
+
+class CudaLane(LaneDevice):
+    """A lane on a CUDA device, with a stream of its own."""
+
+    captures = True
+
+    _stream: torch.cuda.Stream
+    _waiter: _EventWaiter
+
+    def open(self) -> None:
+        """Bind the thread to the device: a fresh thread has no current context and would use device 0."""
+        torch.cuda.set_device(self.device)
+        self._stream = torch.cuda.Stream(self.device)
+        self._stream.query()
+        self._waiter = _waiter_of(self.device)
+        self._waiter.add_lane()
+
+    def capture(self) -> _Captured:
+        """Record an event behind everything the caller has issued on this device."""
+        stream = torch.cuda.current_stream(self.device)
+        event = torch.cuda.Event()
+        event.record(stream)
+        return _Captured(stream, event)
+
+    def issue(self, captured: _Captured | None, function: Callable[[], Any]) -> tuple[Any, Any]:
+        """Call `function` on the lane's stream and mark its end with a blocking-sync event."""
+        if captured is not None:
+            self._stream.wait_event(captured.event)
+        try:
+            with torch.cuda.stream(self._stream):
+                value = function()
+        except BaseException:
+            # What was issued before the error still reads its inputs. After a context error this
+            # fails too, and the first error is the one to report.
+            with contextlib.suppress(RuntimeError):
+                self._stream.synchronize()
+            raise
+        if captured is not None:
+            self._lend(value, captured.stream)
+        event = torch.cuda.Event(blocking=True)
+        event.record(self._stream)
+        return value, None if event.query() else event
+
+    def _lend(self, value: Any, stream: torch.cuda.Stream) -> None:
+        """Tie a result's tensors to the caller's stream, which goes on using them after the completion.
+
+        Without this the allocator could give their memory back to this lane too early.
+        """
+        for leaf in optree.tree_leaves(value):
+            if isinstance(leaf, torch.Tensor) and leaf.device == self.device:
+                leaf.record_stream(stream)
+
+    def on_complete(self, marker: torch.cuda.Event, callback: Callable[[BaseException | None], None]) -> None:
+        """Hand the event to the device's waiter thread."""
+        self._waiter.watch(_Pending(marker, callback))
+
+    def lost(self, error: BaseException) -> bool:
+        """Ask the stream again: after a context error every further call fails too."""
+        if not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError):
+            return False
+        try:
+            self._stream.query()
+        except RuntimeError:
+            return True
+        return False

@@ -1,0 +1,32 @@
+"""The intra-op threads of CPU lanes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import torch
+
+
+def set_intra_op_threads(num_threads: int) -> None:
+    """Set the calling thread's intra-op thread count and leave every other thread's as it is.
+
+    `torch.set_num_threads` also sets the count that threads inherit when they first use torch; a
+    short-lived thread puts that default back.
+    """
+    inherited = _inherited_num_threads()
+    torch.set_num_threads(num_threads)
+    if inherited != num_threads:
+        _run_in_thread(lambda: torch.set_num_threads(inherited))
+
+
+def _inherited_num_threads() -> int:
+    counts: list[int] = []
+    _run_in_thread(lambda: counts.append(torch.get_num_threads()))
+    return counts[0]
+
+
+def _run_in_thread(function: Callable[[], object]) -> None:
+    thread = threading.Thread(target=function, name="asyncdp-threads")
+    thread.start()
+    thread.join()

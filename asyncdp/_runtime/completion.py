@@ -1,0 +1,209 @@
+"""The awaitable end of a pass, on asyncio and on trio.
+
+A pass ends on some lane's thread; its completion wakes the task that awaits it. When that task is
+cancelled, the completion asks the pass to drop what has not started and lets the cancellation go on
+only after everything that runs has drained.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Protocol
+
+
+class Completion(Protocol):
+    """Waited for once by one task, finished once by any thread."""
+
+    def finish(self) -> None:
+        """Wake the waiting task. Callable from any thread; never blocks."""
+
+    async def wait(self, start: Callable[[], None]) -> None:
+        """Call `start`, then wait for `finish`; raise a cancellation that came in between.
+
+        The call is made here because every microsecond between waking a lane and giving up the
+        interpreter lock is one the lane waits for that lock.
+        """
+
+
+def new_completion(on_cancel: Callable[[], None]) -> Completion:
+    """Make a completion for the running task.
+
+    Args:
+        on_cancel: called on the loop's thread, once, when the waiting task is cancelled.
+
+    Raises:
+        RuntimeError: neither an asyncio nor a trio event loop runs in this thread.
+    """
+    trio = sys.modules.get("trio")
+    if trio is not None and trio.lowlevel.in_trio_task():
+        return _TrioCompletion(on_cancel)
+    return _AsyncioCompletion(on_cancel)
+
+
+# --- asyncio ---------------------------------------------------------------------------------
+
+
+class _DrainingFuture(asyncio.Future[None]):
+    """A future whose cancellation takes effect when it is finished, not before."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, on_cancel: Callable[[], None]) -> None:
+        super().__init__(loop=loop)
+        self._on_cancel: Callable[[], None] | None = on_cancel
+        self._message: Any = None
+
+    def cancel(self, msg: Any = None) -> bool:
+        if self.done():
+            return False
+        self._message = msg
+        if self._on_cancel is not None:
+            on_cancel, self._on_cancel = self._on_cancel, None
+            on_cancel()
+        return True
+
+    def settle(self) -> None:
+        """End the future on its loop's thread."""
+        if self.done():
+            return
+        if self._on_cancel is None:
+            super().cancel(msg=self._message)
+        else:
+            self.set_result(None)
+
+
+class _LoopWaker:
+    """Carries futures to settle from any thread to one event loop.
+
+    An eventfd costs less per wake-up than `call_soon_threadsafe`, which is used where the loop or
+    the system has none. Many futures may travel on one wake-up.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = weakref.ref(loop)
+        self._outbox: deque[_DrainingFuture] = deque()
+        self._signalled = False
+        self._lock = threading.Lock()
+        self._fd = _open_eventfd()
+        if self._fd is not None:
+            try:
+                loop.add_reader(self._fd, self._drain)
+            except NotImplementedError:
+                self.close()
+
+    def post(self, future: _DrainingFuture) -> None:
+        self._outbox.append(future)
+        if not self._signalled:
+            self._signalled = True
+            self._signal()
+
+    def close(self) -> None:
+        """Release the descriptor; the lock keeps a late `post` from writing to its next owner."""
+        with self._lock:
+            fd, self._fd = self._fd, None
+        if fd is not None:
+            os.close(fd)
+
+    def _signal(self) -> None:
+        with self._lock:
+            if self._fd is not None:
+                os.eventfd_write(self._fd, 1)
+                return
+        loop = self._loop()
+        if loop is not None and not loop.is_closed():
+            try:
+                loop.call_soon_threadsafe(self._settle_all)
+            except RuntimeError:
+                pass  # the loop was closed in between: nobody waits any more
+
+    def _drain(self) -> None:
+        assert self._fd is not None
+        os.eventfd_read(self._fd)
+        self._settle_all()
+
+    def _settle_all(self) -> None:
+        # Cleared first: a future appended during the loop below signals again.
+        self._signalled = False
+        while self._outbox:
+            self._outbox.popleft().settle()
+
+
+def _open_eventfd() -> int | None:
+    if not hasattr(os, "eventfd"):
+        return None
+    return os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+
+_wakers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _LoopWaker] = weakref.WeakKeyDictionary()
+_wakers_lock = threading.Lock()
+
+
+def _waker_of(loop: asyncio.AbstractEventLoop) -> _LoopWaker:
+    waker = _wakers.get(loop)
+    if waker is None:
+        waker = _LoopWaker(loop)
+        with _wakers_lock:
+            _wakers[loop] = waker
+        weakref.finalize(loop, waker.close)
+    return waker
+
+
+class _AsyncioCompletion:
+    __slots__ = ("_future", "_waker")
+
+    def __init__(self, on_cancel: Callable[[], None]) -> None:
+        loop = asyncio.get_running_loop()
+        self._waker = _waker_of(loop)
+        self._future = _DrainingFuture(loop, on_cancel)
+
+    def finish(self) -> None:
+        self._waker.post(self._future)
+
+    async def wait(self, start: Callable[[], None]) -> None:
+        start()
+        await self._future
+
+
+# --- trio ------------------------------------------------------------------------------------
+
+
+class _TrioCompletion:
+    def __init__(self, on_cancel: Callable[[], None]) -> None:
+        import trio
+
+        self._trio = trio
+        self._token = trio.lowlevel.current_trio_token()
+        self._on_cancel = on_cancel
+        self._task: Any = None
+        self._raise_cancel: Callable[[], None] | None = None
+        self._finished = False
+
+    def finish(self) -> None:
+        try:
+            self._token.run_sync_soon(self._settle)
+        except self._trio.RunFinishedError:
+            pass  # nobody waits any more
+
+    async def wait(self, start: Callable[[], None]) -> None:
+        start()
+        if not self._finished:
+            self._task = self._trio.lowlevel.current_task()
+            await self._trio.lowlevel.wait_task_rescheduled(self._abort)
+
+    def _abort(self, raise_cancel: Callable[[], None]) -> Any:
+        self._raise_cancel = raise_cancel
+        self._on_cancel()
+        return self._trio.lowlevel.Abort.FAILED
+
+    def _settle(self) -> None:
+        self._finished = True
+        if self._task is None:
+            return
+        import outcome
+
+        result = outcome.Value(None) if self._raise_cancel is None else outcome.capture(self._raise_cancel)
+        self._trio.lowlevel.reschedule(self._task, result)

@@ -1,0 +1,150 @@
+"""One ordered queue of work, and the thread that does it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .._devices.base import LaneDevice
+from .._devices.threads import set_intra_op_threads
+
+if TYPE_CHECKING:
+    from .passes import Pass
+    from .runtime import Core
+
+_current = threading.local()
+
+
+def current_lane() -> Lane | None:
+    """The lane whose thread this is, or None."""
+    return getattr(_current, "lane", None)
+
+
+class Work:
+    """What one lane does for one pass: a call, and where its end is reported."""
+
+    __slots__ = ("function", "index", "lane", "num_threads", "owner")
+
+    def __init__(
+        self, lane: Lane, function: Callable[[], Any], owner: Pass, index: int, num_threads: int
+    ) -> None:
+        self.lane = lane
+        self.function: Callable[[], Any] | None = function  # None once dropped
+        self.owner = owner
+        self.index = index
+        self.num_threads = num_threads
+
+
+class Lane:
+    """A persistent thread that does one work after the other on one device.
+
+    Attributes:
+        name: how errors, statistics and thread lists call this lane, "cuda:1" say.
+        index: its place in the runtime.
+        device: where its tensors live.
+        num_done: works done since the lane was made.
+        busy_seconds: time spent in works.
+    """
+
+    def __init__(self, name: str, index: int, driver: LaneDevice, core: Core) -> None:
+        self.name = name
+        self.index = index
+        self.driver = driver
+        self.num_done = 0
+        self.busy_seconds = 0.0
+        self._num_threads = 0
+        self._core = core  # its lock guards the queue and the two flags
+        self._queue: deque[Work] = deque()
+        self._sleeping = False
+        self._stopping = False
+        self._wake = threading.Lock()
+        self._wake.acquire()
+        self._thread = threading.Thread(target=self._run, name=f"asyncdp-{name}", daemon=True)
+
+    @property
+    def device(self) -> torch.device:
+        """Where this lane's tensors live."""
+        return self.driver.device
+
+    def __repr__(self) -> str:
+        return f"<Lane {self.name}: {len(self._queue)} queued, {self.num_done} done>"
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def put(self, work: Work, *, first: bool = False) -> None:
+        """Queue a work; the runtime's lock is held by the caller."""
+        if first:
+            self._queue.appendleft(work)
+        else:
+            self._queue.append(work)
+        self._rouse()
+
+    def remove(self, work: Work) -> bool:
+        """Take a work out of the queue if it has not started; the lock is held by the caller."""
+        try:
+            self._queue.remove(work)
+        except ValueError:
+            return False
+        return True
+
+    def clear(self) -> list[Work]:
+        """Take everything out of the queue; the lock is held by the caller."""
+        works = list(self._queue)
+        self._queue.clear()
+        return works
+
+    def stop(self) -> None:
+        """Let the thread end once its queue is empty; the lock is held by the caller."""
+        self._stopping = True
+        self._rouse()
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait for the thread's end, `timeout` seconds at most."""
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout)
+
+    def _rouse(self) -> None:
+        if self._sleeping:
+            self._sleeping = False
+            self._core.to_wake.append(self._wake.release)
+
+    def _run(self) -> None:
+        _current.lane = self
+        self.driver.open()
+        report: Callable[[], None] | None = None
+        while True:
+            with self._core.lock:
+                if report is not None:
+                    report()
+                work = self._queue.popleft() if self._queue else None
+                stopped = work is None and self._stopping
+                self._sleeping = work is None and not stopped
+            # An idle lane must not keep the last pass's tensors alive.
+            report = None
+            # Last of all, so that the woken task finds the lock free and this lane ready for more.
+            self._core.wake()
+            if work is not None:
+                report = self._perform(work)
+                del work
+            elif stopped:
+                break
+            else:
+                self._wake.acquire()
+        self.driver.close()
+
+    def _perform(self, work: Work) -> Callable[[], None] | None:
+        started = time.perf_counter()
+        if work.num_threads != self._num_threads:
+            set_intra_op_threads(work.num_threads)
+            self._num_threads = work.num_threads
+        report = work.owner.perform(work)
+        self.num_done += 1
+        self.busy_seconds += time.perf_counter() - started
+        return report

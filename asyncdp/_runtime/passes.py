@@ -1,0 +1,249 @@
+"""One pass on its way: stages of work on lanes, the first failure kept, everything drained."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import AsyncDPError, StopIterationInLaneError
+from .ambient import Ambient
+from .completion import new_completion
+from .lane import Lane, Work
+
+if TYPE_CHECKING:
+    from .runtime import Core
+
+Stage = Sequence[tuple[Lane, Callable[[], Any]]]
+"""What each lane does; the calls run at the same time, one after another where a lane repeats."""
+
+NextStage = Callable[[list[Any], Lane], Stage]
+"""Makes the following stage from the results of one and the lane that ended last.
+
+Called under the runtime's lock: it only pairs lanes with calls and does no work itself.
+"""
+
+
+_NOTHING: dict[torch.device, Any] = {}
+
+
+class PassState(enum.Enum):
+    """How far a pass has come."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class Pass:
+    """The stages of one pass; made, submitted and awaited by one task.
+
+    A stage begins when all works of the one before have succeeded, without a detour through the
+    event loop: the lane that ends last queues it. Once a work has failed or the task is cancelled,
+    no further stage begins, and the pass ends when what runs has drained.
+
+    The fields below are guarded by the runtime's lock while works are under way.
+    """
+
+    def __init__(self, core: Core, stage: Stage, following: Sequence[NextStage], num_threads: int) -> None:
+        self._core = core
+        self._num_threads = num_threads
+        self._following = list(following) if following else []
+        self._ambient = Ambient(core.device_types)
+        self._captured = (
+            {lane.device: lane.driver.capture() for lane, _ in stage} if core.captures else _NOTHING
+        )
+        self._completion = new_completion(self._on_cancel)
+        self._failures: list[tuple[int, Lane | None, BaseException]] = []
+        self._cancelled = False
+        self.state = PassState.WAITING
+        self._prepare(stage)
+
+    def __repr__(self) -> str:
+        return f"<Pass {self.state.value}: {self._num_left} of {len(self._works)} works left>"
+
+    @property
+    def lanes(self) -> list[int]:
+        """The lanes of the current stage."""
+        return [work.lane.index for work in self._works]
+
+    async def run(self) -> list[Any]:
+        """Submit the pass, wait for its end and return the results of the last stage.
+
+        Raises:
+            BaseException: the first failure in time, the very object a lane raised.
+        """
+        await self._completion.wait(self._submit)
+        failures, self._failures = self._failures, []
+        if not failures:
+            return self._results
+        error = _first_failure(failures)
+        try:
+            raise error
+        finally:
+            # The traceback refers to this frame: without this, frame and error keep each other alive.
+            del error, failures, self
+
+    def _submit(self) -> None:
+        with self._core.lock:
+            self._core.submit(self)
+        self._core.wake()
+
+    # Called by the runtime, under its lock.
+
+    def enqueue(self, *, first: bool = False) -> None:
+        """Put the works of the current stage on their lanes."""
+        self.state = PassState.RUNNING
+        for work in self._works:
+            work.lane.put(work, first=first)
+
+    def refuse(self, error: AsyncDPError) -> None:
+        """End a pass that was never admitted."""
+        self._failures.append((0, None, error))
+        self._finish()
+
+    def drop(self, work: Work, error: BaseException | None = None) -> None:
+        """Count a work that left its lane's queue unstarted, because of `error` or a cancellation."""
+        work.function = None
+        if error is not None:
+            self._failures.append((work.index, work.lane, error))
+        self._num_left -= 1
+        self._core.act(self._core.schedule.finish(work.lane.index))
+        if self._num_left == 0:
+            self._finish()
+
+    # Called by a lane, on its thread.
+
+    def perform(self, work: Work) -> Callable[[], None] | None:
+        """Run one work under the caller's ambient state.
+
+        Returns:
+            The report of its end, to be called under the lock; None if a later thread reports.
+        """
+        function, work.function = work.function, None
+        assert function is not None
+        driver = work.lane.driver
+        value: Any = None
+        marker: Any = None
+        error: BaseException | None = None
+        try:
+            value, marker = driver.issue(
+                self._captured.get(driver.device), partial(self._ambient.run, function, driver.device)
+            )
+        except BaseException as raised:
+            error = raised
+        try:
+            if marker is None:
+                return self._report(work, value, error)
+            # The call and its inputs stay referenced until the device is done with them.
+            driver.on_complete(marker, partial(self._complete, work, function, value))
+            return None
+        finally:
+            # The error's traceback refers to this frame: break the cycle, free the tensors.
+            del error, value, function
+
+    # The rest runs on whichever thread ends a work, or on the loop's; mostly under the lock.
+
+    def _prepare(self, stage: Stage) -> None:
+        self._works = [
+            Work(lane, function, self, index, self._num_threads)
+            for index, (lane, function) in enumerate(stage)
+        ]
+        self._num_left = len(self._works)
+        self._results: list[Any] = [None] * self._num_left
+
+    def _complete(self, work: Work, _function: object, value: Any, error: BaseException | None) -> None:
+        """Report a work whose end on the device came after its end on the lane."""
+        report = self._report(work, value, error)
+        with self._core.lock:
+            report()
+        self._core.wake()
+
+    def _report(self, work: Work, value: Any, error: BaseException | None) -> Callable[[], None]:
+        """Make the report of a work's end."""
+        lost = error is not None and work.lane.driver.lost(error)
+        return partial(self._ended, work, value, error, lost)
+
+    def _ended(self, work: Work, value: Any, error: BaseException | None, lost: bool) -> None:
+        core = self._core
+        core.act(core.schedule.finish(work.lane.index))
+        if error is None:
+            self._results[work.index] = value
+        else:
+            self._failures.append((work.index, work.lane, error))
+        self._num_left -= 1
+        if lost:
+            core.lose(work.lane, error)
+        if self._num_left == 0:
+            self._advance(work.lane)
+
+    def _advance(self, lane: Lane) -> None:
+        """Begin the next stage, or end the pass."""
+        if self._failures or self._cancelled or not self._following:
+            self._finish()
+            return
+        try:
+            stage = self._following.pop(0)(self._results, lane)
+        except BaseException as error:
+            self._failures.append((0, lane, error))
+            self._finish()
+            return
+        self._prepare(stage)
+        refusal = self._core.proceed(self)
+        if refusal is None:
+            self.enqueue(first=True)
+        else:
+            self.refuse(refusal)
+
+    def _on_cancel(self) -> None:
+        with self._core.lock:
+            self._cancelled = True
+            if self._core.schedule.withdraw(self):
+                self._finish()
+            else:
+                for work in list(self._works):
+                    if work.lane.remove(work):
+                        self.drop(work)
+        self._core.wake()
+
+    def _finish(self) -> None:
+        """End the pass; the lock is held."""
+        if self.state not in (PassState.WAITING, PassState.RUNNING):
+            return
+        if self._failures:
+            self.state = PassState.FAILED
+        else:
+            self.state = PassState.CANCELLED if self._cancelled else PassState.DONE
+        # Nothing of a finished pass but its result may stay referenced by the task that awaits it.
+        self._works = []
+        self._following = []
+        self._captured = _NOTHING
+        if self.state is not PassState.DONE:
+            self._results = []
+        self._core.finished(self, self._completion)
+
+
+def _first_failure(failures: list[tuple[int, Lane | None, BaseException]]) -> BaseException:
+    """The first failure in time, told where it happened and what else failed."""
+    index, lane, error = failures[0]
+    if isinstance(error, StopIteration):
+        wrapped = StopIterationInLaneError()
+        wrapped.__cause__ = error
+        error = wrapped
+    if lane is not None:
+        _add_note(error, f"in replica {index} on lane {lane.name}")
+    for other_index, other_lane, other in failures[1:]:
+        if other_lane is not None and other is not error:
+            _add_note(error, f"also failed: replica {other_index} on lane {other_lane.name}: {other!r}")
+    return error
+
+
+def _add_note(error: BaseException, note: str) -> None:
+    # An exception object that is raised again and again must not collect notes without end.
+    if note not in getattr(error, "__notes__", ()):
+        error.add_note(note)
