@@ -58,6 +58,16 @@ class NotAModuleError(AsyncDPError, TypeError):
         )
 
 
+class UnsupportedModuleError(AsyncDPError, TypeError):
+    """A TorchScript module, which has no Python structure to copy."""
+
+    def __init__(self, got: object) -> None:
+        super().__init__(
+            f"cannot replicate a {type(got).__qualname__}: TorchScript modules cannot be copied lane by lane. "
+            "Use the original torch.nn.Module, or torch.export."
+        )
+
+
 class LazyModuleError(AsyncDPError, ValueError):
     """The module still has uninitialised parameters or buffers."""
 
@@ -274,10 +284,9 @@ class RecordError(JobError):
 class TooManyBadRecordsError(JobError):
     """More records were refused than ``--max-errors`` allows."""
 
-    def __init__(self, num_bad: int, limit: int, last: BaseException) -> None:
+    def __init__(self, num_bad: int, limit: int, last: str) -> None:
         super().__init__(
-            f"{num_bad} records were refused, more than the {limit} allowed; the last one with "
-            f"{type(last).__name__}: {last}",
+            f"{num_bad} records were refused, more than the {limit} allowed; the last one with {last}",
             "Look at the records, then continue with --resume and a higher --max-errors.",
         )
 

@@ -1,0 +1,133 @@
+"""The commands and their options."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from asyncdp.cli.running import EXIT_INTERRUPTED, Interrupted, exit_code_of
+from asyncdp.errors import AsyncDPError
+from asyncdp.infer import InferOptions
+
+_WIDTH = 100
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": _WIDTH},
+    help="Run PyTorch models over a lot of data, on all devices of one machine.",
+)
+
+_EXAMPLE = """Example:  asyncdp infer texts.jsonl --model ./minilm --task embed --column text --output out
+
+Exit codes: 0 all done, 1 failed, 2 usage, 3 done with bad records, 130 interrupted; after
+1 and 130 the same command with --resume continues."""
+
+
+def _option(text: str, *names: str) -> typer.models.OptionInfo:
+    return typer.Option(*names, help=text, show_default=True)  # type: ignore[no-any-return]
+
+
+@app.command(epilog=_EXAMPLE)
+def infer(
+    inputs: Annotated[list[str], typer.Argument(help="Files, folders, patterns, or - for standard input.")],
+    model: Annotated[str, typer.Option(help="package.module:factory, a .pt2 file, or a folder to embed.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the shards.")],
+    weights: Annotated[str | None, typer.Option(help="A .safetensors file for the factory's model.")] = None,
+    task: Annotated[str | None, typer.Option(help="embed: text to vectors, --model is a HF folder.")] = None,
+    input_format: Annotated[str | None, typer.Option(help="jsonl csv tsv lines parquet npy npz ...")] = None,
+    output_format: Annotated[str, typer.Option(help="parquet, jsonl, npy or safetensors.")] = "parquet",
+    column: Annotated[list[str] | None, typer.Option(help="Column for the model; repeatable.")] = None,
+    id_column: Annotated[str | None, typer.Option(help="Column with the id; else the row index.")] = None,
+    devices: Annotated[str | None, typer.Option(help="cpu*4, cuda, cuda:0,cuda:1 ...; else all.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Most records per batch.")] = 32,
+    max_batch_cost: Annotated[int | None, typer.Option(help="Most records times longest.")] = None,
+    window: Annotated[int, typer.Option(help="Records sorted by length together.")] = 1024,
+    shard_size: Annotated[int, typer.Option(help="Records per shard, the unit of resuming.")] = 4096,
+    order: Annotated[str, typer.Option(help="Rows in a shard: input or completion.")] = "input",
+    preprocess: Annotated[str | None, typer.Option(help="module:function, record to item.")] = None,
+    collate: Annotated[str | None, typer.Option(help="module:function, items to arguments.")] = None,
+    postprocess: Annotated[str | None, typer.Option(help="module:function, output to columns.")] = None,
+    workers: Annotated[int, typer.Option(help="Workers that preprocess.")] = 1,
+    worker_processes: Annotated[bool, typer.Option("--worker-processes", help="Use processes.")] = False,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
+    autocast: Annotated[str | None, typer.Option(help="float16 or bfloat16.")] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the model.")] = False,
+    on_error: Annotated[str, typer.Option(help="Bad records: stop, skip or record.")] = "stop",
+    max_errors: Annotated[int | None, typer.Option(help="Give up after this many.")] = None,
+    shard: Annotated[str | None, typer.Option(help="i/n: do part i of n; see merge.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the job in --output.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, run one batch.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Picture of rate and load, .png or .svg.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Log and summary as JSON lines.")] = False,
+    allow_unsafe_pickle: Annotated[
+        bool, typer.Option("--allow-unsafe-pickle", help="Load weights from a pickle.")
+    ] = False,
+) -> None:
+    """Run a model over all records of some files."""
+    given = dict(locals())
+    fields = {field.name for field in dataclasses.fields(InferOptions)}
+
+    def run() -> int:
+        from asyncdp.cli.running import run_infer
+
+        chosen = {name: value for name, value in given.items() if name in fields}
+        options = InferOptions(**{**chosen, "inputs": tuple(inputs), "columns": tuple(column or ())})
+        return run_infer(options, dry_run=dry_run, plot=plot, as_json=as_json)
+
+    _exit_with(run)
+
+
+@app.command()
+def merge(
+    parts: Annotated[list[Path], typer.Argument(help="Output folders of all parts of one job.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the whole.")],
+) -> None:
+    """Join the outputs of infer --shard i/n, and check that nothing is missing."""
+
+    def run() -> int:
+        from asyncdp.infer.merge import merge_parts
+
+        merged = merge_parts(parts, output)
+        print(f"{merged.num_records:,} records, {merged.num_bad:,} of them bad, in {output}")
+        return exit_code_of(merged.num_bad)
+
+    _exit_with(run)
+
+
+@app.command()
+def devices(
+    spec: Annotated[str | None, typer.Argument(help="As for infer --devices; else the default.")] = None,
+) -> None:
+    """Show the lanes, their memory, peer access and kernels."""
+
+    def run() -> int:
+        from asyncdp.cli.devices import describe_devices
+
+        print(describe_devices(spec))
+        return 0
+
+    _exit_with(run)
+
+
+def _exit_with(run: Callable[[], int]) -> None:
+    """Ends the process with the code of a command; errors of ours are told in one line."""
+    # Raised by torch itself when it copies an exported program.
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+    try:
+        code = run()
+    except (Interrupted, KeyboardInterrupt):
+        print("interrupted; the same command with --resume continues", file=sys.stderr)
+        code = EXIT_INTERRUPTED
+    except AsyncDPError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = exit_code_of(0, error)
+    raise typer.Exit(code)

@@ -1,0 +1,167 @@
+"""Sentence embeddings from a Hugging Face folder on disk: tokens, mean pooling, unit length."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from asyncdp.errors import MissingExtraError, ModelLoadError
+from asyncdp.infer.steps import Steps, same
+
+_DEFAULT_MAX_LENGTH = 512
+_WITH_POOLER = ("bert", "roberta", "xlm-roberta")
+
+
+class Embedder(nn.Module):
+    """A transformer encoder whose token states are averaged and scaled to unit length.
+
+    Args:
+        encoder: Called with token ids [batch, length] and a mask of the same shape, or None for a
+            batch without padding; gives ``last_hidden_state`` [batch, length, width].
+    """
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Returns ``embedding`` [batch, width]."""
+        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        if attention_mask is None:
+            pooled = states.mean(1)
+        else:
+            weights = attention_mask.unsqueeze(-1).to(states.dtype)
+            pooled = (states * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
+        return {"embedding": nn.functional.normalize(pooled, dim=-1)}
+
+
+def load_embedder(folder: Path) -> tuple[Embedder, tuple[Path, ...]]:
+    """Loads the encoder of a folder, from safetensors only and without running code in it.
+
+    Raises:
+        MissingExtraError: When transformers is not installed.
+        ModelLoadError: When the folder is no complete encoder, or pools in another way.
+    """
+    transformers = _transformers()
+    _check_pooling(folder)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        # BERT's own pooler would be computed and thrown away.
+        extra = {"add_pooling_layer": False} if config.model_type in _WITH_POOLER else {}
+        encoder = transformers.AutoModel.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, **extra
+        )
+    except Exception as error:
+        raise ModelLoadError(
+            f"The folder {folder} holds no model that transformers can load: {_brief(error)}",
+            "It needs config.json and model.safetensors as save_pretrained writes them.",
+        ) from error
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
+    return Embedder(encoder), tuple(files)
+
+
+def embed_steps(folder: Path) -> Steps:
+    """Returns the steps that turn texts into batches of tokens."""
+    tokenizer = load_tokenizer(folder)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    return Steps(Tokenize(tokenizer, max_length(folder, tokenizer)), PadTokens(pad), same, len)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Loads the tokenizer of a folder.
+
+    Raises:
+        ModelLoadError: When the folder has none.
+    """
+    try:
+        return _transformers().AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:
+        raise ModelLoadError(
+            f"The folder {folder} holds no tokenizer: {_brief(error)}",
+            "Copy tokenizer.json and tokenizer_config.json of the model into it.",
+        ) from error
+
+
+def max_length(folder: Path, tokenizer: Any) -> int:
+    """Returns the number of tokens that a text is cut to."""
+    limit = _json(folder / "sentence_bert_config.json").get("max_seq_length")
+    return int(limit or min(tokenizer.model_max_length, _DEFAULT_MAX_LENGTH))
+
+
+class Tokenize:
+    """Texts -> lists of token ids, cut to ``max_length``."""
+
+    def __init__(self, tokenizer: Any, max_length: int) -> None:
+        self._tokenizer = tokenizer
+        self._max_length = max_length
+
+    def __call__(self, values: list[Any]) -> list[list[int]]:
+        """Tokenizes all texts at once."""
+        for value in values:
+            if not isinstance(value, str):
+                raise TypeError(f"expected text, got {value!r:.80}; choose the text with --column")
+        encoded = self._tokenizer(
+            values, truncation=True, max_length=self._max_length, return_attention_mask=False
+        )
+        ids: list[list[int]] = encoded["input_ids"]
+        return ids
+
+
+class PadTokens:
+    """Lists of token ids -> keyword arguments of `Embedder`."""
+
+    def __init__(self, pad: int) -> None:
+        self._pad = pad
+
+    def __call__(self, items: list[list[int]]) -> dict[str, torch.Tensor]:
+        """Pads to the longest; a batch of one length needs no mask and runs faster without."""
+        longest = max(map(len, items))
+        ids = torch.tensor([item + [self._pad] * (longest - len(item)) for item in items])
+        lengths = torch.tensor([len(item) for item in items])
+        if bool((lengths == longest).all()):
+            return {"input_ids": ids}
+        return {"input_ids": ids, "attention_mask": (torch.arange(longest) < lengths.unsqueeze(1)).long()}
+
+
+def _check_pooling(folder: Path) -> None:
+    config = _json(folder / "1_Pooling" / "config.json")
+    if config and not config.get("pooling_mode_mean_tokens", True):
+        raise ModelLoadError(
+            f"The model in {folder} does not pool by the mean of its tokens",
+            "Write a factory for it and name that as package.module:factory.",
+        )
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:400]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        loaded = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return loaded if isinstance(loaded, dict) else {}
+
+
+def _transformers() -> Any:
+    """Imports transformers, quiet and offline."""
+    if importlib.util.find_spec("transformers") is None:
+        raise MissingExtraError("--task embed", "transformers", "embed")
+    # Everything is on disk: never ask the network, not even for a newer version.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    transformers: Any = importlib.import_module("transformers")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers

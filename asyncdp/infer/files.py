@@ -1,0 +1,85 @@
+"""Files that are either whole or not there, whatever happens meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+from asyncdp.errors import OutputError
+
+TEMPORARY_PREFIX = ".tmp-"
+
+_CHUNK = 1 << 20
+
+
+def write_whole(path: Path, fill: Callable[[IO[bytes]], None]) -> None:
+    """Writes a file that appears under its name only once all of it is on the disk.
+
+    Args:
+        path: The file to make; one that exists is replaced.
+        fill: Writes the contents.
+
+    Raises:
+        OutputError: When the disk is full, read-only or gone.
+    """
+    temporary = path.with_name(TEMPORARY_PREFIX + path.name)
+    try:
+        temporary.unlink(missing_ok=True)
+        # "x" never follows a link that somebody put in the place of the temporary file.
+        with open(temporary, "xb") as file:
+            fill(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise write_failed(path, error) from error
+
+
+def sync_folder(path: Path) -> None:
+    """Makes new names in a folder survive a power loss."""
+    if os.name == "nt":  # folders cannot be opened there, and renames are durable
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_failed(path: Path, error: OSError) -> OutputError:
+    """Builds the error for a file that could not be written."""
+    remedy = {
+        errno.ENOSPC: "Free some space, then continue with --resume.",
+        errno.EDQUOT: "Free some of your quota, then continue with --resume.",
+    }.get(error.errno or 0, "Make the folder writable, then continue with --resume.")
+    return OutputError(f"{path} cannot be written: {error.strerror or error}", remedy)
+
+
+def digest_file(path: Path) -> str:
+    """Returns a digest of all bytes of a file."""
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def digest_large_file(path: Path, *, whole_below: int = 256 << 20, num_samples: int = 64) -> str:
+    """Returns a digest of a file: of all bytes, or of samples and times where that would take too long."""
+    status = path.stat()
+    if status.st_size < whole_below:
+        return digest_file(path)
+    digest = hashlib.blake2b(f"{status.st_size} {status.st_mtime_ns}".encode(), digest_size=16)
+    with open(path, "rb") as file:
+        for index in range(num_samples):
+            file.seek((status.st_size - _CHUNK) * index // (num_samples - 1))
+            digest.update(file.read(_CHUNK))
+    return digest.hexdigest()

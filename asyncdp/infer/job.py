@@ -1,0 +1,329 @@
+"""One inference job, from options to summary."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import anyio
+import torch
+
+from asyncdp._devices import parse_devices
+from asyncdp.errors import JobUsageError, MissingExtraError
+from asyncdp.infer.batching import Window, cut_windows
+from asyncdp.infer.models import LoadedModel, load_model
+from asyncdp.infer.monitor import Monitor
+from asyncdp.infer.names import load_name
+from asyncdp.infer.options import InferOptions, fingerprint
+from asyncdp.infer.output import OutputFolder, check_output_free
+from asyncdp.infer.pipeline import ErrorPolicy, Limits, Pipeline, plain_task_group
+from asyncdp.infer.readers import decode_image, open_inputs
+from asyncdp.infer.records import Columns, Failure, Rows
+from asyncdp.infer.steps import EachValue, Steps, default_collate, image_to_tensor, length_of, same
+
+_TICK_SECONDS = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What a job did.
+
+    Attributes:
+        num_records: Records of this job's part that are done, earlier runs included.
+        num_earlier: Those of them that an earlier run had done.
+        num_bad: Those of them that were refused, earlier runs included.
+        seconds: Time this run took, loading not included.
+        rate: Records per second of this run.
+        padding: Part of the work that went into padding, 0 to 1.
+        stages: Seconds by stage, summed over its workers.
+        lanes: Part of the time each lane was busy, 0 to 1.
+        files: Shards in the output folder.
+    """
+
+    num_records: int
+    num_earlier: int
+    num_bad: int
+    seconds: float
+    rate: float
+    padding: float
+    stages: dict[str, float]
+    lanes: dict[str, float]
+    files: int
+    output: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a job would do, found out without writing anything.
+
+    Attributes:
+        num_records: Records in the input, None when that is not known.
+        devices: Names of the lanes.
+        columns: Output columns of the first batch with type and shape, empty for an empty input.
+        num_tried: Records in the first batch.
+    """
+
+    input_format: str
+    num_files: int
+    num_records: int | None
+    devices: tuple[str, ...]
+    columns: dict[str, str]
+    num_tried: int
+
+
+class Reporter(Protocol):
+    """Tells a person or a machine how the job goes; called on the event loop."""
+
+    def started(self, num_records: int | None, monitor: Monitor, lanes: tuple[str, ...]) -> None:
+        """The model is loaded and the lanes are up."""
+
+    def progressed(self, num_records: int | None, monitor: Monitor) -> None:
+        """Some time has passed."""
+
+    def finished(self) -> None:
+        """The job has ended, well or not."""
+
+
+class Job:
+    """An inference job whose model is loaded and whose input is found.
+
+    Args:
+        options: What to do.
+
+    Raises:
+        JobUsageError: When something that was named does not exist or does not fit.
+    """
+
+    def __init__(self, options: InferOptions) -> None:
+        self.options = options
+        check_output_free(options.output, resume=options.resume)
+        self.devices = _devices(options.devices)
+        self.inputs = open_inputs(options.inputs, options.input_format, options.selection)
+        self.steps = make_steps(options, self.inputs.format_name)
+        self.model: LoadedModel = load_model(options)
+
+    async def run(self, reporter: Reporter, monitor: Monitor | None = None) -> Summary:
+        """Runs the job to its end.
+
+        Raises:
+            JobError: See its subclasses; all blocks finished before stay valid.
+        """
+        monitor = monitor or Monitor()
+        options = self.options
+        print_of_job = fingerprint(options, self.inputs, self.model.files)
+        with OutputFolder(
+            options.output,
+            options.output_format,
+            print_of_job,
+            resume=options.resume,
+            ordered=options.order == "input",
+        ) as output:
+            monitor.num_earlier = sum(block.num_records for block in output.finished.values())
+            monitor.num_earlier_bad = sum(block.num_bad for block in output.finished.values())
+            monitor.warnings += output.warnings
+            if not self._is_complete(output):
+                await self._run_engine(output, reporter, monitor)
+            return _summarise(monitor, output)
+
+    async def plan(self) -> Plan:
+        """Loads everything and runs the first batch, but writes nothing.
+
+        Raises:
+            RecordError: When a record of the first batch is refused.
+        """
+        shapes: dict[str, str] = {}
+
+        def keep(index: int, num_records: int, rows: list[Rows], failures: list[Failure]) -> None:
+            shapes.update(_shapes(rows[0].columns))
+
+        first = _head(self.inputs.read(), self.options.batch_size)
+        async with self._engine() as engine:
+            pipeline = self._pipeline(engine, ErrorPolicy(), keep, Monitor())
+            size = self.options.batch_size
+            windows = cut_windows(first, block_size=size, window=size, wanted=lambda block: True)
+            await pipeline.run(windows)
+            names = tuple(lane.name for lane in engine.runtime.lanes)
+        inputs = self.inputs
+        num_records = inputs.estimate_num_records()
+        return Plan(
+            inputs.format_name, len(inputs.files), num_records, names, shapes, inputs.num_records_read
+        )
+
+    def _engine(self) -> Any:
+        # Imported here, so that reading --help does not wait for it.
+        from asyncdp import DataParallel
+
+        return DataParallel(self.model.module, self.devices, output_device="cpu")
+
+    def _pipeline(self, engine: Any, policy: ErrorPolicy, write_block: Any, monitor: Monitor) -> Pipeline:
+        options = self.options
+        limits = Limits(
+            options.batch_size,
+            options.max_batch_cost,
+            len(engine.runtime.lanes),
+            options.workers,
+            options.worker_processes,
+        )
+        return Pipeline(engine, self.steps, limits, policy, write_block, monitor)
+
+    async def _run_engine(self, output: OutputFolder, reporter: Reporter, monitor: Monitor) -> None:
+        policy = ErrorPolicy(self.options.on_error, self.options.max_errors)
+        async with self._engine() as engine, plain_task_group() as group:
+            monitor.restart(engine)
+            names = tuple(lane.name for lane in engine.runtime.lanes)
+            reporter.started(self._estimate(), monitor, names)
+            group.start_soon(self._tick, engine, reporter, monitor)
+            try:
+                pipeline = self._pipeline(engine, policy, output.write_block, monitor)
+                await pipeline.run(self._windows(output))
+            finally:
+                monitor.sample(engine)
+                reporter.finished()
+            output.journal.finish_input(self.inputs.num_records_read)
+            group.cancel_scope.cancel()
+
+    async def _tick(self, engine: Any, reporter: Reporter, monitor: Monitor) -> None:
+        while True:
+            await anyio.sleep(_TICK_SECONDS)
+            monitor.sample(engine)
+            reporter.progressed(self._estimate(), monitor)
+
+    def _windows(self, output: OutputFolder) -> Iterator[Window]:
+        size = self.options.shard_size
+        part, num_parts = self.options.part
+        done = set(output.finished)
+        first = part
+        while first in done:
+            first += num_parts
+        return cut_windows(
+            self.inputs.read(first * size),
+            block_size=size,
+            window=min(self.options.window, size),
+            wanted=lambda block: block % num_parts == part and block not in done,
+        )
+
+    def _estimate(self) -> int | None:
+        total = self.inputs.estimate_num_records()
+        return None if total is None else count_in_part(total, self.options.shard_size, self.options.part)
+
+    def _is_complete(self, output: OutputFolder) -> bool:
+        total = output.journal.state.num_records
+        if total is None:
+            return False
+        done = sum(block.num_records for block in output.finished.values())
+        return done == count_in_part(total, self.options.shard_size, self.options.part)
+
+
+def count_in_part(num_records: int, block_size: int, part: tuple[int, int]) -> int:
+    """Returns how many of ``num_records`` lie in the blocks that belong to a part.
+
+    Args:
+        num_records: Length of the input.
+        block_size: Records per block.
+        part: Index from 0, and number, of the parts.
+    """
+    index, num_parts = part
+    num_full, rest = divmod(num_records, block_size)
+    count = len(range(index, num_full, num_parts)) * block_size
+    return count + (rest if num_full % num_parts == index else 0)
+
+
+def make_steps(options: InferOptions, input_format: str) -> Steps:
+    """Puts together the functions around the model.
+
+    Raises:
+        JobUsageError: When a function that was named cannot be imported.
+    """
+    if options.task == "embed":
+        from asyncdp.infer.embed import embed_steps
+
+        steps = embed_steps(Path(options.model))
+    else:
+        prepare = image_to_tensor if input_format == "images" else same
+        steps = Steps(EachValue(prepare), default_collate, same, length_of)
+    own = {name: _function(options, name) for name in ("preprocess", "collate", "postprocess")}
+    if own["preprocess"]:
+        inner = EachValue(own["preprocess"])
+        own["preprocess"] = Chained(inner, steps.preprocess) if options.task == "embed" else inner
+    steps = dataclasses.replace(steps, **{name: function for name, function in own.items() if function})
+    if input_format == "images":
+        steps = dataclasses.replace(steps, preprocess=Chained(EachValue(decode_image), steps.preprocess))
+    return steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Chained:
+    """Runs one function of many values after another."""
+
+    first: Any
+    then: Any
+
+    def __call__(self, values: list[Any]) -> list[Any]:
+        """Applies both to the values."""
+        chained: list[Any] = self.then(self.first(values))
+        return chained
+
+
+def _function(options: InferOptions, name: str) -> Any:
+    spec = getattr(options, name)
+    if spec is None:
+        return None
+    function = load_name(spec, f"--{name}")
+    if not callable(function):
+        raise JobUsageError(f"--{name} {spec} is no function", "Name a function as package.module:name.")
+    return function
+
+
+def _devices(spec: str | None) -> list[torch.device]:
+    try:
+        return parse_devices(spec)
+    except JobUsageError:
+        raise
+    except (ValueError, RuntimeError) as error:
+        cause = str(error).rstrip(".")
+        raise JobUsageError(f"--devices: {cause}", "See `asyncdp devices` for what there is.") from error
+
+
+def _head(records: Iterator[Any], count: int) -> Iterator[Any]:
+    for record, _ in zip(records, range(count), strict=False):
+        yield record
+
+
+def _shapes(columns: Columns) -> dict[str, str]:
+    def shape(values: Any) -> str:
+        return f"{values.dtype}{list(values.shape[1:])}" if hasattr(values, "dtype") else "objects"
+
+    return {name: shape(values) for name, values in columns.items()}
+
+
+def _summarise(monitor: Monitor, output: OutputFolder) -> Summary:
+    seconds = monitor.seconds
+    busy = monitor.busy_fractions()
+    work = monitor.cost + monitor.padding
+    return Summary(
+        num_records=monitor.num_earlier + monitor.num_done,
+        num_earlier=monitor.num_earlier,
+        num_bad=monitor.num_earlier_bad + monitor.num_bad,
+        seconds=seconds,
+        rate=monitor.num_done / seconds if seconds else 0.0,
+        padding=monitor.padding / work if work else 0.0,
+        stages=dict(monitor.stages),
+        lanes=busy,
+        files=sum(len(block.files) for block in output.finished.values()),
+        output=str(output.path),
+    )
+
+
+def require_packages() -> None:
+    """Checks that what the job needs beyond the library itself is installed.
+
+    Raises:
+        MissingExtraError: Naming the command that installs it.
+    """
+    for package in ("pyarrow", "safetensors", "filelock"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtraError("Batch inference", package, "cli")

@@ -1,0 +1,89 @@
+"""What a job counts while it runs, for people and for the summary."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """The job at one moment; counts run from its start.
+
+    Attributes:
+        seconds: Time since the start.
+        num_done: Records that have an output or were refused.
+        lanes: Seconds each lane was busy, by name.
+    """
+
+    seconds: float
+    num_done: int
+    lanes: dict[str, float]
+
+
+@dataclasses.dataclass
+class Monitor:
+    """Counters of one job; written from the loop and its workers, read by the reporter.
+
+    Attributes:
+        num_earlier: Records that an earlier run had finished.
+        stages: Seconds spent in each stage, summed over its workers.
+    """
+
+    num_earlier: int = 0
+    num_earlier_bad: int = 0
+    num_done: int = 0
+    num_bad: int = 0
+    num_batches: int = 0
+    cost: int = 0
+    padding: int = 0
+    stages: dict[str, float] = dataclasses.field(default_factory=dict)
+    warnings: list[str] = dataclasses.field(default_factory=list)
+    samples: list[Sample] = dataclasses.field(default_factory=list)
+    started: float = dataclasses.field(default_factory=time.perf_counter)
+
+    def restart(self, engine: Any) -> None:
+        """Starts the clock, and takes the lanes' load so far as zero."""
+        self.started = time.perf_counter()
+        self.sample(engine)
+
+    def busy_fractions(self) -> dict[str, float]:
+        """Returns which part of the time each lane was busy, 0 to 1."""
+        if len(self.samples) < 2:
+            return {}
+        first, last = self.samples[0], self.samples[-1]
+        elapsed = max(last.seconds - first.seconds, 1e-9)
+        return {
+            name: min(1.0, (busy - first.lanes.get(name, 0.0)) / elapsed) for name, busy in last.lanes.items()
+        }
+
+    @contextlib.contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Adds the time of a block of code to a stage."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.stages[stage] = self.stages.get(stage, 0.0) + time.perf_counter() - start
+
+    def warn_once(self, text: str) -> None:
+        """Keeps a warning for the person, unless it was given before."""
+        if text not in self.warnings:
+            self.warnings.append(text)
+
+    def sample(self, engine: Any) -> Sample:
+        """Notes where the job is; old samples are thinned out so that a long job stays small."""
+        busy = {lane.name: lane.busy_seconds for lane in engine.runtime.statistics().lanes}
+        sample = Sample(time.perf_counter() - self.started, self.num_done, busy)
+        self.samples.append(sample)
+        if len(self.samples) > 2000:
+            del self.samples[1::2]
+        return sample
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self.started

@@ -1,0 +1,203 @@
+"""The output folder: its lock, its journal, and the step that makes a block final."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from asyncdp.errors import JobError, JobUsageError, OutputExistsError, ResumeRefusedError
+from asyncdp.infer.files import TEMPORARY_PREFIX, write_failed, write_whole
+from asyncdp.infer.journal import JOURNAL_NAME, Block, Journal, JournalState, StoredFile, load_journal
+from asyncdp.infer.records import Columns, Failure, Rows
+from asyncdp.infer.writers import WRITERS
+
+LOCK_NAME = ".lock"
+
+
+class OutputFolder:
+    """A folder that one job at a time writes shards into; a context manager that holds its lock.
+
+    Args:
+        path: The folder; made when missing.
+        format_name: One of the writers' names.
+        fingerprint: What the outputs depend on.
+        resume: Whether to continue the job whose journal is there.
+        ordered: Whether the rows of a shard stand in input order.
+
+    Raises:
+        OutputExistsError: The folder is not empty and ``resume`` is False.
+        ResumeRefusedError: The folder belongs to a job with another fingerprint.
+        JobUsageError: Another process is writing into the folder.
+    """
+
+    def __init__(
+        self, path: Path, format_name: str, fingerprint: dict[str, Any], *, resume: bool, ordered: bool = True
+    ) -> None:
+        self.path = path
+        self.warnings: list[str] = []
+        self._format = format_name
+        self._ordered = ordered
+        self._schema: dict[str, str] = {}
+        self._lock = _locked(path)
+        try:
+            self.journal = Journal(path, self._state(fingerprint, resume))
+            self._remove_strays()
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def __enter__(self) -> OutputFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    @property
+    def finished(self) -> dict[int, Block]:
+        """The blocks that are done, by index."""
+        return self.journal.state.blocks
+
+    def write_block(
+        self, index: int, num_records: int, parts: Sequence[Rows], failures: Sequence[Failure]
+    ) -> None:
+        """Makes a block final: its shards first, then the line in the journal.
+
+        Args:
+            index: Number of the block.
+            num_records: Records in it, good and bad.
+            parts: Its outputs, in the order they finished.
+            failures: Its bad records to keep on disk, if any.
+
+        Raises:
+            OutputError: When the disk does not take it.
+        """
+        files = []
+        if failures:
+            files.append(self._write(f"_errors-{index:06d}.jsonl", lambda f: _write_failures(f, failures)))
+        rows = sum(len(part.ids) for part in parts)
+        if rows:
+            ids, columns = self._joined(parts)
+            encode = WRITERS[self._format]
+            name = f"part-{index:06d}.{self._format}"
+            files.append(self._write(name, lambda f: encode(f, ids, columns)))
+        self.journal.finish_block(Block(index, num_records, num_records - rows, tuple(files)))
+
+    def _write(self, name: str, fill: Any) -> StoredFile:
+        write_whole(self.path / name, fill)
+        return StoredFile.of(self.path / name)
+
+    def _joined(self, parts: Sequence[Rows]) -> tuple[list[Any], Columns]:
+        """Puts the rows of all batches together, in input order unless told otherwise."""
+        self._schema = self._schema or _schema(parts[0].columns)
+        for part in parts:
+            if _schema(part.columns) != self._schema:
+                raise JobError(
+                    f"The model's outputs differ between batches: {self._schema}, "
+                    f"then {_schema(part.columns)}",
+                    "Bring every record to one shape and type with --postprocess.",
+                )
+        positions = [position for part in parts for position in part.positions]
+        order = np.argsort(positions) if self._ordered else np.arange(len(positions))
+        ids = [identity for part in parts for identity in part.ids]
+        columns = {name: _taken([part.columns[name] for part in parts], order) for name in self._schema}
+        return [ids[index] for index in order], columns
+
+    def _state(self, fingerprint: dict[str, Any], resume: bool) -> JournalState:
+        if not _holds_something(self.path):
+            return JournalState(fingerprint)
+        if not resume:
+            raise OutputExistsError(self.path)
+        state = load_journal(self.path)
+        _check_same(state.fingerprint, fingerprint)
+        for index, block in list(state.blocks.items()):
+            damaged = [file.name for file in block.files if not file.is_intact(self.path)]
+            if damaged:
+                self.warnings.append(f"{', '.join(damaged)} is missing or damaged: writing it again")
+                del state.blocks[index]
+        return state
+
+    def _remove_strays(self) -> None:
+        """Removes files of ours that no line of the journal vouches for: a crash left them."""
+        kept = {file.name for block in self.finished.values() for file in block.files}
+        for pattern in (f"{TEMPORARY_PREFIX}*", "part-*", "_errors-*"):
+            for path in self.path.glob(pattern):
+                if path.name not in kept:
+                    path.unlink()
+
+
+def check_output_free(path: Path, *, resume: bool) -> None:
+    """Fails early, before anything is loaded, when the folder cannot take this job.
+
+    Raises:
+        OutputExistsError: When it is not empty and ``resume`` is False.
+    """
+    if path.exists() and not path.is_dir():
+        raise JobUsageError(f"The output {path} is a file", "Name a folder for the shards.")
+    if not resume and _holds_something(path):
+        raise OutputExistsError(path)
+
+
+def explain_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Lists the parts of two fingerprints that differ."""
+    changes = []
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if old != new:
+            changes.append(f"{key} was {json.dumps(old):.200} and is {json.dumps(new):.200}")
+    return changes
+
+
+def _check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
+    # A round trip through JSON makes tuples lists on both sides.
+    if changes := explain_changes(before, json.loads(json.dumps(now))):
+        raise ResumeRefusedError(
+            f"The output folder belongs to a different job: {'; '.join(changes)}",
+            "Restore what changed, or write into another folder.",
+        )
+
+
+def _holds_something(path: Path) -> bool:
+    return path.is_dir() and any(entry.name != LOCK_NAME for entry in path.iterdir())
+
+
+def _locked(path: Path) -> Any:
+    import filelock
+
+    lock = filelock.FileLock(path / LOCK_NAME)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        raise JobUsageError(
+            f"Another process is writing into {path}", "Wait for it to end, or name another folder."
+        ) from None
+    except OSError as error:
+        raise write_failed(path, error) from error
+    return lock
+
+
+def _schema(columns: Columns) -> dict[str, str]:
+    return {
+        name: f"{values.dtype}{list(values.shape[1:])}" if isinstance(values, np.ndarray) else "objects"
+        for name, values in columns.items()
+    }
+
+
+def _taken(values: list[Any], order: np.ndarray[Any, Any]) -> Any:
+    if isinstance(values[0], np.ndarray):
+        return np.concatenate(values)[order]
+    joined = [entry for part in values for entry in part]
+    return [joined[index] for index in order]
+
+
+def _write_failures(file: IO[bytes], failures: Sequence[Failure]) -> None:
+    for failure in sorted(failures, key=lambda failure: failure.position):
+        file.write(json.dumps(dataclasses.asdict(failure)).encode() + b"\n")
+
+
+__all__ = ["JOURNAL_NAME", "OutputFolder", "check_output_free", "explain_changes"]

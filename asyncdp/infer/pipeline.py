@@ -1,0 +1,334 @@
+"""Read, prepare, run on the lanes, write: four stages joined by short queues.
+
+Every queue is bounded, so a slow stage makes the ones before it wait, and memory does not grow with the
+input.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import anyio
+import anyio.to_process
+import anyio.to_thread
+import torch
+from anyio.abc import TaskGroup
+from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
+
+from asyncdp.errors import AsyncDPError, RecordError, TooManyBadRecordsError
+from asyncdp.infer.batching import Window, padding, plan_batches
+from asyncdp.infer.monitor import Monitor
+from asyncdp.infer.records import Columns, Failure, Record, Rows
+from asyncdp.infer.steps import Steps, to_columns
+
+# Two batches per lane: one runs while the next one waits right behind it.
+_BATCHES_PER_LANE = 2
+
+
+class Engine(Protocol):
+    """What the pipeline needs of `asyncdp.DataParallel`."""
+
+    async def on_one_lane(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs one batch on one lane."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """How much goes together.
+
+    Attributes:
+        batch_size: Most records per batch.
+        max_batch_cost: Most records times longest record per batch, None for no limit.
+        num_lanes: Lanes of the engine.
+        num_workers: Workers that prepare windows.
+        worker_processes: Whether these are processes instead of threads.
+    """
+
+    batch_size: int
+    max_batch_cost: int | None = None
+    num_lanes: int = 1
+    num_workers: int = 1
+    worker_processes: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class ErrorPolicy:
+    """What a refused record means: ``stop``, ``skip`` or ``record``, and how many are too many."""
+
+    on_error: str = "stop"
+    max_errors: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+    block: int
+    records: list[Record]
+    items: list[Any]
+    costs: list[int]
+
+    def half(self, indices: slice) -> _Batch:
+        return _Batch(self.block, self.records[indices], self.items[indices], self.costs[indices])
+
+
+@dataclasses.dataclass
+class _OpenBlock:
+    """A block that still misses records."""
+
+    index: int
+    size: int | None = None
+    num_done: int = 0
+    rows: list[Rows] = dataclasses.field(default_factory=list)
+    failures: list[Failure] = dataclasses.field(default_factory=list)
+
+
+WriteBlock = Callable[[int, int, list[Rows], list[Failure]], None]
+
+
+class Pipeline:
+    """Runs all windows of an input through an engine and hands finished blocks to a writer.
+
+    Args:
+        engine: Runs the batches.
+        steps: The functions around the model.
+        limits: Sizes.
+        policy: What to do about records that are refused.
+        write_block: Called in a worker thread, one block at a time.
+        monitor: Counts what happens.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        steps: Steps,
+        limits: Limits,
+        policy: ErrorPolicy,
+        write_block: WriteBlock,
+        monitor: Monitor,
+    ) -> None:
+        self._engine = engine
+        self._steps = steps
+        self._limits = limits
+        self._policy = policy
+        self._write_block = write_block
+        self._monitor = monitor
+        self._batch_size = limits.batch_size
+        self._open: dict[int, _OpenBlock] = {}
+        self._num_bad = monitor.num_earlier_bad
+
+    async def run(self, windows: Iterator[Window]) -> None:
+        """Processes all windows.
+
+        Raises:
+            RecordError: A record was refused and the policy is to stop.
+            TooManyBadRecordsError: More records were refused than allowed.
+            JobError: An input, the outputs' shape or the disk made going on impossible.
+        """
+        limits = self._limits
+        to_prepare, windows_in = anyio.create_memory_object_stream[Window](1)
+        to_run, batches_in = anyio.create_memory_object_stream[_Batch](limits.num_lanes)
+        self._to_write, blocks_in = anyio.create_memory_object_stream[_OpenBlock](1)
+        async with plain_task_group() as group:
+            group.start_soon(self._read, windows, to_prepare)
+            group.start_soon(self._write, blocks_in)
+            async with self._to_write, anyio.create_task_group() as stages:
+                for _ in range(limits.num_workers):
+                    stages.start_soon(self._prepare, windows_in.clone(), to_run.clone())
+                for _ in range(limits.num_lanes * _BATCHES_PER_LANE):
+                    stages.start_soon(self._run_batches, batches_in.clone())
+                # Only the clones are left, so each stage ends when the one before it has.
+                for stream in (windows_in, to_run, batches_in):
+                    stream.close()
+        assert not self._open, "every block that was read has been written"
+
+    async def _read(self, windows: Iterator[Window], out: MemoryObjectSendStream[Window]) -> None:
+        async with out:
+            while (window := await anyio.to_thread.run_sync(self._next, windows)) is not None:
+                await out.send(window)
+
+    def _next(self, windows: Iterator[Window]) -> Window | None:
+        with self._monitor.timed("read"):
+            return next(windows, None)
+
+    async def _prepare(
+        self, windows: MemoryObjectReceiveStream[Window], out: MemoryObjectSendStream[_Batch]
+    ) -> None:
+        async with windows, out:
+            async for window in windows:
+                batches, failures = await self._prepare_window(window)
+                block = self._open.setdefault(window.block, _OpenBlock(window.block))
+                block.size = window.closes if window.closes is not None else block.size
+                for record, error in failures:
+                    self._refuse(block, record, error)
+                await self._finish_if_complete(block)
+                for batch in batches:
+                    await out.send(batch)
+
+    async def _prepare_window(self, window: Window) -> tuple[list[_Batch], list[tuple[Record, Exception]]]:
+        failures = [(record, record.error) for record in window.records if record.error is not None]
+        good = [record for record in window.records if record.error is None]
+        with self._monitor.timed("preprocess"):
+            items, refused = await self._preprocess([record.value for record in good])
+        failures += [(good[index], error) for index, error in refused.items()]
+        kept = [record for index, record in enumerate(good) if index not in refused]
+        costs = [self._steps.cost(item) for item in items]
+        plan = plan_batches(costs, self._batch_size, self._limits.max_batch_cost)
+        return [_batch(window.block, kept, items, costs, indices) for indices in plan], failures
+
+    async def _preprocess(self, values: list[Any]) -> tuple[list[Any], dict[int, Exception]]:
+        """Prepares all values at once, or one by one when that fails, to find the culprits."""
+        if not values:
+            return [], {}
+        try:
+            return await self._call_preprocess(values), {}
+        except Exception as error:
+            if len(values) == 1:
+                return [], {0: error}
+        items: list[Any] = []
+        refused: dict[int, Exception] = {}
+        for index, value in enumerate(values):
+            try:
+                items += await self._call_preprocess([value])
+            except Exception as error:
+                refused[index] = error
+        return items, refused
+
+    async def _call_preprocess(self, values: list[Any]) -> list[Any]:
+        if self._limits.worker_processes:
+            items = await anyio.to_process.run_sync(self._steps.preprocess, values)
+        else:
+            items = await anyio.to_thread.run_sync(self._steps.preprocess, values)
+        if len(items) != len(values):
+            raise ValueError(f"preprocessing gave {len(items)} items for {len(values)} records")
+        return items
+
+    async def _run_batches(self, batches: MemoryObjectReceiveStream[_Batch]) -> None:
+        async with batches:
+            async for batch in batches:
+                await self._run_batch(batch)
+
+    async def _run_batch(self, batch: _Batch) -> None:
+        """Runs a batch; one that fails is halved until the record at fault is alone."""
+        if len(batch.items) > self._batch_size:
+            return await self._run_halves(batch)
+        try:
+            columns = await self._forward(batch)
+        except AsyncDPError:
+            raise  # no record's fault: a lane is gone, or the outputs are no rows
+        except Exception as error:
+            failure = error
+        else:
+            return await self._keep(batch, columns)
+        if len(batch.items) == 1:
+            block = self._open[batch.block]
+            self._refuse(block, batch.records[0], failure)
+            return await self._finish_if_complete(block)
+        self._learn(batch, failure)
+        return await self._run_halves(batch)
+
+    async def _run_halves(self, batch: _Batch) -> None:
+        middle = len(batch.items) // 2
+        await self._run_batch(batch.half(slice(None, middle)))
+        await self._run_batch(batch.half(slice(middle, None)))
+
+    def _learn(self, batch: _Batch, error: Exception) -> None:
+        size = len(batch.items)
+        if not is_out_of_memory(error):
+            name = type(error).__name__
+            self._monitor.warn_once(f"a batch failed with {name}: halving it to find the record at fault")
+        elif size // 2 < self._batch_size:
+            self._batch_size = size // 2
+            self._monitor.warn_once(f"out of memory with {size} records: going on with {size // 2} per batch")
+
+    async def _forward(self, batch: _Batch) -> Columns:
+        args, kwargs = await anyio.to_thread.run_sync(self._collate, batch.items)
+        with self._monitor.timed("lanes"):
+            output = await self._engine.on_one_lane(*args, **kwargs)
+        return await anyio.to_thread.run_sync(self._postprocess, output, len(batch.items))
+
+    def _collate(self, items: list[Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        with self._monitor.timed("collate"):
+            collated = self._steps.collate(items)
+        if isinstance(collated, Mapping):
+            return (), collated
+        return (collated if isinstance(collated, tuple) else (collated,)), {}
+
+    def _postprocess(self, output: Any, num_records: int) -> Columns:
+        with self._monitor.timed("postprocess"):
+            return to_columns(self._steps.postprocess(output), num_records)
+
+    async def _keep(self, batch: _Batch, columns: Columns) -> None:
+        block = self._open[batch.block]
+        ids = [record.id for record in batch.records]
+        block.rows.append(Rows([record.position for record in batch.records], ids, columns))
+        block.num_done += len(ids)
+        monitor = self._monitor
+        monitor.num_done += len(ids)
+        monitor.num_batches += 1
+        monitor.cost += sum(batch.costs)
+        monitor.padding += padding(batch.costs)
+        await self._finish_if_complete(block)
+
+    def _refuse(self, block: _OpenBlock, record: Record, error: Exception) -> None:
+        if self._policy.on_error == "stop":
+            raise RecordError(record.position, record.where, error) from error
+        failure = Failure.of(record, error)
+        if self._policy.on_error == "record":
+            block.failures.append(failure)
+        block.num_done += 1
+        self._num_bad += 1
+        self._monitor.num_done += 1
+        self._monitor.num_bad += 1
+        limit = self._policy.max_errors
+        if limit is not None and self._num_bad > limit:
+            raise TooManyBadRecordsError(self._num_bad, limit, failure.error)
+
+    async def _finish_if_complete(self, block: _OpenBlock) -> None:
+        if block.num_done == block.size and block.index in self._open:
+            del self._open[block.index]
+            await self._to_write.send(block)
+
+    async def _write(self, blocks: MemoryObjectReceiveStream[_OpenBlock]) -> None:
+        async with blocks:
+            async for block in blocks:
+                await anyio.to_thread.run_sync(self._write_one, block)
+
+    def _write_one(self, block: _OpenBlock) -> None:
+        with self._monitor.timed("write"):
+            self._write_block(block.index, block.num_done, block.rows, block.failures)
+
+
+@contextlib.asynccontextmanager
+async def plain_task_group() -> AsyncIterator[TaskGroup]:
+    """A task group that raises the first failure itself: the others follow from it."""
+    try:
+        async with anyio.create_task_group() as group:
+            yield group
+    except BaseExceptionGroup as failures:
+        error = _first(failures)
+        raise error from error.__cause__
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tells whether an exception means that a smaller batch may succeed."""
+    # The allocator of CPU tensors has no exception type of its own.
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "not enough memory" in str(error)
+    )
+
+
+def _batch(
+    block: int, records: list[Record], items: list[Any], costs: list[int], indices: list[int]
+) -> _Batch:
+    return _Batch(
+        block, [records[i] for i in indices], [items[i] for i in indices], [costs[i] for i in indices]
+    )
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -1,0 +1,152 @@
+"""Input files of every format as one stream of numbered records."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from asyncdp.errors import InputError
+from asyncdp.infer.readers import arrays, images, parquet, text
+from asyncdp.infer.readers.base import STDIN, InputFile, Reader, Selection
+from asyncdp.infer.readers.images import decode_image
+from asyncdp.infer.records import Record, Row
+
+__all__ = ["FORMATS", "STDIN", "Inputs", "Selection", "decode_image", "open_inputs"]
+
+FORMATS: dict[str, Reader] = {
+    "jsonl": text.JsonlReader(),
+    "csv": text.CsvReader(","),
+    "tsv": text.CsvReader("\t"),
+    "lines": text.LinesReader(),
+    "parquet": parquet.ParquetReader(),
+    "npy": arrays.NPY,
+    "npz": arrays.NPZ,
+    "safetensors": arrays.SAFETENSORS,
+    "images": images.ImageReader(),
+}
+
+_SUFFIXES = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".txt": "lines",
+    ".parquet": "parquet",
+    ".npy": "npy",
+    ".npz": "npz",
+    ".safetensors": "safetensors",
+    **dict.fromkeys(images.SUFFIXES, "images"),
+}
+
+_COMPRESSIONS = frozenset({".gz", ".bz2", ".xz", ".zst"})
+
+
+def open_inputs(specs: Sequence[str], format_name: str | None, selection: Selection) -> Inputs:
+    """Finds the files that ``specs`` name.
+
+    Args:
+        specs: Paths, folders, glob patterns, or ``-`` for standard input.
+        format_name: One of `FORMATS`, or None to go by the suffixes.
+        selection: Which columns are wanted.
+
+    Raises:
+        InputError: When a file is missing, its format is unknown, or formats are mixed.
+    """
+    files = [InputFile(path) for spec in specs for path in _expand(spec)]
+    names = {format_name or _format_of(file.path) for file in files}
+    if len(names) != 1:
+        raise InputError(
+            f"The inputs are of several formats ({', '.join(sorted(names))})",
+            "Run one job per format, or name the format with --input-format.",
+        )
+    return Inputs(files, names.pop(), selection)
+
+
+class Inputs:
+    """The records of all files, in order."""
+
+    def __init__(self, files: list[InputFile], format_name: str, selection: Selection) -> None:
+        self.files = files
+        self.format_name = format_name
+        self.selection = selection
+        self.num_records_read = 0
+        self._reader = FORMATS[format_name]
+        self._check_binary()
+        self._counts = [None if file.path == STDIN else self._reader.count(file.path) for file in files]
+
+    def read(self, start: int = 0) -> Iterator[Record]:
+        """Yields the records from position ``start`` on; whole files before it are not opened.
+
+        Raises:
+            InputError: When a file turns out to be damaged.
+        """
+        position = 0
+        for file, count in zip(self.files, self._counts, strict=True):
+            if count is not None and position + count <= start:
+                position += count
+                continue
+            skip = max(0, start - position) if count is not None else 0
+            position += skip
+            for row in self._reader.rows(file, self.selection, skip):
+                self.num_records_read = position + 1
+                if position >= start:
+                    yield _record(position, row)
+                position += 1
+        self.num_records_read = position
+
+    def estimate_num_records(self) -> int | None:
+        """Returns the number of records: exact where files state it, else by bytes read so far."""
+        counts = [count for count in self._counts if count is not None]
+        if len(counts) == len(self.files):
+            return sum(counts)
+        total = sum(file.num_bytes for file in self.files)
+        done = sum(file.num_bytes_read for file in self.files)
+        return int(self.num_records_read * total / done) if done and total else None
+
+    def _check_binary(self) -> None:
+        for file in self.files if self._reader.binary else ():
+            if file.path == STDIN or file.path.suffix.lower() in _COMPRESSIONS:
+                raise InputError(
+                    f"{file.name} cannot be read as {self.format_name}",
+                    "This format needs a plain, uncompressed file on disk.",
+                )
+
+
+def _record(position: int, row: Row) -> Record:
+    identity = position if row.id is None else row.id
+    return Record(position, identity, row.value, row.where, row.error)
+
+
+def _expand(spec: str) -> list[Path]:
+    path = Path(spec)
+    if spec == "-":
+        return [STDIN]
+    if path.is_dir():
+        found = sorted(p for p in path.rglob("*") if p.is_file() and _known_suffix(p))
+    elif path.exists():
+        return [path]
+    else:
+        found = sorted(Path(p) for p in glob.glob(spec, recursive=True) if Path(p).is_file())
+    if not found:
+        raise InputError(
+            f"There is no input at {spec}", "Name a file, a folder of known files, a pattern, or -."
+        )
+    return found
+
+
+def _known_suffix(path: Path) -> str | None:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in _COMPRESSIONS:
+        suffixes.pop()
+    return _SUFFIXES.get(suffixes[-1]) if suffixes else None
+
+
+def _format_of(path: Path) -> str:
+    known = _known_suffix(path)
+    if known is None:
+        raise InputError(
+            f"The format of {'standard input' if path == STDIN else path} is unknown",
+            f"Name it with --input-format ({', '.join(FORMATS)}).",
+        )
+    return known

@@ -1,0 +1,172 @@
+"""What every reader offers, and how files are opened."""
+
+from __future__ import annotations
+
+import bz2
+import contextlib
+import dataclasses
+import gzip
+import io
+import lzma
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, Protocol, cast
+
+from asyncdp.errors import InputError
+from asyncdp.infer.records import Row
+
+STDIN = Path("-")
+
+_MAX_LINE = 64 << 20
+_BROKEN_STREAM = (EOFError, OSError, zlib.error, lzma.LZMAError)
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """Which parts of an entry are wanted.
+
+    Attributes:
+        columns: Names of the wanted columns; one gives its bare value, none the whole entry.
+        id_column: Name of the column that holds the id, else None.
+    """
+
+    columns: tuple[str, ...] = ()
+    id_column: str | None = None
+
+    def row(self, entry: Any, where: str) -> Row:
+        """Picks value and id out of one entry; what is missing becomes the error of the row."""
+        try:
+            return Row(self._value(entry), self._id(entry), where)
+        except _Missing as missing:
+            return Row(None, None, where, ValueError(str(missing)))
+
+    def _value(self, entry: Any) -> Any:
+        if not self.columns:
+            return entry
+        if len(self.columns) == 1:
+            return _pick(entry, self.columns[0])
+        return {name: _pick(entry, name) for name in self.columns}
+
+    def _id(self, entry: Any) -> str | None:
+        if self.id_column is None:
+            return None
+        value = _pick(entry, self.id_column)
+        if isinstance(value, bool) or not isinstance(value, str | int):
+            raise _Missing(f"the id must be text or an integer, but is {value!r:.80}")
+        return checked_text(str(value))
+
+
+class _Missing(Exception):
+    pass
+
+
+def checked_text(text: str) -> str:
+    """Returns ``text`` when it can be written as UTF-8, which lone surrogates cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise _Missing(f"{text!r:.80} is not valid Unicode text") from None
+    return text
+
+
+def _pick(entry: Any, name: str) -> Any:
+    if not isinstance(entry, dict):
+        raise _Missing(f"column {name!r} was asked for, but the entry is no object: {entry!r:.80}")
+    if name not in entry:
+        raise _Missing(f"there is no column {name!r}, only {', '.join(map(repr, list(entry)[:20]))}")
+    return entry[name]
+
+
+class Reader(Protocol):
+    """Turns files of one format into rows, a few at a time."""
+
+    binary: bool
+    """Whether the file must be seekable and uncompressed."""
+
+    def count(self, path: Path) -> int | None:
+        """Returns the number of rows when it is cheap to know, else None."""
+
+    def rows(self, file: InputFile, selection: Selection, start: int) -> Iterator[Row]:
+        """Yields rows from number ``start`` on (always 0 where ``count`` is unknown)."""
+
+
+class InputFile:
+    """One input file, decompressed by its suffix, that knows how much of it has been read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.name = "standard input" if path == STDIN else str(path)
+        self.num_bytes = 0 if path == STDIN else path.stat().st_size
+        self._raw: IO[bytes] | None = None
+
+    @property
+    def num_bytes_read(self) -> int:
+        """Bytes of the stored (compressed) file consumed so far."""
+        raw = self._raw
+        if raw is None:
+            return 0
+        try:
+            return min(raw.tell(), self.num_bytes)
+        except ValueError:  # closed meanwhile by the reading thread: read to its end
+            return self.num_bytes
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[IO[bytes]]:
+        """Opens the file for reading.
+
+        Raises:
+            InputError: When a compressed file is cut short or damaged.
+        """
+        if self.path == STDIN:
+            yield sys.stdin.buffer
+            return
+        try:
+            with open(self.path, "rb") as self._raw, _decompressed(self._raw, self.path) as stream:
+                yield stream
+        except _BROKEN_STREAM as error:
+            raise self.broken(error) from error
+
+    def lines(self) -> Iterator[tuple[int, bytes]]:
+        """Yields the number (from 1) and the bytes of every line, without its end."""
+        with self.open() as stream:
+            number = 0
+            # A bounded readline: a file without line ends must not fill the memory.
+            while line := stream.readline(_MAX_LINE + 1):
+                number += 1
+                if len(line) > _MAX_LINE:
+                    raise self.broken(f"line {number} is longer than {_MAX_LINE >> 20} MiB")
+                if number == 1:
+                    line = line.removeprefix(b"\xef\xbb\xbf")
+                yield number, line.rstrip(b"\r\n")
+
+    def broken(self, why: object) -> InputError:
+        """Builds the error for a file that cannot be read to its end."""
+        cause = f"{type(why).__name__}: {why}" if isinstance(why, BaseException) else why
+        return InputError(
+            f"{self.name} cannot be read: {cause}",
+            "The file is damaged, half-written or of another format (see --input-format).",
+        )
+
+
+def _decompressed(raw: IO[bytes], path: Path) -> contextlib.AbstractContextManager[IO[bytes]]:
+    match path.suffix.lower():
+        case ".gz":
+            return cast("IO[bytes]", gzip.GzipFile(fileobj=raw))
+        case ".bz2":
+            return cast("IO[bytes]", bz2.BZ2File(raw))
+        case ".xz":
+            return cast("IO[bytes]", lzma.LZMAFile(raw))
+        case ".zst":
+            return _zstd(raw)
+    return contextlib.nullcontext(raw)
+
+
+@contextlib.contextmanager
+def _zstd(raw: IO[bytes]) -> Iterator[IO[bytes]]:
+    import pyarrow
+
+    with pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd") as stream:
+        # Arrow's stream has no readline; it has all that a buffered reader asks for.
+        yield io.BufferedReader(stream)

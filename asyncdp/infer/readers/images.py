@@ -1,0 +1,42 @@
+"""Folders of images; decoding happens later, in the worker threads of preprocessing."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from asyncdp.errors import MissingExtraError
+from asyncdp.infer.readers.base import InputFile, Selection
+from asyncdp.infer.records import Row
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+
+
+class ImageReader:
+    """Every file is one record; with any id column asked for, its id is the file's path."""
+
+    binary = True
+
+    def count(self, path: Path) -> int | None:
+        """One image per file."""
+        return 1
+
+    def rows(self, file: InputFile, selection: Selection, start: int) -> Iterator[Row]:
+        """Yields the path of the image."""
+        if importlib.util.find_spec("PIL") is None:
+            raise MissingExtraError("Reading images", "pillow", "cli")
+        identity = str(file.path) if selection.id_column else None
+        yield Row(file.path, identity, file.name)
+
+
+def decode_image(path: Path) -> Any:
+    """Loads an image as RGB; a picture too large to be honest is refused."""
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(path) as image:
+            return image.convert("RGB")

@@ -1,0 +1,94 @@
+"""Parquet, row group by row group, so that a file may be larger than memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from asyncdp.errors import InputError
+from asyncdp.infer.readers.base import InputFile, Selection
+from asyncdp.infer.records import Row
+
+_CHUNK = 1024
+
+
+class ParquetReader:
+    """Reads the wanted columns; a list column of numbers arrives as arrays."""
+
+    binary = True
+
+    def count(self, path: Path) -> int | None:
+        """Returns the number of rows that the footer states."""
+        with _open(InputFile(path)) as parquet:
+            return int(parquet.metadata.num_rows)
+
+    def rows(self, file: InputFile, selection: Selection, start: int) -> Iterator[Row]:
+        """Yields a dict per row, or the bare value of a single column."""
+        with _open(file) as parquet:
+            groups, number = _groups_from(parquet, start)
+            wanted = _wanted(file, parquet, selection)
+            batches = parquet.iter_batches(_CHUNK, row_groups=groups, columns=wanted)
+            while (batch := _next_batch(file, batches)) is not None:
+                names = batch.schema.names
+                columns = [_values(column) for column in batch.columns]
+                for entries in zip(*columns, strict=True):
+                    if number >= start:
+                        yield selection.row(
+                            dict(zip(names, entries, strict=True)), f"{file.name} row {number}"
+                        )
+                    number += 1
+
+
+def _open(file: InputFile) -> Any:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        # Without pre-buffering only the pages at hand are in memory.
+        return pyarrow.parquet.ParquetFile(file.path, pre_buffer=False)
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise file.broken(error) from error
+
+
+def _groups_from(parquet: Any, start: int) -> tuple[list[int], int]:
+    """Leaves out the row groups that end before row ``start``; gives the first kept row too."""
+    number = 0
+    for group in range(parquet.num_row_groups):
+        num_rows = parquet.metadata.row_group(group).num_rows
+        if number + num_rows > start:
+            return list(range(group, parquet.num_row_groups)), number
+        number += num_rows
+    return [], number
+
+
+def _wanted(file: InputFile, parquet: Any, selection: Selection) -> list[str] | None:
+    present = parquet.schema_arrow.names
+    wanted = [*selection.columns, *([selection.id_column] if selection.id_column else [])]
+    for name in wanted:
+        if name not in present:
+            raise InputError(
+                f"{file.name} has no column {name!r}", f"It has {', '.join(map(repr, present[:20]))}."
+            )
+    return list(dict.fromkeys(wanted)) if selection.columns else None
+
+
+def _next_batch(file: InputFile, batches: Iterator[Any]) -> Any:
+    import pyarrow
+
+    try:
+        return next(batches, None)
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise file.broken(error) from error
+
+
+def _values(column: Any) -> Any:
+    import pyarrow
+
+    kind = column.type
+    if not pyarrow.types.is_fixed_size_list(kind) or column.null_count:
+        return column.to_pylist()
+    numbers = column.flatten()
+    if numbers.null_count or not pyarrow.types.is_primitive(numbers.type):
+        return column.to_pylist()
+    return numbers.to_numpy(zero_copy_only=False).reshape(len(column), kind.list_size)

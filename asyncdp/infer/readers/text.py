@@ -1,0 +1,95 @@
+"""JSONL, CSV, TSV and plain text lines; a broken line is a bad record, a broken file an error."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from asyncdp.infer.readers.base import InputFile, Selection
+from asyncdp.infer.records import Row
+
+_MAX_FIELD = 16 << 20
+
+
+class _TextReader:
+    binary = False
+
+    def count(self, path: Path) -> int | None:
+        """The number of lines is known only once they are read."""
+        return None
+
+
+class LinesReader(_TextReader):
+    """Every line is one record; blank lines too, so that positions are line numbers."""
+
+    def rows(self, file: InputFile, selection: Selection, start: int) -> Iterator[Row]:
+        """Yields the text of every line."""
+        for number, line in file.lines():
+            where = f"{file.name}:{number}"
+            try:
+                yield Row(line.decode(), None, where)
+            except UnicodeDecodeError as error:
+                yield Row(None, None, where, error)
+
+
+class JsonlReader(_TextReader):
+    """Every line that is not blank is one JSON value."""
+
+    def rows(self, file: InputFile, selection: Selection, start: int) -> Iterator[Row]:
+        """Yields the parsed values."""
+        for number, line in file.lines():
+            if not line.strip():
+                continue
+            where = f"{file.name}:{number}"
+            try:
+                entry = json.loads(line.decode())
+            except (ValueError, RecursionError) as error:
+                yield Row(None, None, where, error)
+            else:
+                yield selection.row(entry, where)
+
+
+class CsvReader(_TextReader):
+    """A header line, then one record per row; quoted fields may hold line ends."""
+
+    def __init__(self, delimiter: str) -> None:
+        self._delimiter = delimiter
+
+    def rows(self, file: InputFile, selection: Selection, start: int) -> Iterator[Row]:
+        """Yields a dict of texts per row."""
+        csv.field_size_limit(_MAX_FIELD)
+        # surrogateescape lets a line that is no UTF-8 through, to be reported as one bad record.
+        lines = (line.decode(errors="surrogateescape") + "\n" for _, line in file.lines())
+        reader = csv.reader(lines, delimiter=self._delimiter, strict=True)
+        header = self._header(file, reader)
+        while True:
+            try:
+                fields = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield Row(None, None, f"{file.name}:{reader.line_num}", error)
+                continue
+            if fields:
+                yield self._row(fields, header, selection, f"{file.name}:{reader.line_num}")
+
+    def _header(self, file: InputFile, reader: Iterator[list[str]]) -> list[str]:
+        try:
+            header = next(reader, [])
+        except csv.Error as error:
+            raise file.broken(error) from error
+        if len(set(header)) != len(header):
+            raise file.broken("two columns of the header have the same name")
+        return header
+
+    def _row(self, fields: list[str], header: list[str], selection: Selection, where: str) -> Row:
+        if len(fields) != len(header):
+            wrong = ValueError(f"{len(fields)} fields, but the header has {len(header)}")
+            return Row(None, None, where, wrong)
+        try:
+            "".join(fields).encode()
+        except UnicodeEncodeError:
+            return Row(None, None, where, ValueError("the row is not valid UTF-8"))
+        return selection.row(dict(zip(header, fields, strict=True)), where)

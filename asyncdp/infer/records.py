@@ -1,0 +1,66 @@
+"""What travels from the readers to the writers."""
+
+from __future__ import annotations
+
+import dataclasses
+import traceback
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Columns = dict[str, "np.ndarray[Any, Any] | list[Any]"]
+"""Named outputs; every value has one entry per record along its first dimension."""
+
+
+class Row(NamedTuple):
+    """What a reader makes of one entry of one file."""
+
+    value: Any
+    id: str | None
+    where: str
+    error: Exception | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Record:
+    """One row of the input.
+
+    Attributes:
+        position: Row index over all inputs, from 0.
+        id: The entry of the id column as text, or the position.
+        value: What preprocessing gets.
+        where: File and line or row, for a person to find it.
+        error: Why the reader could not make it out, else None.
+    """
+
+    position: int
+    id: str | int
+    value: Any
+    where: str
+    error: Exception | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Failure:
+    """A record that was refused; told in words, since a traceback would hold its batch in memory."""
+
+    position: int
+    id: str | int
+    where: str
+    error: str
+    traceback: str
+
+    @classmethod
+    def of(cls, record: Record, error: BaseException) -> Failure:
+        """Describes why a record was refused."""
+        told = "".join(traceback.format_exception(error))
+        return cls(record.position, record.id, record.where, f"{type(error).__name__}: {error}", told)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Rows:
+    """The outputs of the records of one batch."""
+
+    positions: list[int]
+    ids: list[str | int]
+    columns: Columns

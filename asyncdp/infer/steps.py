@@ -1,0 +1,139 @@
+"""From records to model arguments, and from model outputs to columns."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from asyncdp.errors import JobError
+from asyncdp.infer.records import Columns
+
+Collate = Callable[[list[Any]], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """The three functions around the model.
+
+    Attributes:
+        preprocess: Values of some records -> one item each. Must be importable to run in processes.
+        collate: Items of one batch -> what the model is called with: a mapping becomes keyword
+            arguments, a tuple positional ones, anything else the only one.
+        postprocess: Output of one batch -> columns, or one entry per record.
+        cost: Item -> its length; batches are made of items of like length.
+    """
+
+    preprocess: Callable[[list[Any]], list[Any]]
+    collate: Collate
+    postprocess: Callable[[Any], Any]
+    cost: Callable[[Any], int]
+
+
+@dataclasses.dataclass(frozen=True)
+class EachValue:
+    """Runs a function of one value over many, in this thread or in a worker process."""
+
+    function: Callable[[Any], Any]
+
+    def __call__(self, values: list[Any]) -> list[Any]:
+        """Applies the function to every value."""
+        return [self.function(value) for value in values]
+
+
+def same(value: Any) -> Any:
+    """Returns its argument: the step that does nothing."""
+    return value
+
+
+def image_to_tensor(image: Any) -> torch.Tensor:
+    """Turns a PIL image into a float tensor [3, height, width] with entries from 0 to 1."""
+    pixels = np.array(image, dtype=np.uint8)
+    return torch.from_numpy(pixels).permute(2, 0, 1).float().div_(255)
+
+
+def default_collate(items: list[Any]) -> Any:
+    """Stacks numbers and arrays into one tensor, dicts entry by entry; texts stay a list.
+
+    Raises:
+        ValueError: When the items of a batch differ in shape.
+    """
+    first = items[0]
+    if isinstance(first, Mapping):
+        return {name: default_collate([item[name] for item in items]) for name in first}
+    if isinstance(first, str | bytes):
+        return (items,)
+    try:
+        return torch.stack([_tensor(item) for item in items])
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"the records of a batch do not stack into one tensor ({error})") from error
+
+
+def _tensor(item: Any) -> torch.Tensor:
+    if isinstance(item, float):
+        return torch.tensor(item, dtype=torch.get_default_dtype())
+    if isinstance(item, list):  # parsed JSON: floats there mean the default dtype
+        return torch.tensor(item)
+    tensor = torch.as_tensor(item)
+    return tensor.float() if tensor.dtype == torch.float64 else tensor
+
+
+def length_of(item: Any) -> int:
+    """Returns how long an item is: characters, tokens, or entries along the first dimension."""
+    if isinstance(item, Mapping):
+        return max((length_of(value) for value in item.values()), default=1)
+    shape = getattr(item, "shape", None)
+    if shape is not None:
+        return int(shape[0]) if len(shape) else 1
+    return len(item) if isinstance(item, Sequence) else 1
+
+
+def to_columns(output: Any, num_records: int) -> Columns:
+    """Turns the output of one batch into named columns.
+
+    Args:
+        output: A tensor or array, a mapping or named tuple of them, a tuple of them (``output_0``,
+            ...), or a list with an entry per record, where dicts give one column per key.
+        num_records: Number of records in the batch.
+
+    Raises:
+        JobError: When an entry does not have one row per record, or is named ``id``.
+    """
+    columns = {str(name): _column(values) for name, values in _named(output).items()}
+    for name, values in columns.items():
+        length = len(values) if np.ndim(values) or isinstance(values, list) else None
+        if length != num_records:
+            found = "no" if length is None else length
+            raise JobError(
+                f"Output {name!r} has {found} rows for {num_records} records",
+                "The model, or --postprocess, must give one row per record along the first dimension.",
+            )
+    if "id" in columns or not columns:
+        raise JobError(
+            "The outputs have a column named 'id'" if columns else "The model gives no output",
+            "Return other columns, or change them with --postprocess.",
+        )
+    return columns
+
+
+def _named(output: Any) -> Mapping[Any, Any]:
+    if isinstance(output, Mapping):
+        return output
+    if hasattr(output, "_asdict"):
+        return dict(output._asdict())
+    if isinstance(output, tuple):
+        return {f"output_{index}": values for index, values in enumerate(output)}
+    if isinstance(output, list) and output and all(isinstance(entry, Mapping) for entry in output):
+        return {name: [entry.get(name) for entry in output] for name in output[0]}
+    return {"output": output}
+
+
+def _column(values: Any) -> Any:
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+        # numpy has no bfloat16
+        return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+    return values if isinstance(values, list | np.ndarray) else np.asarray(values)
