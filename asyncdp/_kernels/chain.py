@@ -21,7 +21,7 @@ INSTALL_COMMAND = 'pip install "asyncdp[cuda]"'
 MINIMUM_CAPABILITY = (8, 0)
 # A driver refuses code of a newer toolkit, so the toolkit of the wheels is also the oldest driver's.
 MINIMUM_DRIVER = (13, 0)
-_DISTRIBUTIONS = {
+DISTRIBUTIONS = {
     "numba-cuda": "0.30.4",
     "cuda-core": "",
     "nvidia-cuda-nvrtc": "13.0.",
@@ -66,7 +66,7 @@ def implementation(device: torch.device) -> Implementation:
 
 def missing_distributions() -> tuple[str, ...]:
     """Name every distribution of the compiler's chain that is absent or of another version."""
-    return tuple(text for name, prefix in _DISTRIBUTIONS.items() if (text := _missing(name, prefix)))
+    return tuple(text for name, prefix in DISTRIBUTIONS.items() if (text := _missing(name, prefix)))
 
 
 @cache

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,52 @@ class _Counter:
 
 
 _counter = _Counter()
+_peers: dict[tuple[int, int], bool] = {}
 
 
 def statistics() -> PathStatistics:
     """Return the ways taken so far by compiled kernels of this process; all zero where torch's run."""
     return _counter.read()
+
+
+def bring(tensors: Sequence[Tensor], destination: torch.device) -> Sequence[Tensor]:
+    """Return tensors a kernel on `destination` can read: those given, or copies of what it cannot reach.
+
+    A staged copy is ordered by torch after the work on the current streams of both devices, and the
+    current stream of `destination` after the copy.
+    """
+    foreign = [i for i, tensor in enumerate(tensors) if tensor.device != destination]
+    if not foreign:
+        _counter.add(num_local=len(tensors))
+        return tensors
+    staged = [i for i in foreign if not _readable(tensors[i].device, destination)]
+    brought = list(tensors)
+    for i in staged:
+        brought[i] = tensors[i].to(destination, non_blocking=True)
+    _counter.add(
+        num_local=len(tensors) - len(foreign), num_peer=len(foreign) - len(staged), num_staged=len(staged)
+    )
+    return brought
+
+
+def enable_peers(device_index: int) -> None:
+    """Find the devices whose memory kernels on this one can read, and open the way to them."""
+    for other in range(torch.cuda.device_count()):
+        if other != device_index:
+            _readable(torch.device("cuda", other), torch.device("cuda", device_index))
+
+
+def _readable(source: torch.device, destination: torch.device) -> bool:
+    """Tell whether kernels on `destination` may read the memory of `source` in place."""
+    if source.type != "cuda" or destination.type != "cuda":
+        return False
+    pair = (source.index, destination.index)
+    if pair not in _peers:
+        both_ways = torch.cuda.can_device_access_peer(source, destination)
+        both_ways = both_ways and torch.cuda.can_device_access_peer(destination, source)
+        if both_ways:
+            # Torch opens the way at the first copy between two devices, in both allocators' memory.
+            torch.zeros(1, device=source).to(destination)
+            torch.zeros(1, device=destination).to(source)
+        _peers[pair] = both_ways
+    return _peers[pair]
