@@ -1,1 +1,27 @@
 """Data-parallel PyTorch on asynchronous lanes."""
+
+from ._data_parallel import DataParallel, DataParallelStatistics, data_parallel
+from ._devices import parse_devices
+from ._gather import gather
+from ._parallel_apply import parallel_apply
+from ._replicate import replicate
+from ._runtime import LaneState, LaneStatistics, Runtime, RuntimeStatistics, default_runtime
+from ._scatter import scatter
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DataParallel",
+    "DataParallelStatistics",
+    "LaneState",
+    "LaneStatistics",
+    "Runtime",
+    "RuntimeStatistics",
+    "data_parallel",
+    "default_runtime",
+    "gather",
+    "parallel_apply",
+    "parse_devices",
+    "replicate",
+    "scatter",
+]

@@ -63,7 +63,7 @@ class UnsupportedModuleError(AsyncDPError, TypeError):
 
     def __init__(self, got: object) -> None:
         super().__init__(
-            f"cannot replicate a {type(got).__qualname__}: TorchScript modules cannot be copied lane by lane. "
+            f"cannot replicate a {type(got).__qualname__}: a TorchScript module has no parts to copy. "
             "Use the original torch.nn.Module, or torch.export."
         )
 

@@ -1,0 +1,184 @@
+"""The differentiable duals of a pass: Scatter and Gather, Broadcast and ReduceAdd.
+
+Each one's backward is the other, so that gradients of gradients come for free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from . import _kernels
+from .errors import GatherError, ReduceAddDtypeError, ReduceAddInForwardError, ReduceAddSizeError
+
+
+class Scatter(Function):
+    """Split a tensor along a dimension into views. Dual: `Gather`."""
+
+    @staticmethod
+    def forward(ctx: Any, dim: int, sizes: Sequence[int], tensor: Tensor) -> tuple[Tensor, ...]:
+        """Return one view of `tensor` for each length in `sizes`."""
+        ctx.dim, ctx.device = dim, tensor.device
+        shards = torch.split(tensor, list(sizes), dim)
+        ctx.shapes = [shard.shape for shard in shards]
+        ctx.set_materialize_grads(False)
+        return tuple(shards)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        """Gather the shards' gradients; a shard that nothing depends on counts as zeros."""
+        given = next((grad for grad in grads if grad is not None), None)
+        if given is None:
+            return None, None, None
+        filled = [
+            given.new_zeros(shape) if grad is None else grad
+            for grad, shape in zip(grads, ctx.shapes, strict=True)
+        ]
+        return None, None, Gather.apply(ctx.device, ctx.dim, *filled)
+
+
+class Gather(Function):
+    """Concatenate tensors of any devices along a dimension. Dual: `Scatter`."""
+
+    @staticmethod
+    def forward(ctx: Any, device: torch.device, dim: int, *shards: Tensor) -> Tensor:
+        """Return one tensor on `device`."""
+        ctx.dim = dim
+        ctx.devices = [shard.device for shard in shards]
+        ctx.set_materialize_grads(False)
+        whole = concatenate(shards, dim, device)
+        ctx.sizes = [shard.shape[dim] for shard in shards]
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
+        """Scatter the gradient back to where each shard came from."""
+        if grad is None:
+            return (None, None, *(None for _ in ctx.devices))
+        shards = Scatter.apply(ctx.dim, ctx.sizes, grad)
+        return (
+            None,
+            None,
+            *(shard.to(device) for shard, device in zip(shards, ctx.devices, strict=True)),
+        )
+
+
+class Broadcast(Function):
+    """Give each device its own of every tensor. Dual: `ReduceAdd`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, devices: Sequence[torch.device], copy: bool, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Return `len(devices) * len(tensors)` tensors, those of the first device first.
+
+        Args:
+            ctx: torch's context.
+            devices: one per lane.
+            copy: whether a tensor that is on the lane's device already gets storage of its own.
+            *tensors: what to give to every device.
+        """
+        ctx.sources = [tensor.device for tensor in tensors]
+        ctx.set_materialize_grads(False)
+        outputs = [_own(tensor, device, copy) for device in devices for tensor in tensors]
+        # Without this, one parameter that learns would make frozen ones and buffers learn too.
+        learns = ctx.needs_input_grad[2:] * len(devices)
+        ctx.mark_non_differentiable(
+            *(output for output, does in zip(outputs, learns, strict=True) if not does)
+        )
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        """Sum over the lanes. A tensor that no lane used gets no gradient at all, not zeros."""
+        num_tensors = len(ctx.sources)
+        groups = [
+            [grad for grad in grads[position::num_tensors] if grad is not None]
+            for position in range(num_tensors)
+        ]
+        return (None, None, *_sum_groups(groups, ctx.sources))
+
+
+class ReduceAdd(Function):
+    """Sum tensors of any devices on one device. Dual: `Broadcast`. Only for backward passes."""
+
+    @staticmethod
+    def forward(ctx: Any, destination: torch.device, *tensors: Tensor) -> Tensor:
+        """Return the sum on `destination`.
+
+        Raises:
+            ReduceAddInForwardError: the result would need a gradient and no backward pass runs.
+            ReduceAddSizeError: sizes differ.
+            ReduceAddDtypeError: dtypes differ.
+        """
+        if any(ctx.needs_input_grad) and not _is_in_backward():
+            raise ReduceAddInForwardError
+        _check_alike(tensors)
+        ctx.devices = [tensor.device for tensor in tensors]
+        return _kernels.reduce_add(tensors, destination)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        """Every summand has the gradient of the sum."""
+        return (None, *Broadcast.apply(ctx.devices, False, grad))
+
+
+def concatenate(shards: Sequence[Tensor], dim: int, device: torch.device) -> Tensor:
+    """What `Gather` does, for when no gradient will be asked for.
+
+    Raises:
+        GatherError: the sizes do not fit together.
+    """
+    try:
+        return _kernels.gather(shards, dim, device)
+    except (RuntimeError, IndexError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        shapes = ", ".join(str(list(shard.shape)) for shard in shards)
+        raise GatherError(f"sizes {shapes} do not fit together along dim {dim}") from error
+
+
+def _own(tensor: Tensor, device: torch.device, copy: bool) -> Tensor:
+    if copy or tensor.device != device:
+        return tensor.detach().to(device, non_blocking=device.type == "cuda", copy=True)
+    return tensor.detach()
+
+
+def _sum_groups(
+    groups: Sequence[Sequence[Tensor]], destinations: Sequence[torch.device]
+) -> list[Tensor | None]:
+    """Sum each group on its destination; an empty group gives None."""
+    sums: list[Tensor | None] = [None] * len(groups)
+    to_reduce: dict[torch.device, list[int]] = {}
+    for position, (group, destination) in enumerate(zip(groups, destinations, strict=True)):
+        if not group:
+            continue
+        if len(group) == 1 and group[0].device == destination:
+            sums[position] = group[0]
+        elif torch.is_grad_enabled():  # create_graph: the sum itself must be differentiable
+            sums[position] = ReduceAdd.apply(destination, *group)
+        else:
+            _check_alike(group)
+            to_reduce.setdefault(destination, []).append(position)
+    for destination, positions in to_reduce.items():
+        totals = _kernels.reduce_add_many([groups[position] for position in positions], destination)
+        for position, total in zip(positions, totals, strict=True):
+            sums[position] = total
+    return sums
+
+
+def _check_alike(tensors: Sequence[Tensor]) -> None:
+    first = tensors[0]
+    for other in tensors[1:]:
+        if other.shape != first.shape:
+            raise ReduceAddSizeError(other.shape, first.shape)
+        if other.dtype != first.dtype:
+            raise ReduceAddDtypeError(other.dtype, first.dtype)
+
+
+def _is_in_backward() -> bool:
+    return bool(torch._C._current_graph_task_id() != -1)

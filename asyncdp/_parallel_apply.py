@@ -1,0 +1,101 @@
+"""Run modules side by side, each on its own lane."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import _tree
+from ._devices import Devices, parse_devices
+from ._runtime import Lane, default_runtime
+from ._scatter import move
+from .errors import CountMismatchError, NotAModuleError
+
+
+async def parallel_apply(
+    modules: Sequence[nn.Module],
+    inputs: Sequence[Any],
+    *,
+    kwargs: Sequence[Mapping[str, Any]] | None = None,
+    devices: Devices = None,
+) -> list[Any]:
+    """Call each module with its own input, all at the same time.
+
+    Args:
+        modules: one per input.
+        inputs: a tuple holds positional arguments, anything else is the only one.
+        kwargs: keyword arguments for each module.
+        devices: one per module; inputs and outputs are moved there. If None, every module runs where
+            the first tensor of its input is, on the default lanes if that is the CPU.
+
+    Returns:
+        One output per module.
+
+    Raises:
+        CountMismatchError: the sequences differ in length.
+        NotAModuleError: one of the modules is none.
+        BaseException: the first exception in time that a module raised, after all have ended.
+    """
+    named = None if devices is None else parse_devices(devices)
+    _check_counts(modules, inputs, kwargs, named)
+    if not modules:
+        return []
+    runtime = default_runtime()
+    targets = named if named is not None else [_device_of(each) for each in inputs]
+    lanes = runtime.lanes_for(targets) if named is not None else _default_lanes(targets)
+    every_kwargs = kwargs if kwargs is not None else [{}] * len(modules)
+    stage = [
+        (lane, partial(apply, module, arguments(one), keywords, device))
+        for lane, module, one, keywords, device in zip(
+            lanes, modules, inputs, every_kwargs, targets, strict=True
+        )
+    ]
+    return await runtime.run_pass(stage, num_threads=runtime.thread_share(len(set(lanes))))
+
+
+def arguments(inputs: Any) -> tuple[Any, ...]:
+    """The positional arguments that one entry of inputs means."""
+    return inputs if type(inputs) is tuple else (inputs,)
+
+
+def apply(
+    module: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], device: torch.device
+) -> Any:
+    """Call a module on a lane, with inputs and outputs on the lane's device."""
+    args, kwargs = move((args, dict(kwargs)), device)
+    return move(module(*args, **kwargs), device)
+
+
+def _check_counts(
+    modules: Sequence[nn.Module],
+    inputs: Sequence[Any],
+    kwargs: Sequence[Mapping[str, Any]] | None,
+    devices: Sequence[torch.device] | None,
+) -> None:
+    for module in modules:
+        if not isinstance(module, nn.Module):
+            raise NotAModuleError(module)
+    for what, given in (("inputs", inputs), ("kwargs", kwargs), ("devices", devices)):
+        if given is not None and len(given) != len(modules):
+            raise CountMismatchError(what, len(modules), len(given))
+
+
+def _device_of(inputs: Any) -> torch.device:
+    for leaf in _tree.flatten(inputs)[0]:
+        if isinstance(leaf, Tensor):
+            return leaf.device
+    return torch.device("cpu")
+
+
+def _default_lanes(targets: Sequence[torch.device]) -> list[Lane]:
+    """One lane per target; on the CPU the default lanes in turn, however many modules there are."""
+    runtime = default_runtime()
+    lanes = []
+    for position, device in enumerate(targets):
+        known = [lane for lane in runtime.lanes if lane.device == device] or runtime.lanes_for([device])
+        lanes.append(known[position % len(known)])
+    return lanes

@@ -1,0 +1,200 @@
+"""Copies of a module, one per lane, whose parameters lead their gradients back to the original."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from ._autograd import Broadcast
+from ._devices import Devices, parse_devices
+from .errors import LazyModuleError, NotAModuleError, UnsupportedModuleError
+
+TensorMap = Mapping[int, Tensor]
+"""The `id` of one of the original module's parameters or buffers -> what stands in its place."""
+
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
+
+
+def replicate(module: nn.Module, devices: Devices, *, detach: bool = False) -> list[nn.Module]:
+    """Copy a module deeply to every device.
+
+    Args:
+        module: any module but a TorchScript one.
+        devices: one replica each; see `parse_devices`.
+        detach: leave out the gradient edges; the parameters of the replicas then require none.
+
+    Returns:
+        One module per device, of the same class, with its own storage for parameters and buffers.
+        Its parameters are no leaves: gradients go to the original's parameters, summed over the
+        replicas. `parameters()`, `state_dict()` and the rest work as on the original, tied
+        parameters and shared submodules stay so.
+
+    Raises:
+        NotAModuleError, LazyModuleError, UnsupportedModuleError: the module cannot be replicated.
+    """
+    check_module(module)
+    targets = parse_devices(devices)
+    tensors = module_tensors(module)
+    if detach:
+        copies = [tensor.detach().to(device, copy=True) for device in targets for tensor in tensors]
+    else:
+        copies = list(Broadcast.apply(targets, True, *tensors))
+    replicas = []
+    for lane in range(len(targets)):
+        own = copies[lane * len(tensors) : (lane + 1) * len(tensors)]
+        replica = Replica(module, deep=True)
+        replica.install(stand_ins(tensors, own))
+        replicas.append(replica.module)
+    return replicas
+
+
+def check_module(module: object) -> None:
+    """Refuse what cannot be replicated, before any work starts."""
+    if not isinstance(module, nn.Module):
+        raise NotAModuleError(module)
+    if isinstance(module, torch.jit.ScriptModule):
+        raise UnsupportedModuleError(module)
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if is_lazy(tensor):
+            raise LazyModuleError(name)
+
+
+def module_tensors(module: nn.Module) -> list[Tensor]:
+    """Every parameter and buffer once, parameters first."""
+    return [*module.parameters(), *module.buffers()]
+
+
+def stand_ins(originals: Sequence[Tensor], replacements: Sequence[Tensor]) -> TensorMap:
+    """Map originals to what stands in for them; a parameter's stand-in counts as a parameter too."""
+    for original, replacement in zip(originals, replacements, strict=True):
+        if isinstance(original, nn.Parameter) and replacement is not original:
+            # What isinstance(x, nn.Parameter) looks at for tensors that are no such instances.
+            replacement._is_param = True
+    return {id(original): new for original, new in zip(originals, replacements, strict=True)}
+
+
+class Replica:
+    """A module's structure copied, with places into which tensors can be put again and again.
+
+    Args:
+        original: what to copy.
+        deep: whether attributes that are neither modules nor tensors are copied too, or shared with
+            the original. Either way, references to the original's submodules become the replica's.
+
+    Attributes:
+        module: the copy.
+        installed: the stand-ins it holds now.
+    """
+
+    def __init__(self, original: nn.Module, *, deep: bool) -> None:
+        self.installed: TensorMap | None = None
+        self._modules: dict[int, nn.Module] = {id(each): _bare_copy(each) for each in original.modules()}
+        self.module = self._modules[id(original)]
+        self._slots: list[tuple[dict[str, Any], str, int]] = []
+        self._attributes: list[tuple[dict[str, Any], str, Any]] = []
+        self._memo: dict[int, Any] | None = None
+        if deep:
+            # A submodule, met inside an attribute, stands for its copy; a copy stands for itself.
+            self._memo = {**self._modules, **{id(copied): copied for copied in self._modules.values()}}
+        tensor_ids = {id(tensor) for tensor in module_tensors(original)}
+        for each in original.modules():
+            self._fill(each, self._modules[id(each)].__dict__, tensor_ids)
+
+    def install(self, tensors: TensorMap) -> None:
+        """Put tensors in the places of the original's parameters and buffers."""
+        if tensors is self.installed:
+            return
+        for registry, name, key in self._slots:
+            registry[name] = tensors[key]
+        for namespace, name, template in self._attributes:
+            namespace[name] = _substitute(template, tensors)
+        self.installed = tensors
+
+    def set_attribute(self, original: nn.Module, name: str, value: Any) -> None:
+        """Follow a change of a plain attribute of one of the original's modules."""
+        self._modules[id(original)].__dict__[name] = _substitute(value, self._modules)
+
+    def buffers_of(self, original: nn.Module) -> dict[str, Tensor | None]:
+        """The buffers of the copy of one of the original's modules."""
+        return self._modules[id(original)]._buffers
+
+    def _fill(self, original: nn.Module, namespace: dict[str, Any], tensor_ids: set[int]) -> None:
+        for registry in ("_parameters", "_buffers"):
+            entries = dict(namespace[registry])
+            namespace[registry] = entries
+            self._slots += [
+                (entries, name, id(value)) for name, value in entries.items() if value is not None
+            ]
+        namespace["_modules"] = {
+            name: None if child is None else self._modules[id(child)]
+            for name, child in original._modules.items()
+        }
+        # Compiled code of the original would run the original.
+        if "_compiled_call_impl" in namespace:
+            namespace["_compiled_call_impl"] = None
+        for name, value in original.__dict__.items():
+            if name in _REGISTRIES:
+                continue
+            mapped = _substitute(value, self._modules)
+            if _refers_to(mapped, tensor_ids):
+                self._attributes.append((namespace, name, mapped))
+            elif self._memo is not None:
+                mapped = _deep_copy(name, mapped, self._memo)
+            namespace[name] = mapped
+
+
+def _bare_copy(module: nn.Module) -> nn.Module:
+    # Not through the class's own __new__, which some classes (GraphModule) use to make a new class.
+    replica = object.__new__(type(module))
+    replica.__dict__ = dict(module.__dict__)
+    return replica
+
+
+def _substitute(value: Any, memo: Mapping[int, Any]) -> Any:
+    """Replace what `memo` knows, also inside lists, tuples, dicts and bound methods."""
+    if id(value) in memo:
+        return memo[id(value)]
+    kind = type(value)
+    if kind is MethodType and id(value.__self__) in memo:
+        return MethodType(value.__func__, memo[id(value.__self__)])
+    if kind in (list, tuple):
+        return _rebuilt(value, [_substitute(entry, memo) for entry in value], kind)
+    if kind in (dict, OrderedDict):
+        entries = [_substitute(entry, memo) for entry in value.values()]
+        return _rebuilt(value, entries, lambda new: kind(zip(value, new, strict=True)), list(value.values()))
+    return value
+
+
+def _rebuilt(value: Any, new: list[Any], make: Callable[[list[Any]], Any], old: Any = None) -> Any:
+    """Make a new container if an entry changed; else keep the very one, so that edits stay visible."""
+    entries = value if old is None else old
+    if all(one is other for one, other in zip(entries, new, strict=True)):
+        return value
+    return make(new)
+
+
+def _refers_to(value: Any, ids: set[int]) -> bool:
+    if isinstance(value, Tensor):
+        return id(value) in ids
+    if type(value) in (list, tuple):
+        return any(_refers_to(entry, ids) for entry in value)
+    if type(value) in (dict, OrderedDict):
+        return any(_refers_to(entry, ids) for entry in value.values())
+    return False
+
+
+def _deep_copy(name: str, value: Any, memo: dict[int, Any]) -> Any:
+    """Copy an attribute deeply, but for hooks and what cannot be copied (locks, handles): shared."""
+    if name.endswith("_hooks"):
+        return copy.copy(value)
+    try:
+        return copy.deepcopy(value, memo)
+    except Exception:
+        return value

@@ -1,0 +1,106 @@
+"""Split the inputs of a pass into shards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from . import _tree
+from ._autograd import Scatter
+from ._devices import Devices, parse_devices
+from ._runtime.schedule import split_sizes
+from .errors import LengthMismatchError, UnsplittableError
+
+
+def scatter(inputs: Any, devices: Devices, *, dim: int = 0) -> list[Any]:
+    """Split nested inputs over devices.
+
+    Tensors are split along `dim` into balanced shards (9 rows on 4 devices: 3, 2, 2, 2); with fewer
+    rows than devices there are fewer shards, and no rows at all give one empty shard. Everything
+    else, and tensors that have no such dimension, is repeated in every shard.
+
+    Args:
+        inputs: a tensor, or tuples, lists, dicts, named tuples and dataclasses of them, nested at will.
+        devices: one shard goes to each, as far as there are rows; see `parse_devices`.
+        dim: the dimension to split, negative ones counted from each tensor's end.
+
+    Returns:
+        One entry per shard, shaped like `inputs`. Shards on the input's device are views of it.
+        Differentiable.
+
+    Raises:
+        LengthMismatchError: tensors differ in length along `dim`.
+        UnsplittableError: an input cannot be split along one dimension (a PackedSequence).
+    """
+    targets = parse_devices(devices)
+    shards = split(inputs, len(targets), dim)
+    return [move(shard, device) for shard, device in zip(shards, targets, strict=False)]
+
+
+def split(inputs: Any, num_lanes: int, dim: int) -> list[Any]:
+    """Split nested inputs into at most `num_lanes` shards, without moving them to another device."""
+    if isinstance(inputs, Tensor) and _has_dim(inputs, dim):
+        return list(_split_tensor(inputs, split_sizes(inputs.shape[dim], num_lanes), dim))
+    leaves, spec = _tree.flatten(inputs)
+    if any(PackedSequence in (kind, getattr(kind, "type", None)) for kind in _node_types(spec)):
+        raise UnsplittableError(PackedSequence)
+    num_rows = _common_length(leaves, spec, dim)
+    if num_rows is None:
+        return [inputs] * num_lanes
+    sizes = split_sizes(num_rows, num_lanes)
+    columns = [
+        _split_tensor(leaf, sizes, dim)
+        if isinstance(leaf, Tensor) and _has_dim(leaf, dim)
+        else [leaf] * len(sizes)
+        for leaf in leaves
+    ]
+    return [_tree.unflatten(spec, row) for row in zip(*columns, strict=True)]
+
+
+def move(tree: Any, device: torch.device) -> Any:
+    """Move every tensor of a tree to `device`; tensors that are there already are not copied."""
+    if isinstance(tree, Tensor):
+        return _move_tensor(tree, device)
+    return _tree.map_leaves(lambda leaf: _move_tensor(leaf, device), tree)
+
+
+def _move_tensor(leaf: Any, device: torch.device) -> Any:
+    if not isinstance(leaf, Tensor) or leaf.device == device:
+        return leaf
+    # Only towards CUDA: the other way the copy might be read on the host before it has arrived.
+    return leaf.to(device, non_blocking=device.type == "cuda")
+
+
+def _has_dim(tensor: Tensor, dim: int) -> bool:
+    return -tensor.dim() <= dim < tensor.dim()
+
+
+def _split_tensor(tensor: Tensor, sizes: Sequence[int], dim: int) -> Sequence[Tensor]:
+    if tensor.requires_grad and torch.is_grad_enabled():
+        return Scatter.apply(dim, sizes, tensor)  # type: ignore[no-any-return]
+    return torch.split(tensor, list(sizes), dim)
+
+
+def _common_length(leaves: Sequence[Any], spec: Any, dim: int) -> int | None:
+    """The length all splittable tensors share along `dim`; None if there is no such tensor."""
+    splittable = [
+        (position, leaf.shape[dim])
+        for position, leaf in enumerate(leaves)
+        if isinstance(leaf, Tensor) and _has_dim(leaf, dim)
+    ]
+    if not splittable:
+        return None
+    first, num_rows = splittable[0]
+    for position, length in splittable[1:]:
+        if length != num_rows:
+            names = [name or "the input" for name in _tree.paths(spec)]
+            raise LengthMismatchError(dim, (names[first], num_rows), (names[position], length))
+    return int(num_rows)
+
+
+def _node_types(spec: Any) -> list[Any]:
+    return [spec.type, *(kind for child in spec.children() for kind in _node_types(child))]
