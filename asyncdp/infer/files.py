@@ -43,6 +43,15 @@ def write_whole(path: Path, fill: Callable[[IO[bytes]], None]) -> None:
         raise write_failed(path, error) from error
 
 
+def write_whole_bytes(path: Path, data: bytes) -> None:
+    """Does what `write_whole` does, with contents that are at hand."""
+
+    def fill(file: IO[bytes]) -> None:
+        file.write(data)
+
+    write_whole(path, fill)
+
+
 def sync_folder(path: Path) -> None:
     """Makes new names in a folder survive a power loss."""
     if os.name == "nt":  # folders cannot be opened there, and renames are durable

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import importlib.util
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,8 +12,9 @@ import anyio
 import torch
 
 from asyncdp._devices import parse_devices
-from asyncdp.errors import JobUsageError, MissingExtraError
+from asyncdp.errors import JobUsageError
 from asyncdp.infer.batching import Window, cut_windows
+from asyncdp.infer.files import write_whole_bytes
 from asyncdp.infer.models import LoadedModel, load_model
 from asyncdp.infer.monitor import Monitor
 from asyncdp.infer.names import load_name
@@ -24,6 +24,8 @@ from asyncdp.infer.pipeline import ErrorPolicy, Limits, Pipeline, plain_task_gro
 from asyncdp.infer.readers import decode_image, open_inputs
 from asyncdp.infer.records import Columns, Failure, Rows
 from asyncdp.infer.steps import EachValue, Steps, default_collate, image_to_tensor, length_of, same
+
+SUMMARY_NAME = "_summary.json"
 
 _TICK_SECONDS = 0.5
 
@@ -127,7 +129,10 @@ class Job:
             monitor.warnings += output.warnings
             if not self._is_complete(output):
                 await self._run_engine(output, reporter, monitor)
-            return _summarise(monitor, output)
+            summary = _summarise(monitor, output)
+            text = json.dumps(dataclasses.asdict(summary), indent=1).encode()
+            write_whole_bytes(options.output / SUMMARY_NAME, text)
+        return summary
 
     async def plan(self) -> Plan:
         """Loads everything and runs the first batch, but writes nothing.
@@ -316,14 +321,3 @@ def _summarise(monitor: Monitor, output: OutputFolder) -> Summary:
         files=sum(len(block.files) for block in output.finished.values()),
         output=str(output.path),
     )
-
-
-def require_packages() -> None:
-    """Checks that what the job needs beyond the library itself is installed.
-
-    Raises:
-        MissingExtraError: Naming the command that installs it.
-    """
-    for package in ("pyarrow", "safetensors", "filelock"):
-        if importlib.util.find_spec(package) is None:
-            raise MissingExtraError("Batch inference", package, "cli")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from asyncdp.errors import ResumeRefusedError
-from asyncdp.infer.files import digest_file, write_failed, write_whole
+from asyncdp.infer.files import digest_file, write_failed, write_whole_bytes
 
 JOURNAL_NAME = "_journal.jsonl"
 
@@ -91,7 +91,7 @@ class Journal:
         self.state = state
         # Rewriting drops half lines and blocks that did not pass their check.
         lines = "".join(_line(entry) for entry in state.entries()).encode()
-        write_whole(self.path, lambda file: _fill(file, lines))
+        write_whole_bytes(self.path, lines)
 
     def finish_block(self, block: Block) -> None:
         """Records a block whose files are on the disk."""
@@ -140,10 +140,6 @@ def load_journal(folder: Path) -> JournalState:
         elif "end" in entry:
             state.num_records = entry["end"]
     return state
-
-
-def _fill(file: Any, lines: bytes) -> None:
-    file.write(lines)
 
 
 def _line(entry: Mapping[str, Any]) -> str:

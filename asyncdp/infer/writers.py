@@ -22,7 +22,7 @@ def write_parquet(file: IO[bytes], ids: Sequence[Any], columns: Columns) -> None
     import pyarrow.parquet
 
     arrays = {"id": pyarrow.array(ids), **{name: _arrow(values) for name, values in columns.items()}}
-    pyarrow.parquet.write_table(pyarrow.table(arrays), file, compression="zstd")
+    pyarrow.parquet.write_table(pyarrow.table(arrays), file)
 
 
 def write_jsonl(file: IO[bytes], ids: Sequence[Any], columns: Columns) -> None:

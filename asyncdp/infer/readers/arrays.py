@@ -84,12 +84,14 @@ def _copy(array: Any, begin: int, end: int) -> Any:
 
 @contextlib.contextmanager
 def _npy(path: Path) -> Iterator[tuple[_Arrays, int]]:
-    yield _slices({"value": np.load(path, mmap_mode="r", allow_pickle=False)})
+    # Unlike np.load this closes the file on failure; it refuses arrays of objects by itself.
+    yield _slices({"value": np.lib.format.open_memmap(path, mode="r")})
 
 
 @contextlib.contextmanager
 def _npz(path: Path) -> Iterator[tuple[_Arrays, int]]:
-    with np.load(path, allow_pickle=False) as archive:
+    # numpy leaves a file that it opened itself open when the archive is damaged.
+    with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
         if not hasattr(archive, "files"):
             raise ValueError("it is no .npz archive")
         yield _slices({name: archive[name] for name in archive.files})

@@ -1,0 +1,34 @@
+"""A tiny model, its inputs, and a job runner, shared by the tests of batch inference."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """An empty working folder with an importable module of models and functions."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    return tmp_path
+
+
+@pytest.fixture
+def numbers(work):
+    """Writes ``count`` records {"x": [i, 1, 0]} as JSONL and returns the file."""
+
+    def make(count=10, bad=(), name="numbers.jsonl"):
+        path = work / name
+        with open(path, "w") as file:
+            for index in range(count):
+                entry = "not json" if index in bad else json.dumps({"x": [float(index), 1.0, 0.0]})
+                file.write(entry + "\n")
+        return path
+
+    return make
