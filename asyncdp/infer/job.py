@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import anyio
+import anyio.to_thread
 import torch
 
 from asyncdp._devices import parse_devices
@@ -115,15 +116,7 @@ class Job:
             JobError: See its subclasses; all blocks finished before stay valid.
         """
         monitor = monitor or Monitor()
-        options = self.options
-        print_of_job = fingerprint(options, self.inputs, self.model.files)
-        with OutputFolder(
-            options.output,
-            options.output_format,
-            print_of_job,
-            resume=options.resume,
-            ordered=options.order == "input",
-        ) as output:
+        with await anyio.to_thread.run_sync(self._open_output) as output:
             monitor.num_earlier = sum(block.num_records for block in output.finished.values())
             monitor.num_earlier_bad = sum(block.num_bad for block in output.finished.values())
             monitor.warnings += output.warnings
@@ -131,7 +124,7 @@ class Job:
                 await self._run_engine(output, reporter, monitor)
             summary = _summarise(monitor, output)
             text = json.dumps(dataclasses.asdict(summary), indent=1).encode()
-            write_whole_bytes(options.output / SUMMARY_NAME, text)
+            await anyio.to_thread.run_sync(write_whole_bytes, output.path / SUMMARY_NAME, text)
         return summary
 
     async def plan(self) -> Plan:
@@ -156,6 +149,16 @@ class Job:
         num_records = inputs.estimate_num_records()
         return Plan(
             inputs.format_name, len(inputs.files), num_records, names, shapes, inputs.num_records_read
+        )
+
+    def _open_output(self) -> OutputFolder:
+        options = self.options
+        return OutputFolder(
+            options.output,
+            options.output_format,
+            fingerprint(options, self.inputs, self.model.files),
+            resume=options.resume,
+            ordered=options.order == "input",
         )
 
     def _engine(self) -> Any:
@@ -188,7 +191,7 @@ class Job:
             finally:
                 monitor.sample(engine)
                 reporter.finished()
-            output.journal.finish_input(self.inputs.num_records_read)
+            await anyio.to_thread.run_sync(output.journal.finish_input, self.inputs.num_records_read)
             group.cancel_scope.cancel()
 
     async def _tick(self, engine: Any, reporter: Reporter, monitor: Monitor) -> None:

@@ -328,7 +328,15 @@ def _batch(
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
+    leaves = list(_leaves(group))
+    # A queue whose other end has failed complains too, sometimes sooner than the failure arrives.
+    causes = [error for error in leaves if not isinstance(error, anyio.BrokenResourceError)]
+    return (causes or leaves)[0]
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield error

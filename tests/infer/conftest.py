@@ -6,7 +6,10 @@ import json
 import sys
 from pathlib import Path
 
+import anyio
 import pytest
+
+from asyncdp.infer import InferOptions, Job
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -32,3 +35,29 @@ def numbers(work):
         return path
 
     return make
+
+
+class Quiet:
+    """A reporter that tells nobody."""
+
+    def started(self, num_records, monitor, lanes):
+        self.lanes = lanes
+
+    def progressed(self, num_records, monitor):
+        pass
+
+    def finished(self):
+        pass
+
+
+@pytest.fixture
+def run(work, anyio_backend):
+    """Runs a job over ``inputs`` into the folder ``out`` and returns its summary."""
+
+    def run(inputs, model="models_for_tests:Sums", monitor=None, **options):
+        options = {"columns": ("x",), "devices": "cpu*2", "output": work / "out", **options}
+        inputs = inputs if isinstance(inputs, tuple) else (str(inputs),)
+        job = Job(InferOptions(inputs=inputs, model=model, **options))
+        return anyio.run(job.run, Quiet(), monitor, backend=anyio_backend)
+
+    return run
