@@ -97,11 +97,12 @@ def _forced() -> str:
 
 
 def _missing(name: str, prefix: str) -> str:
+    wanted = f"{prefix}*" if prefix.endswith(".") else prefix
     try:
         version = metadata.version(name)
     except metadata.PackageNotFoundError:
-        return f"{name} {prefix}{'*' if prefix.endswith('.') else ''}".rstrip() + " is not installed"
-    return "" if version.startswith(prefix) else f"{name} is {version}, but {prefix}* is needed"
+        return f"{name} {wanted}".rstrip() + " is not installed"
+    return "" if version.startswith(prefix) else f"{name} is {version}, but {wanted} is needed"
 
 
 def _missing_on(device: torch.device) -> list[tuple[str, str]]:

@@ -1,0 +1,118 @@
+"""A machine for the kernels' bodies that runs them over this process's own memory, thread by thread.
+
+Every load and store is checked: aligned to its size and inside of a tensor of the call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import numpy as np
+
+from asyncdp._kernels import bodies, cuda, plan
+
+_DTYPES = {"int8": np.int8, "int16": np.int16, "int32": np.int32, "int64": np.int64}
+_DTYPES |= {"float16": np.float16, "float32": np.float32, "float64": np.float64}
+
+
+class CpuMachine:
+    """Walks a kernel over all its blocks and threads; `num_wide` counts accesses of a whole vector."""
+
+    def __init__(self) -> None:
+        self.index = (0, 0)
+        self.num_wide = 0
+        self.allowed = np.empty((0, 2), np.int64)
+
+    def allow(self, address: int, size: int) -> None:
+        """Let kernels touch these bytes; what nobody allowed stays forbidden."""
+        self.allowed = np.append(self.allowed, [(address, address + size)], axis=0)
+
+    def view(self, address: int, dtype: type[np.generic], count: int) -> np.ndarray:
+        """Return the memory at an address as an array, after checking that it may be touched so."""
+        size = np.dtype(dtype).itemsize * count
+        assert address % size == 0, f"{size} bytes at {address:#x} are not aligned"
+        inside = (self.allowed[:, 0] <= address) & (address + size <= self.allowed[:, 1])
+        assert inside.any(), f"{size} bytes at {address:#x} lie outside of every tensor"
+        self.num_wide += size == bodies.VECTOR_BYTES
+        return np.frombuffer((ctypes.c_char * size).from_address(address), dtype, count)
+
+    def access(self, dtype, count, wide=None):
+        """Make a load and a store of `count` numbers, held as `wide` while they are added."""
+
+        def store(address, values):
+            self.view(address, dtype, count)[:] = np.asarray(values).astype(dtype)
+
+        return (lambda address: self.view(address, dtype, count).astype(wide or dtype)), store
+
+    def operations(self, name: str) -> SimpleNamespace:
+        """Return what `bodies` asks of a machine, for one dtype."""
+        dtype = np.dtype(_DTYPES.get(name, np.uint8))
+        wide = np.float32 if name == "float16" else None
+        load, store = self.access(dtype.type, bodies.VECTOR_BYTES // dtype.itemsize, wide)
+        load_one, store_one = self.access(dtype.type, 1, wide)
+        add = np.add
+        return SimpleNamespace(
+            device=lambda function: function,
+            block=lambda: self.index[0],
+            thread=lambda: self.index[1],
+            read=lambda address: int(self.view(address, np.int64, 1)[0]),
+            divide=lambda a, b: self.narrow(a) // self.narrow(b),
+            multiply=lambda a, b: self.narrow(a) * self.narrow(b),
+            units=[(unit, self.access(np.uint8, unit)) for unit in (16, 8, 4, 2, 1)],
+            itemsize=dtype.itemsize,
+            load_vector=load,
+            add_vectors=add,
+            store_vector=store,
+            load_scalar=load_one,
+            add_scalars=add,
+            store_scalar=store_one,
+        )
+
+    def narrow(self, number: int) -> int:
+        """Check that a number fits the 32 bits the device has for it."""
+        assert 0 <= number < 1 << 32
+        return number
+
+    def run(self, name: str, num_tiles: int, *arguments: int) -> None:
+        """Run a kernel as a launch would, one thread after the other."""
+        if name == "copy":
+            kernel = bodies.make_copy(self.operations("uint8"))
+        else:
+            kernel = bodies.make_reduce_add(self.operations(name.removeprefix("reduce_add_")))
+        for block in range(num_tiles):
+            for thread in range(bodies.THREADS):
+                self.index = (block, thread)
+                with np.errstate(over="ignore"):
+                    kernel(*arguments)
+
+
+def install(monkeypatch) -> CpuMachine:
+    """Make `asyncdp._kernels.cuda` work on CPU tensors, through a machine of this kind."""
+    machine = CpuMachine()
+    add_sum, add_copy = plan.add_sum, plan.add_copy
+
+    def watched_add_sum(table, numel, itemsize, target, sources):
+        for address in (target, *sources):
+            machine.allow(address, numel * itemsize)
+        add_sum(table, numel, itemsize, target, sources)
+
+    def watched_add_copy(table, target, source, width, num_rows, target_pitch, source_pitch):
+        for address, pitch in ((target, target_pitch), (source, source_pitch)):
+            for row in range(num_rows):
+                machine.allow(address + row * pitch, width)
+        add_copy(table, target, source, width, num_rows, target_pitch, source_pitch)
+
+    def run(kernel, destination, table, *arguments):
+        if table.num_tiles:
+            rows = np.frombuffer(table.values, np.int64)
+            machine.allow(rows.ctypes.data, rows.nbytes)
+            machine.run(kernel, table.num_tiles, rows.ctypes.data, table.num_rows, *arguments)
+
+    monkeypatch.setattr(plan, "add_sum", watched_add_sum)
+    monkeypatch.setattr(plan, "add_copy", watched_add_copy)
+    monkeypatch.setattr(cuda, "_run", run)
+    monkeypatch.setattr(cuda, "_current", lambda device: nullcontext())
+    monkeypatch.setattr(cuda, "_with_index", lambda device: device)
+    return machine

@@ -1,0 +1,219 @@
+"""The kernels' own code, walked thread by thread over ordinary memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from cpu_machine import install
+
+from asyncdp._kernels import bodies, cuda, plan, reference
+
+CPU = torch.device("cpu")
+DTYPES = ["float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8", "complex64"]
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A CPU in place of the GPU, with outputs full of NaN until the kernel writes them."""
+    torch.use_deterministic_algorithms(True)
+    yield install(monkeypatch)
+    torch.use_deterministic_algorithms(False)
+
+
+def numbers(shape, dtype, seed=0):
+    """Make numbers whose sums round, or wrap, in most places."""
+    generator = torch.Generator().manual_seed(seed)
+    if dtype.is_floating_point or dtype.is_complex:
+        return torch.randn(shape, dtype=dtype, generator=generator)
+    shape, limits = (shape,) if isinstance(shape, int) else shape, torch.iinfo(dtype)
+    return torch.randint(limits.min // 2, limits.max // 2 + 1, shape, dtype=dtype, generator=generator)
+
+
+def shifted(tensor, offset):
+    """Move a tensor `offset` elements away from an aligned address."""
+    room = torch.empty(tensor.numel() + offset + 16, dtype=tensor.dtype)
+    start = -room.data_ptr() % 16 // tensor.itemsize + offset
+    return room[start : start + tensor.numel()].copy_(tensor.flatten()).view(tensor.shape)
+
+
+def same_bits(one, other):
+    """Compare tensors by their bytes, so that NaN and signed zeros count."""
+    return one.stride() == other.stride() and torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("numel", "offset"), [(1, 0), (37, 1), (4099, 0), (4500, 3)])
+def test_sums_equal_the_reference_bit_for_bit(machine, dtype, numel, offset):
+    """Any dtype, size and shared odd offset: the compiled kernel's code gives the reference's bits."""
+    kind = getattr(torch, dtype)
+    tensors = [shifted(numbers(numel, kind, seed), offset) for seed in range(3)]
+    (total,) = cuda.reduce_add_many([tensors], CPU)
+    assert same_bits(total, reference.reduce_add(tensors, CPU))
+
+
+@pytest.mark.parametrize("num_inputs", [1, 2, 5, 9])
+def test_any_number_of_inputs_is_summed(machine, num_inputs):
+    """From one input up, each is read and none twice."""
+    tensors = [numbers(300, torch.float32, seed) for seed in range(num_inputs)]
+    (total,) = cuda.reduce_add_many([tensors], CPU)
+    assert same_bits(total, reference.reduce_add(tensors, CPU))
+    assert total.data_ptr() not in [tensor.data_ptr() for tensor in tensors]
+
+
+def test_inputs_out_of_step_fall_back_to_single_elements(machine):
+    """Where no 16-byte boundary is common to all tensors, the sum is still right, without wide loads."""
+    tensors = [shifted(numbers(2000, torch.float32, i), i) for i in range(3)]
+    machine.num_wide = 0
+    (total,) = cuda.reduce_add_many([tensors], CPU)
+    assert same_bits(total, reference.reduce_add(tensors, CPU))
+    assert machine.num_wide == 0
+
+
+def test_aligned_sums_use_vectors_for_all_but_the_ends(machine):
+    """An aligned sum of 4096 floats is 1024 vectors, each read from two inputs and written once."""
+    tensors = [shifted(numbers(4096, torch.float32, i), 0) for i in range(2)]
+    total = shifted(torch.zeros(4096), 0)
+    table = plan.Table()
+    plan.add_sum(table, 4096, 4, total.data_ptr(), [tensor.data_ptr() for tensor in tensors])
+    cuda._run("reduce_add_float32", CPU, table, 2)
+    assert machine.num_wide == 3 * 1024
+    assert torch.equal(total, tensors[0] + tensors[1])
+
+
+def test_a_bucket_of_unlike_tensors_is_one_launch(machine, monkeypatch):
+    """Tensors of unlike sizes, empty ones too, are summed by one launch, each into its own result."""
+    sizes = [1, 0, 5000, 17, 0, 1024, 3]
+    groups = [[numbers(size, torch.float32, seed + size) for seed in range(4)] for size in sizes]
+    launches = []
+    run = cuda._run
+    monkeypatch.setattr(cuda, "_run", lambda *arguments: (launches.append(arguments[0]), run(*arguments)))
+    totals = cuda.reduce_add_many(groups, CPU)
+    assert launches == ["reduce_add_float32"]
+    assert all(
+        same_bits(total, reference.reduce_add(group, CPU))
+        for total, group in zip(totals, groups, strict=True)
+        if total.numel()
+    )
+    assert [total.numel() for total in totals] == sizes
+
+
+def test_dtypes_and_lane_counts_may_be_mixed_in_a_bucket(machine):
+    """Groups keep their order whatever launch each of them needs."""
+    groups = [
+        [numbers(40, torch.float32, i) for i in range(2)],
+        [numbers(40, torch.int8, i) for i in range(2)],
+        [numbers(40, torch.float32, i) for i in range(3)],
+        [torch.eye(3).to_sparse() for i in range(2)],
+    ]
+    totals = cuda.reduce_add_many(groups, CPU)
+    assert [total.dtype for total in totals] == [group[0].dtype for group in groups]
+    assert torch.equal(totals[2], reference.reduce_add(groups[2], CPU))
+    assert totals[3].layout is torch.sparse_coo
+
+
+def test_dense_layouts_go_straight_through(machine, monkeypatch):
+    """Inputs in channels_last are read where they lie; one in another layout is copied first."""
+    inputs = [numbers((2, 3, 4, 5), torch.float32, i).to(memory_format=torch.channels_last) for i in range(2)]
+    inputs.append(numbers((2, 3, 4, 5), torch.float32, 2))
+    copied = []
+    in_layout_of = cuda._in_layout_of
+
+    def watch(total, source):
+        result = in_layout_of(total, source)
+        copied.append(result is not source)
+        return result
+
+    monkeypatch.setattr(cuda, "_in_layout_of", watch)
+    (total,) = cuda.reduce_add_many([inputs], CPU)
+    assert copied == [False, False, True]
+    assert total.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(total, reference.reduce_add(inputs, CPU))
+
+
+def test_marks_of_conjugation_and_negation_are_seen(machine):
+    """A lazily conjugated or negated tensor is summed by its value, not by the memory under it."""
+    value = numbers(8, torch.complex64)
+    (total,) = cuda.reduce_add_many([[value.conj(), value]], CPU)
+    assert torch.equal(total, torch.complex(2 * value.real, torch.zeros(8)))
+    negated = value.conj().imag
+    (total,) = cuda.reduce_add_many([[negated, value.imag.contiguous()]], CPU)
+    assert torch.equal(total, torch.zeros(8))
+
+
+GATHERS = [
+    ((3, 4, 5), 0, [2, 1, 4]),
+    ((3, 4, 5), 1, [1, 3]),
+    ((3, 4, 5), -1, [5, 7, 1]),
+    ((6, 700), -1, [700, 8, 1300]),
+    ((2, 1), 1, [1, 1, 1]),
+    ((1100, 1), 1, [1, 1]),
+    ((5000,), 0, [5000, 0, 33, 2]),
+    ((0, 4), 0, [0, 3]),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.float32, torch.complex128])
+@pytest.mark.parametrize(("shape", "dim", "lengths"), GATHERS)
+def test_gather_and_split_equal_the_reference(machine, dtype, shape, dim, lengths):
+    """Any dim, dtype and odd size: chunks are laid side by side, and cut apart into equal chunks again."""
+    chunks = []
+    for seed, length in enumerate(lengths):
+        chunk_shape = list(shape)
+        chunk_shape[dim] = length
+        chunks.append(numbers(chunk_shape, dtype, seed))
+    whole = cuda.gather(chunks, dim, CPU)
+    assert same_bits(whole, reference.gather(chunks, dim, CPU))
+    pieces = cuda.split_copy(whole, lengths, dim)
+    assert all(torch.equal(piece, chunk) for piece, chunk in zip(pieces, chunks, strict=True))
+
+
+def test_gather_keeps_channels_last(machine):
+    """Chunks that all lie in channels_last are gathered in it, along any dimension."""
+    chunks = [numbers((2, 3, 4, 4), torch.float32, i).to(memory_format=torch.channels_last) for i in range(2)]
+    for dim in range(-4, 4):
+        whole = cuda.gather(chunks, dim, CPU)
+        assert whole.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(whole, torch.cat(chunks, dim))
+        assert torch.equal(cuda.split_copy(whole, [chunks[0].shape[dim]] * 2, dim)[1], chunks[1])
+
+
+def test_gather_leaves_torch_its_own_errors(machine):
+    """Chunks that do not fit give the reference's error, not a wild copy."""
+    with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+        cuda.gather([torch.ones(2, 3), torch.ones(2, 4)], 0, CPU)
+    with pytest.raises(IndexError):
+        cuda.gather([torch.ones(2, 3)], 2, CPU)
+
+
+def test_multiplication_by_a_reciprocal_is_exact_division():
+    """For every divisor and index of a tile the product's high bits are the quotient."""
+    index = np.arange(bodies.TILE, dtype=np.uint64)
+    for divisor in range(1, bodies.TILE + 1):
+        reciprocal = plan.reciprocal(divisor)
+        assert reciprocal < 1 << 32
+        quotient = (index * np.uint64(reciprocal)) >> np.uint64(bodies.RECIPROCAL_BITS)
+        assert np.array_equal(quotient, index // np.uint64(divisor))
+
+
+@pytest.mark.parametrize(("bits", "signs"), [(8, 0x80808080), (16, 0x80008000)])
+def test_packed_addition_wraps_each_number_alone(bits, signs):
+    """Small integers added several to a word never carry into their neighbour."""
+    rng = np.random.default_rng(0)
+    kind = np.dtype(f"uint{bits}")
+    for _ in range(200):
+        a, b = (rng.integers(0, 1 << bits, 32 // bits, dtype=kind) for _ in range(2))
+        word = bodies.add_packed(int(a.view(np.uint32)[0]), int(b.view(np.uint32)[0]), signs)
+        assert np.array_equal(np.array([word], np.uint32).view(kind), a + b)
+
+
+def test_blocks_are_balanced_whatever_the_sizes():
+    """No block of a bucket has more than one tile, and every tile belongs to the row that is searched."""
+    table = plan.Table()
+    sizes = [1, 1 << 20, 7, 4096, 1 << 16]
+    for size in sizes:
+        plan.add_sum(table, size, 4, 1 << 12, [1 << 20, 1 << 24])
+    fields = np.frombuffer(table.values, np.int64).reshape(table.num_rows, -1)
+    work = fields[:, bodies.NUM_VECTORS] * 4 + fields[:, bodies.NUM_SCALARS]
+    assert list(work) == sizes
+    assert table.num_tiles == 1 + 256 + 2 + 1 + 16

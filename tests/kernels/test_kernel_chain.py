@@ -1,0 +1,159 @@
+"""Which kernels a device runs, and what a report says of it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib import metadata
+
+import pytest
+import torch
+
+from asyncdp import _kernels as kernels
+from asyncdp._kernels import chain, dispatch, transfer
+from asyncdp.errors import KernelsUnavailableError
+
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    """Forget what was found out before, and take no setting from outside."""
+    monkeypatch.delenv("ASYNCDP_KERNELS", raising=False)
+    chain._report.cache_clear()
+    yield
+    chain._report.cache_clear()
+
+
+def pretend_cuda(monkeypatch, capability=(9, 0), driver=(13, 0), missing=()):
+    """Let the chain see a CUDA device of this kind."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(chain, "_driver_version", lambda: driver)
+    monkeypatch.setattr(chain, "missing_distributions", lambda: missing)
+
+
+def test_importing_needs_no_compiler():
+    """The package loads neither Numba nor cuda.core, which cost a second and may not be there."""
+    code = "import sys, asyncdp._kernels; print([m for m in ('numba', 'cuda.core') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_the_whole_chain_is_used():
+    """The chain of this project's development environment is complete."""
+    assert chain.missing_distributions() == ()
+
+
+def test_cpu_runs_plain_torch(monkeypatch):
+    """A CPU has no compiled kernels, whatever is forced, and lacks nothing."""
+    monkeypatch.setenv("ASYNCDP_KERNELS", "numba")
+    report = kernels.report("cpu")
+    assert (report.implementation, report.missing, report.remedy) == ("torch", (), "")
+
+
+def test_a_complete_chain_runs_numba(monkeypatch):
+    """With every part in place the report names Numba's kernels."""
+    pretend_cuda(monkeypatch)
+    assert kernels.report(CUDA).implementation == "numba"
+    monkeypatch.setenv("ASYNCDP_KERNELS", "torch")
+    assert kernels.report(CUDA).implementation == "torch"
+
+
+@pytest.mark.parametrize(
+    ("machine", "missing", "remedy"),
+    [
+        ({"missing": ("numba-cuda 0.30.4 is not installed",)}, "numba-cuda", 'pip install "asyncdp[cuda]"'),
+        ({"capability": (7, 5)}, "compute capability 7.5 is below 8.0", "newer device"),
+        ({"driver": (12, 8)}, "CUDA 12.8", "driver to 580"),
+    ],
+)
+def test_a_report_names_what_is_missing_and_how_to_get_it(monkeypatch, machine, missing, remedy):
+    """The reference stands in, and the report has the part and the command."""
+    pretend_cuda(monkeypatch, **machine)
+    report = kernels.report(CUDA)
+    assert report.implementation == "torch"
+    assert missing in report.missing[0]
+    assert remedy in report.remedy
+
+
+def test_forcing_numba_raises_where_it_cannot_run(monkeypatch):
+    """With ASYNCDP_KERNELS=numba nothing falls back in silence."""
+    pretend_cuda(monkeypatch, driver=(12, 8))
+    monkeypatch.setenv("ASYNCDP_KERNELS", "numba")
+    with pytest.raises(
+        KernelsUnavailableError, match=r"the driver speaks CUDA 12.8.*update the NVIDIA driver"
+    ):
+        dispatch.implementation(CUDA)
+
+
+def test_a_wrong_setting_is_refused(monkeypatch):
+    """A misspelt ASYNCDP_KERNELS is an error, not a silent choice."""
+    monkeypatch.setenv("ASYNCDP_KERNELS", "nubma")
+    with pytest.raises(ValueError, match="Set it to numba or torch"):
+        kernels.report("cpu")
+
+
+def test_absent_and_wrong_versions_are_told_apart(monkeypatch):
+    """A package is named with the version it lacks, or the one it has and the one it needs."""
+    versions = {name: f"{prefix or '1.'}0" for name, prefix in chain.DISTRIBUTIONS.items()}
+    versions["nvidia-nvvm"] = "13.5.1"
+    del versions["cuda-core"]
+
+    def version(name):
+        if name not in versions:
+            raise metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert chain.missing_distributions() == (
+        "cuda-core is not installed",
+        "nvidia-nvvm is 13.5.1, but 13.0.* is needed",
+    )
+
+
+def test_tensors_of_other_devices_are_read_in_place_or_staged(monkeypatch):
+    """Peers that reach each other both ways are read in place, others copied, and both are counted."""
+    monkeypatch.setattr(transfer, "_counter", transfer._Counter())
+    near, far = torch.device("cuda", 1), torch.device("cuda", 2)
+    monkeypatch.setattr(transfer, "_peers", {(1, 0): True, (2, 0): False})
+
+    class Stub:
+        def __init__(self, device):
+            self.device = device
+
+        def to(self, device, non_blocking):
+            return Stub(device)
+
+    tensors = [Stub(CUDA), Stub(near), Stub(far), Stub(torch.device("cpu"))]
+    brought = transfer.bring(tensors, CUDA)
+    assert [tensor.device for tensor in brought] == [CUDA, near, CUDA, CUDA]
+    assert kernels.statistics() == kernels.PathStatistics(num_local=1, num_peer=1, num_staged=2)
+
+
+def test_peers_count_only_when_both_directions_work(monkeypatch):
+    """A device that can be read but cannot read back is staged."""
+    monkeypatch.setattr(transfer, "_peers", {})
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: a.index < b.index)
+    assert not transfer._readable(torch.device("cuda", 0), torch.device("cuda", 1))
+    assert not transfer._readable(torch.device("cpu"), torch.device("cuda", 1))
+    assert transfer._peers == {(0, 1): False}
+
+
+def test_calls_go_to_the_kernels_of_the_destination(monkeypatch):
+    """A CUDA destination with a complete chain takes the compiled kernels, anything else the reference."""
+    pretend_cuda(monkeypatch)
+    from asyncdp._kernels import cuda, launch
+
+    monkeypatch.setattr(cuda, "reduce_add_many", lambda groups, destination: [("sum", len(groups))])
+    monkeypatch.setattr(cuda, "gather", lambda tensors, dim, destination: ("gather", dim))
+    loaded = []
+    monkeypatch.setattr(launch, "load_all", loaded.append)
+    tensors = [torch.ones(2)] * 2
+    assert kernels.reduce_add(tensors, CUDA) == ("sum", 1)
+    assert kernels.gather(tensors, 0, CUDA) == ("gather", 0)
+    kernels.warm_up(CUDA)
+    kernels.warm_up(torch.device("cpu"))
+    assert loaded == [CUDA]
+    assert kernels.reduce_add(tensors, torch.device("cpu")).tolist() == [2.0, 2.0]
