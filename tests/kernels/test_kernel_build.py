@@ -6,6 +6,7 @@ import multiprocessing
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -43,33 +44,44 @@ def instructions(file):
     return {int(address, 16): code.strip() for address, code in INSTRUCTION.findall(text)}
 
 
-def loops(code):
-    """Return the instructions of every loop: all that lies between a backward branch and its target."""
-    found = []
-    for address, text in code.items():
-        branch = re.search(r"\bBRA\S*\s+(?:\S+,\s*)*(?:`\()?(0x[0-9a-f]+)", text)
-        if branch and int(branch[1], 16) < address:
-            target = int(branch[1], 16)
-            found.append([line for at, line in code.items() if target <= at <= address])
-    return found
+def target(text):
+    """Return where an instruction branches to, or None."""
+    branch = re.search(r"\b(?:BRA|CALL)\S*\s.*?(0x[0-9a-f]+)", text)
+    return branch and int(branch[1], 16)
+
+
+def inner_loops(code):
+    """Return the instructions of every innermost loop, from the target of a backward branch up to it."""
+    backward = [(to, at) for at, text in code.items() if (to := target(text)) is not None and to < at]
+    innermost = [
+        (to, at)
+        for to, at in backward
+        if not any(to <= start and end < at for start, end in backward if (start, end) != (to, at))
+    ]
+    return [[text for at, text in code.items() if to <= at <= end] for to, end in innermost]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda pair: f"sm_{pair[0]}{pair[1]}")
 @pytest.mark.parametrize("kernel", build.KERNELS)
 def test_kernel_code_is_what_it_should_be(cache, kernel, architecture):
-    """Each kernel builds for each architecture, with wide loads, no spills, no calls in loops."""
+    """Each kernel builds for each architecture, with wide loads in its main loop, no spills and no calls."""
     file = cache / "code.cubin"
     file.write_bytes(build.cubin(kernel, architecture))
     code = instructions(file)
     text = list(code.values())
     assert not [line for line in text if re.search(r"\b(LDL|STL)", line)]
-    assert not [line for loop in loops(code) for line in loop if re.search(r"\bCALL", line)]
-    wide_loops = [loop for loop in loops(code) if sum("LDG.E.128" in line for line in loop) >= bodies.UNROLL]
+    # The assembler ends some loops by a "call" of the exit; of anything else it would be a real one.
+    calls = [line for line in text if re.search(r"\bCALL", line)]
+    assert all(code[target(line)] == "EXIT" for line in calls)
+    main_loops = [
+        loop for loop in inner_loops(code) if sum("LDG.E.128" in line for line in loop) >= bodies.UNROLL
+    ]
+    assert not [line for loop in main_loops for line in loop if line in calls]
     if kernel == "copy":
         # A thread copies four units and is done: the wide loads stand in a straight line.
         assert sum("LDG.E.128" in line for line in text) >= bodies.UNROLL
     else:
-        assert wide_loops
+        assert main_loops
     assert sum("STG.E.128" in line for line in text) >= bodies.UNROLL
 
 
@@ -154,8 +166,11 @@ def test_eight_processes_build_at_once(tmp_path):
     barrier, results = context.Barrier(8), context.Queue()
     arguments = (str(tmp_path), barrier, results)
     processes = [context.Process(target=_race, args=arguments) for _ in range(8)]
-    for process in processes:
-        process.start()
+    with warnings.catch_warnings():
+        # The children touch none of the threads that a fork leaves behind.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        for process in processes:
+            process.start()
     codes = [results.get(timeout=50) for _ in processes]
     for process in processes:
         process.join()
