@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 
 from asyncdp.infer.records import Record
 
@@ -25,7 +25,7 @@ class Window:
 
 def cut_windows(
     records: Iterator[Record], *, block_size: int, window: int, wanted: Callable[[int], bool]
-) -> Iterator[Window]:
+) -> Generator[Window, None, None]:
     """Cuts records into windows that never cross a block's edge.
 
     The same record meets the same neighbours in every run, whatever was done before: that makes a resumed

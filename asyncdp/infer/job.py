@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -200,7 +200,7 @@ class Job:
             monitor.sample(engine)
             reporter.progressed(self._estimate(), monitor)
 
-    def _windows(self, output: OutputFolder) -> Iterator[Window]:
+    def _windows(self, output: OutputFolder) -> Generator[Window, None, None]:
         size = self.options.shard_size
         part, num_parts = self.options.part
         done = set(output.finished)

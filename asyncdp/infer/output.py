@@ -114,7 +114,7 @@ class OutputFolder:
             raise OutputExistsError(self.path)
         state = load_journal(self.path)
         _check_same(state.fingerprint, fingerprint)
-        for index, block in list(state.blocks.items()):
+        for index, block in sorted(state.blocks.items()):
             damaged = [file.name for file in block.files if not file.is_intact(self.path)]
             if damaged:
                 self.warnings.append(f"{', '.join(damaged)} is missing or damaged: writing it again")
@@ -168,7 +168,8 @@ def _holds_something(path: Path) -> bool:
 def _locked(path: Path) -> Any:
     import filelock
 
-    lock = filelock.FileLock(path / LOCK_NAME)
+    # Taken in one thread and released in another.
+    lock = filelock.FileLock(path / LOCK_NAME, thread_local=False)
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping
 from typing import Any, Protocol
 
 import anyio
@@ -84,6 +84,7 @@ class _OpenBlock:
     failures: list[Failure] = dataclasses.field(default_factory=list)
 
 
+Windows = Generator[Window, None, None]
 WriteBlock = Callable[[int, int, list[Rows], list[Failure]], None]
 
 
@@ -118,7 +119,7 @@ class Pipeline:
         self._open: dict[int, _OpenBlock] = {}
         self._num_bad = monitor.num_earlier_bad
 
-    async def run(self, windows: Iterator[Window]) -> None:
+    async def run(self, windows: Windows) -> None:
         """Processes all windows.
 
         Raises:
@@ -143,12 +144,15 @@ class Pipeline:
                     stream.close()
         assert not self._open, "every block that was read has been written"
 
-    async def _read(self, windows: Iterator[Window], out: MemoryObjectSendStream[Window]) -> None:
+    async def _read(self, windows: Windows, out: MemoryObjectSendStream[Window]) -> None:
         async with out:
-            while (window := await anyio.to_thread.run_sync(self._next, windows)) is not None:
-                await out.send(window)
+            try:
+                while (window := await anyio.to_thread.run_sync(self._next, windows)) is not None:
+                    await out.send(window)
+            finally:
+                windows.close()  # and with it the file that is being read
 
-    def _next(self, windows: Iterator[Window]) -> Window | None:
+    def _next(self, windows: Windows) -> Window | None:
         with self._monitor.timed("read"):
             return next(windows, None)
 

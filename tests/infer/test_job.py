@@ -83,7 +83,7 @@ def test_stop_names_the_record(run, work, numbers):
 
 def test_stop_names_the_broken_line(run, work, numbers):
     """A line that is no JSON ends the job with its position."""
-    with pytest.raises(RecordError, match="Record 3 .*JSONDecodeError"):
+    with pytest.raises(RecordError, match=r"Record 3 .*JSONDecodeError"):
         run(numbers(10, bad=[3]))
 
 
@@ -195,7 +195,7 @@ def test_resume_refuses_a_changed_job(run, work, numbers):
     run(path)
     with pytest.raises(ResumeRefusedError, match="batch_size was 32 and is 5"):
         run(path, resume=True, batch_size=5)
-    with pytest.raises(ResumeRefusedError, match="model was .*Sums.* and is .*Picky"):
+    with pytest.raises(ResumeRefusedError, match=r"model was .*Sums.* and is .*Picky"):
         run(path, "models_for_tests:Picky", resume=True)
     path.write_text(path.read_text().replace("1.0", "2.0"))
     with pytest.raises(ResumeRefusedError, match="input was"):
@@ -235,7 +235,7 @@ def test_a_journal_without_its_first_line_is_refused(run, work, numbers):
     path = numbers(5)
     run(path)
     (work / "out" / "_journal.jsonl").write_bytes(b"12 {}\n")
-    with pytest.raises(ResumeRefusedError, match="first line .* is damaged"):
+    with pytest.raises(ResumeRefusedError, match=r"first line .* is damaged"):
         run(path, resume=True)
 
 

@@ -226,7 +226,8 @@ def test_no_bytes_break_a_reader(tmp_path, data, head, format_name, column):
         for record in open_inputs([str(path)], format_name, Selection(column)).read():
             assert record.error is None or isinstance(record.error, Exception)
     except InputError as error:
-        assert "any" in str(error)
+        text = str(error)
+        assert "any" in text
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -249,4 +250,5 @@ def test_a_flipped_byte_never_breaks_a_reader(tmp_path, position, bits, format_n
     try:
         assert len(values(path)) >= 0
     except InputError as error:
-        assert "rows" in str(error)
+        text = str(error)
+        assert "rows" in text
