@@ -14,6 +14,8 @@ def set_intra_op_threads(num_threads: int) -> None:
     `torch.set_num_threads` also sets the count that threads inherit when they first use torch; a
     short-lived thread puts that default back.
     """
+    # A thread's first use of torch sets its count to the inherited one: have that behind us.
+    torch.get_num_threads()
     inherited = _inherited_num_threads()
     torch.set_num_threads(num_threads)
     if inherited != num_threads:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, TypeVar
@@ -26,6 +27,10 @@ class Ambient:
         self._device_types = device_types
         self._state = _thread_state(device_types)
         self._context = contextvars.copy_context()
+        # The lane's thread runs no event loop, whatever the caller's context says.
+        sniffio = sys.modules.get("sniffio")
+        if sniffio is not None:
+            self._context.run(sniffio.current_async_library_cvar.set, None)
 
     def run(self, function: Callable[[], T], device: torch.device) -> T:
         """Call `function` on this thread under the captured state; `device` is the lane's."""

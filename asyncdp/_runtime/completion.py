@@ -8,6 +8,7 @@ only after everything that runs has drained.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sys
 import threading
@@ -54,23 +55,23 @@ class _DrainingFuture(asyncio.Future[None]):
 
     def __init__(self, loop: asyncio.AbstractEventLoop, on_cancel: Callable[[], None]) -> None:
         super().__init__(loop=loop)
-        self._on_cancel: Callable[[], None] | None = on_cancel
+        self._on_cancel = on_cancel
+        self._cancelling = False
         self._message: Any = None
 
     def cancel(self, msg: Any = None) -> bool:
         if self.done():
             return False
         self._message = msg
-        if self._on_cancel is not None:
-            on_cancel, self._on_cancel = self._on_cancel, None
-            on_cancel()
+        if not self._cancelling:
+            self._cancelling = True
+            self._on_cancel()
         return True
 
     def settle(self) -> None:
         """End the future on its loop's thread."""
-        if self.done():
-            return
-        if self._on_cancel is None:
+        del self._on_cancel  # the pass it belongs to refers to this future: break the cycle
+        if self._cancelling:
             super().cancel(msg=self._message)
         else:
             self.set_result(None)
@@ -115,10 +116,8 @@ class _LoopWaker:
                 return
         loop = self._loop()
         if loop is not None and not loop.is_closed():
-            try:
+            with contextlib.suppress(RuntimeError):  # closed in between: nobody waits any more
                 loop.call_soon_threadsafe(self._settle_all)
-            except RuntimeError:
-                pass  # the loop was closed in between: nobody waits any more
 
     def _drain(self) -> None:
         assert self._fd is not None
@@ -177,16 +176,14 @@ class _TrioCompletion:
 
         self._trio = trio
         self._token = trio.lowlevel.current_trio_token()
-        self._on_cancel = on_cancel
+        self._on_cancel: Callable[[], None] | None = on_cancel
         self._task: Any = None
         self._raise_cancel: Callable[[], None] | None = None
         self._finished = False
 
     def finish(self) -> None:
-        try:
+        with contextlib.suppress(self._trio.RunFinishedError):  # nobody waits any more
             self._token.run_sync_soon(self._settle)
-        except self._trio.RunFinishedError:
-            pass  # nobody waits any more
 
     async def wait(self, start: Callable[[], None]) -> None:
         start()
@@ -196,11 +193,13 @@ class _TrioCompletion:
 
     def _abort(self, raise_cancel: Callable[[], None]) -> Any:
         self._raise_cancel = raise_cancel
-        self._on_cancel()
+        if self._on_cancel is not None:
+            self._on_cancel()
         return self._trio.lowlevel.Abort.FAILED
 
     def _settle(self) -> None:
         self._finished = True
+        self._on_cancel = None  # the pass it belongs to refers to this completion: break the cycle
         if self._task is None:
             return
         import outcome

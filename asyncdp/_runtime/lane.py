@@ -28,7 +28,7 @@ def current_lane() -> Lane | None:
 class Work:
     """What one lane does for one pass: a call, and where its end is reported."""
 
-    __slots__ = ("function", "index", "lane", "num_threads", "owner")
+    __slots__ = ("error", "function", "index", "lane", "lost", "num_threads", "owner", "value")
 
     def __init__(
         self, lane: Lane, function: Callable[[], Any], owner: Pass, index: int, num_threads: int
@@ -38,6 +38,9 @@ class Work:
         self.owner = owner
         self.index = index
         self.num_threads = num_threads
+        self.value: Any = None
+        self.error: BaseException | None = None
+        self.lost = False  # whether the error means that the device is
 
 
 class Lane:
@@ -118,20 +121,20 @@ class Lane:
     def _run(self) -> None:
         _current.lane = self
         self.driver.open()
-        report: Callable[[], None] | None = None
+        ended: Work | None = None
         while True:
             with self._core.lock:
-                if report is not None:
-                    report()
+                if ended is not None:
+                    ended.owner.ended(ended)
                 work = self._queue.popleft() if self._queue else None
                 stopped = work is None and self._stopping
                 self._sleeping = work is None and not stopped
             # An idle lane must not keep the last pass's tensors alive.
-            report = None
+            ended = None
             # Last of all, so that the woken task finds the lock free and this lane ready for more.
             self._core.wake()
             if work is not None:
-                report = self._perform(work)
+                ended = work if self._perform(work) else None
                 del work
             elif stopped:
                 break
@@ -139,12 +142,12 @@ class Lane:
                 self._wake.acquire()
         self.driver.close()
 
-    def _perform(self, work: Work) -> Callable[[], None] | None:
+    def _perform(self, work: Work) -> bool:
         started = time.perf_counter()
         if work.num_threads != self._num_threads:
             set_intra_op_threads(work.num_threads)
             self._num_threads = work.num_threads
-        report = work.owner.perform(work)
+        ended = work.owner.perform(work)
         self.num_done += 1
         self.busy_seconds += time.perf_counter() - started
-        return report
+        return ended

@@ -119,33 +119,43 @@ class Pass:
 
     # Called by a lane, on its thread.
 
-    def perform(self, work: Work) -> Callable[[], None] | None:
+    def perform(self, work: Work) -> bool:
         """Run one work under the caller's ambient state.
 
         Returns:
-            The report of its end, to be called under the lock; None if a later thread reports.
+            Whether it has ended; if not, a later thread will report its end.
         """
         function, work.function = work.function, None
         assert function is not None
         driver = work.lane.driver
-        value: Any = None
         marker: Any = None
-        error: BaseException | None = None
         try:
-            value, marker = driver.issue(
+            work.value, marker = driver.issue(
                 self._captured.get(driver.device), partial(self._ambient.run, function, driver.device)
             )
-        except BaseException as raised:
-            error = raised
-        try:
-            if marker is None:
-                return self._report(work, value, error)
+        except BaseException as error:
+            work.error = error
+            work.lost = driver.lost(error)
+        if marker is not None:
             # The call and its inputs stay referenced until the device is done with them.
-            driver.on_complete(marker, partial(self._complete, work, function, value))
-            return None
-        finally:
-            # The error's traceback refers to this frame: break the cycle, free the tensors.
-            del error, value, function
+            driver.on_complete(marker, partial(self._complete, work, function))
+        return marker is None
+
+    def ended(self, work: Work) -> None:
+        """Take note of a work's end, and begin the next stage or end the pass; the lock is held."""
+        core = self._core
+        core.act(core.schedule.finish(work.lane.index))
+        value, work.value = work.value, None
+        error, work.error = work.error, None
+        if error is None:
+            self._results[work.index] = value
+        else:
+            self._failures.append((work.index, work.lane, error))
+        self._num_left -= 1
+        if work.lost:
+            core.lose(work.lane, error)
+        if self._num_left == 0:
+            self._advance(work.lane)
 
     # The rest runs on whichever thread ends a work, or on the loop's; mostly under the lock.
 
@@ -157,30 +167,14 @@ class Pass:
         self._num_left = len(self._works)
         self._results: list[Any] = [None] * self._num_left
 
-    def _complete(self, work: Work, _function: object, value: Any, error: BaseException | None) -> None:
+    def _complete(self, work: Work, _function: object, error: BaseException | None) -> None:
         """Report a work whose end on the device came after its end on the lane."""
-        report = self._report(work, value, error)
+        if error is not None:
+            work.error = error
+            work.lost = work.lane.driver.lost(error)
         with self._core.lock:
-            report()
+            self.ended(work)
         self._core.wake()
-
-    def _report(self, work: Work, value: Any, error: BaseException | None) -> Callable[[], None]:
-        """Make the report of a work's end."""
-        lost = error is not None and work.lane.driver.lost(error)
-        return partial(self._ended, work, value, error, lost)
-
-    def _ended(self, work: Work, value: Any, error: BaseException | None, lost: bool) -> None:
-        core = self._core
-        core.act(core.schedule.finish(work.lane.index))
-        if error is None:
-            self._results[work.index] = value
-        else:
-            self._failures.append((work.index, work.lane, error))
-        self._num_left -= 1
-        if lost:
-            core.lose(work.lane, error)
-        if self._num_left == 0:
-            self._advance(work.lane)
 
     def _advance(self, lane: Lane) -> None:
         """Begin the next stage, or end the pass."""
@@ -203,7 +197,9 @@ class Pass:
     def _on_cancel(self) -> None:
         with self._core.lock:
             self._cancelled = True
-            if self._core.schedule.withdraw(self):
+            behind = self._core.schedule.withdraw(self)
+            if behind is not None:
+                self._core.act(behind)
                 self._finish()
             else:
                 for work in list(self._works):

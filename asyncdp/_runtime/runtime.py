@@ -424,7 +424,6 @@ def _forget_after_fork() -> None:
             "the runtime was made before a fork, and its threads do not exist in this child process"
         )
         core.schedule.closed = True
-        core.lanes = []
     _devices.forget_threads()
 
 

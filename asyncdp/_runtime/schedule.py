@@ -117,10 +117,10 @@ class Schedule:
         """An admitted ticket goes on to its next stage; it never waits for room a second time.
 
         Returns:
-            None, or the first of `lanes` that is not open (then nothing was taken).
+            None, or the first of `lanes` that is lost (then nothing was taken).
         """
         for lane in lanes:
-            if self._lanes[lane].state is not LaneState.OPEN:
+            if self._lanes[lane].state is LaneState.LOST:
                 return lane
         for lane in lanes:
             self._lanes[lane].load += 1
@@ -132,9 +132,11 @@ class Schedule:
         self._lanes[lane].load -= 1
         return self._admit_waiting() if self._waiting else ()
 
-    def withdraw(self, ticket: Hashable) -> bool:
-        """A ticket is cancelled; tell whether it was still waiting for room."""
-        return self._waiting.pop(ticket, None) is not None
+    def withdraw(self, ticket: Hashable) -> Sequence[Action] | None:
+        """A ticket is cancelled; None means that it does not wait for room any more."""
+        if self._waiting.pop(ticket, None) is None:
+            return None
+        return self._admit_waiting()  # those behind it on lanes that have room
 
     def lose(self, lane: int) -> list[Action]:
         """The device under `lane` is lost: refuse everyone who waits for it."""

@@ -1,0 +1,52 @@
+"""Latches, and a way to wait for a thread's signal without blocking the event loop."""
+
+from __future__ import annotations
+
+import threading
+
+import anyio
+import anyio.lowlevel
+
+import asyncdp
+
+PATIENCE = 20.0
+"""Seconds after which a test gives up on another thread; far more than any needs."""
+
+
+class Latch:
+    """Holds a lane inside its work until the test lets go."""
+
+    def __init__(self) -> None:
+        self._entered = threading.Event()
+        self._opened = threading.Event()
+
+    def hold(self) -> None:
+        """Called on the lane: report the arrival, then wait."""
+        self._entered.set()
+        assert self._opened.wait(PATIENCE), "nobody opened the latch"
+
+    def open(self) -> None:
+        """Let the lane go on."""
+        self._opened.set()
+
+    async def wait_entered(self) -> None:
+        """Wait until a lane is held."""
+        await wait_until(self._entered.is_set)
+
+
+async def wait_until(condition: object) -> None:
+    """Give the loop back until `condition()` holds."""
+    assert callable(condition)
+    with anyio.fail_after(PATIENCE):
+        while not condition():
+            await anyio.lowlevel.checkpoint()
+
+
+def lane_threads() -> int:
+    """Threads of lanes that are alive in this process."""
+    return sum(thread.name.startswith("asyncdp-") for thread in threading.enumerate())
+
+
+def runtime(num_lanes: int = 2, max_queue: int = 1024) -> asyncdp.Runtime:
+    """A runtime of CPU lanes."""
+    return asyncdp.Runtime(f"cpu*{num_lanes}", max_queue=max_queue)

@@ -1,0 +1,186 @@
+"""The default runtime over loops, threads, forks and the interpreter's end; devices by name."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+
+import pytest
+import torch
+
+import asyncdp
+from asyncdp.errors import NoCudaDeviceError, NoDevicesError, UnknownDeviceError
+
+from .helpers import PATIENCE
+
+no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA devices")
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    """Run code in an interpreter of its own, warnings being errors."""
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+
+
+def test_one_runtime_serves_loops_one_after_another() -> None:
+    """The default runtime survives the loop that first used it."""
+    threads = {asyncio.run(asyncdp.default_runtime().run(threading.get_ident)) for _ in range(3)}
+    assert len(threads) == 1
+
+
+def test_one_runtime_serves_loops_side_by_side() -> None:
+    """Loops in several threads share the default runtime, and each gets its own results."""
+    results: dict[int, list[int]] = {}
+    start = threading.Barrier(4)
+
+    def serve(number: int) -> None:
+        async def main() -> None:
+            runtime = asyncdp.default_runtime()
+            results[number] = [await runtime.run(lambda value=value: value + number) for value in range(50)]
+
+        start.wait(PATIENCE)
+        asyncio.run(main())
+
+    threads = [threading.Thread(target=serve, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert results == {number: list(range(number, number + 50)) for number in range(4)}
+
+
+def test_a_loop_closed_under_a_call_breaks_nothing() -> None:
+    """A pass whose loop is gone when it ends leaves the lane working."""
+    entered, opened = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        entered.set()
+        assert opened.wait(PATIENCE)
+
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(asyncdp.default_runtime().run(hold))
+    while not entered.is_set():
+        loop.run_until_complete(asyncio.sleep(0))
+    task._log_destroy_pending = False  # type: ignore[attr-defined]
+    loop.close()
+    opened.set()
+    del task
+    assert asyncio.run(asyncdp.default_runtime().run(int)) == 0
+
+
+def test_the_interpreter_ends_cleanly() -> None:
+    """A program that never closes anything ends at once, without a word."""
+    done = run_python(
+        """
+        import asyncio, asyncdp, torch
+        print(asyncio.run(asyncdp.data_parallel(torch.nn.Identity(), torch.arange(3), "cpu*2")))
+        forgotten = asyncdp.Runtime("cpu*2")
+        asyncio.run(forgotten.run(int))
+        """
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "tensor([0, 1, 2])\n", "")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_a_forked_child_builds_its_own() -> None:
+    """In a forked child the default runtime is new, and an older explicit one says why it is closed."""
+    done = run_python(
+        """
+        import asyncio, os, sys, warnings
+        warnings.simplefilter("ignore", DeprecationWarning)  # fork beside threads: what this is about
+        import asyncdp
+        asyncio.run(asyncdp.default_runtime().run(int))
+        old = asyncdp.Runtime("cpu")
+        child = os.fork()
+        if child == 0:
+            assert asyncio.run(asyncdp.default_runtime().run(int, "7")) == 7
+            try:
+                asyncio.run(old.run(int))
+            except asyncdp.errors.RuntimeClosedError as error:
+                assert "before a fork" in str(error)
+                sys.exit(42)
+            sys.exit(1)
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), asyncio.run(old.run(int, "8")))
+        """
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "42 8"), done.stderr
+
+
+def test_a_dropped_runtime_ends_its_threads() -> None:
+    """A runtime nobody refers to any more stops its lanes."""
+    runtime = asyncdp.Runtime("cpu*2")
+    threads = [lane._thread for lane in runtime.lanes]
+    del runtime
+    for thread in threads:
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+
+
+@pytest.mark.parametrize(
+    ("spec", "count"),
+    [("cpu", 1), ("cpu*3", 3), ("cpu,cpu", 2), (["cpu", torch.device("cpu")], 2), ("cpu * 2", 2)],
+)
+def test_device_specifications(spec: object, count: int) -> None:
+    """Every documented way to name CPU lanes gives that many."""
+    assert asyncdp.parse_devices(spec) == [torch.device("cpu")] * count  # type: ignore[arg-type]
+
+
+def test_default_devices_follow_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ASYNCDP_DEVICES says what None means."""
+    monkeypatch.setenv("ASYNCDP_DEVICES", "cpu*3")
+    assert len(asyncdp.parse_devices()) == 3
+    monkeypatch.setenv("ASYNCDP_DEVICES", "warp*3")
+    with pytest.raises(UnknownDeviceError, match="torch knows no device"):
+        asyncdp.parse_devices()
+
+
+@no_cuda
+def test_without_a_gpu_the_default_is_cpu_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One lane per core torch uses, at most eight."""
+    monkeypatch.delenv("ASYNCDP_DEVICES", raising=False)
+    assert len(asyncdp.parse_devices()) == min(torch.get_num_threads(), 8)
+
+
+@no_cuda
+@pytest.mark.parametrize("spec", ["cuda", "cuda:0", 0, [0, 1], torch.device("cuda:0")])
+def test_cuda_asked_for_and_missing(spec: object) -> None:
+    """Naming CUDA on a machine without it fails at once, with the well-known sentence."""
+    with pytest.raises(NoCudaDeviceError, match=r"^Expected at least one CUDA device to be available"):
+        asyncdp.parse_devices(spec)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("spec", "cause"),
+    [
+        ("gpu", "torch knows no device of this name"),
+        ("cpu*0", "positive integer"),
+        ("cpu*x", "positive integer"),
+        ("", "torch knows no device of this name"),
+        (-1, "not negative"),
+        ([1.5], "a float names no device"),
+        ([True], "a bool names no device"),
+        ("xpu", "torch sees no xpu device"),
+    ],
+)
+def test_unknown_devices_are_told_apart(spec: object, cause: str) -> None:
+    """A malformed or missing device is a ValueError that says what is wrong and what would be right."""
+    with pytest.raises(UnknownDeviceError, match=cause) as caught:
+        asyncdp.parse_devices(spec)  # type: ignore[arg-type]
+    assert isinstance(caught.value, ValueError)
+    assert "Name devices as" in str(caught.value)
+
+
+def test_no_devices_at_all() -> None:
+    """An empty list is refused, not taken for the default."""
+    with pytest.raises(NoDevicesError, match="the list of devices is empty"):
+        asyncdp.parse_devices([])

@@ -1,0 +1,302 @@
+"""The runtime: calls on lanes, failures, back-pressure, what it shows of itself."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import threading
+import weakref
+
+import anyio
+import pytest
+import torch
+
+import asyncdp
+from asyncdp.errors import (
+    NestedPassError,
+    QueueFullError,
+    RuntimeClosedError,
+    StopIterationInLaneError,
+    UnknownDeviceError,
+)
+
+from .helpers import Latch, lane_threads, runtime, wait_until
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_a_call_runs_on_a_lane_and_returns_its_value() -> None:
+    """`run` calls the function on a lane's thread, not on the loop's."""
+    async with runtime() as rt:
+        name = await rt.run(lambda: threading.current_thread().name)
+        assert name == "asyncdp-cpu:0"
+        assert await rt.run(divmod, 7, 2) == (3, 1)
+
+
+async def test_the_loop_goes_on_while_a_lane_works() -> None:
+    """Other tasks run while a lane is busy."""
+    latch = Latch()
+    async with runtime(1) as rt, anyio.create_task_group() as group:
+        group.start_soon(rt.run, latch.hold)
+        await latch.wait_entered()
+        latch.open()
+
+
+async def test_the_very_exception_comes_out_with_a_note() -> None:
+    """The awaiting task gets the object that was raised, told where, with the lane's traceback."""
+    error = KeyError("gone")
+
+    def fail() -> None:
+        raise error
+
+    async with runtime() as rt:
+        with pytest.raises(KeyError) as caught:
+            await rt.run(fail, lane=rt.lanes[1])
+        assert caught.value is error
+        assert error.__notes__ == ["in replica 0 on lane cpu:1"]
+        assert "fail" in [entry.name for entry in caught.traceback]
+        with pytest.raises(KeyError):
+            await rt.run(fail, lane=rt.lanes[1])
+        assert len(error.__notes__) == 1, "an object raised twice must not collect notes"
+        assert await rt.run(int, "3") == 3, "the lane goes on"
+
+
+async def test_the_first_failure_in_time_wins() -> None:
+    """Not the lowest lane but the earliest failure is raised; the others are in its notes."""
+    second_failed = threading.Event()
+
+    def late() -> None:
+        assert second_failed.wait(20)
+        raise ValueError("late")
+
+    def early() -> None:
+        try:
+            raise OSError("early")
+        finally:
+            second_failed.set()
+
+    async with runtime() as rt:
+        with pytest.raises((OSError, ValueError)) as caught:
+            await rt.run_pass([(rt.lanes[0], late), (rt.lanes[1], early)])
+        first, *others = caught.value.__notes__
+    assert "in replica" in first
+    assert len(others) == 1
+    assert "also failed: replica" in others[0]
+
+
+async def test_stop_iteration_is_wrapped() -> None:
+    """A bare StopIteration would hang the await; it comes out as the cause of an error of ours."""
+    async with runtime() as rt:
+        with pytest.raises(StopIterationInLaneError) as caught:
+            await rt.run(next, iter(()))
+        assert isinstance(caught.value.__cause__, StopIteration)
+
+
+async def test_base_exceptions_are_carried() -> None:
+    """Also what is no Exception reaches the awaiting task, and the lane survives it."""
+
+    class Abandon(BaseException):
+        pass
+
+    def abandon() -> None:
+        raise Abandon
+
+    async with runtime() as rt:
+        with pytest.raises(Abandon):
+            await rt.run(abandon)
+        assert await rt.run(int) == 0
+
+
+async def test_stages_follow_each_other() -> None:
+    """A following stage gets the results of the one before, in order of its works."""
+    async with runtime() as rt:
+        stage = [(lane, lambda index=lane.index: index) for lane in rt.lanes]
+        results = await rt.run_pass(
+            stage, [lambda values, last: [(last, lambda: [value * 10 for value in values])]]
+        )
+        assert results == [[0, 10]]
+
+
+async def test_a_failed_stage_ends_the_pass() -> None:
+    """No further stage begins once a work has failed."""
+    begun: list[str] = []
+    async with runtime() as rt:
+        stage = [(rt.lanes[0], lambda: 1 / 0), (rt.lanes[1], int)]
+        with pytest.raises(ZeroDivisionError):
+            await rt.run_pass(stage, [lambda *_: begun.append("second") or []])
+    assert begun == []
+
+
+async def test_a_failing_transition_is_reported() -> None:
+    """An error while the next stage is made reaches the caller like any other."""
+    async with runtime() as rt:
+        with pytest.raises(ZeroDivisionError):
+            await rt.run_pass([(rt.lanes[0], int)], [lambda *_: 1 / 0])  # type: ignore[list-item]
+        assert await rt.run(int) == 0
+
+
+async def test_a_full_queue_makes_callers_wait() -> None:
+    """With no queue at all, the second call waits for the first and then runs."""
+    latch = Latch()
+    order: list[str] = []
+
+    async def call(rt: asyncdp.Runtime, name: str) -> None:
+        await rt.run(order.append, name)
+
+    async with runtime(1, max_queue=0) as rt, anyio.create_task_group() as group:
+        group.start_soon(rt.run, latch.hold)
+        await latch.wait_entered()
+        group.start_soon(call, rt, "waited")
+        await wait_until(lambda: rt.statistics().num_waiting == 1)
+        assert order == []
+        latch.open()
+    assert order == ["waited"]
+
+
+async def test_who_does_not_want_to_wait_is_told() -> None:
+    """`run_pass_nowait` raises instead of waiting for room."""
+    latch = Latch()
+    async with runtime(1, max_queue=0) as rt, anyio.create_task_group() as group:
+        group.start_soon(rt.run, latch.hold)
+        await latch.wait_entered()
+        with pytest.raises(QueueFullError, match="lane cpu:0 is full"):
+            await rt.run_pass_nowait([(rt.lanes[0], int)])
+        latch.open()
+
+
+async def test_statistics_and_repr_tell_the_state() -> None:
+    """Counts of passes and lanes are exact once everything has ended."""
+    async with runtime() as rt:
+        await rt.run(int)
+        with pytest.raises(ZeroDivisionError):
+            await rt.run(lambda: 1 / 0)
+        seen = rt.statistics()
+        assert (seen.num_done, seen.num_failed, seen.num_cancelled) == (1, 1, 0)
+        assert (seen.num_running, seen.num_waiting) == (0, 0)
+        assert [lane.name for lane in seen.lanes] == ["cpu:0", "cpu:1"]
+        assert all(lane.state is asyncdp.LaneState.OPEN and lane.num_queued == 0 for lane in seen.lanes)
+        assert repr(rt) == "<Runtime [cpu:0, cpu:1]: 2 open; 0 passes running, 0 waiting>"
+    assert "2 closed" in repr(rt)
+
+
+async def test_closing_drains_and_ends_the_threads() -> None:
+    """Leaving the block waits for what runs, refuses what comes, and leaves no thread."""
+    before = lane_threads()
+    latch = Latch()
+    results: list[int] = []
+
+    async def call(rt: asyncdp.Runtime) -> None:
+        def work() -> int:
+            latch.hold()
+            return 7
+
+        results.append(await rt.run(work))
+
+    async with anyio.create_task_group() as group:
+        async with runtime(1) as rt:
+            group.start_soon(call, rt)
+            await latch.wait_entered()
+            latch.open()
+        assert lane_threads() == before
+    assert results == [7]
+    with pytest.raises(RuntimeClosedError, match="the runtime is closed"):
+        await rt.run(int)
+
+
+async def test_closing_refuses_who_waits_for_room() -> None:
+    """A call that waits for room when the runtime closes fails with the reason."""
+    latch = Latch()
+    outcome: list[BaseException] = []
+
+    async def wait_for_room(rt: asyncdp.Runtime) -> None:
+        try:
+            await rt.run(int)
+        except RuntimeClosedError as error:
+            outcome.append(error)
+
+    rt = runtime(1, max_queue=0)
+    async with anyio.create_task_group() as group:
+        group.start_soon(rt.run, latch.hold)
+        await latch.wait_entered()
+        group.start_soon(wait_for_room, rt)
+        await wait_until(lambda: rt.statistics().num_waiting == 1)
+        group.start_soon(rt.aclose)
+        await wait_until(lambda: outcome)
+        latch.open()
+    assert len(outcome) == 1
+
+
+async def test_a_lane_cannot_wait_for_itself() -> None:
+    """Submitting to the runtime one runs on is refused instead of hanging."""
+    async with runtime() as rt:
+
+        def nested() -> None:
+            anyio.run(rt.run, int)
+
+        with pytest.raises(NestedPassError, match="lane cpu:0"):
+            await rt.run(nested)
+
+
+async def test_lanes_share_the_cores() -> None:
+    """Lanes times threads are the cores torch uses, and the caller's count is left alone."""
+    before = torch.get_num_threads()
+    async with runtime(2) as rt:
+        inside = await rt.run(torch.get_num_threads)
+        assert inside == max(1, before // 2) == rt.num_intra_op_threads
+        assert await rt.run(torch.get_num_threads, num_threads=before) == before
+    assert torch.get_num_threads() == before
+    fresh: list[int] = []
+    thread = threading.Thread(target=lambda: fresh.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert fresh == [before], "threads made later must not inherit a lane's count"
+
+
+async def test_lanes_for_names_what_is_missing() -> None:
+    """Asking a runtime for a lane it has not is a user's mistake with a clear message."""
+    async with runtime(1) as rt:
+        assert rt.lanes_for([torch.device("cpu")]) == list(rt.lanes)
+        with pytest.raises(UnknownDeviceError, match="too few lanes"):
+            rt.lanes_for([torch.device("cpu")] * 2)
+
+
+def test_max_queue_is_checked() -> None:
+    """A negative bound is refused before a thread starts."""
+    before = lane_threads()
+    with pytest.raises(ValueError, match="max_queue must be 0 or more"):
+        asyncdp.Runtime("cpu", max_queue=-1)
+    assert lane_threads() == before
+
+
+async def test_an_idle_lane_keeps_nothing_alive() -> None:
+    """After a pass, neither its arguments nor its result stay referenced by the lane."""
+    async with runtime(1) as rt:
+        tensor = torch.ones(3)
+        alive = weakref.ref(tensor)
+        result = await rt.run(torch.clone, tensor)
+        out = weakref.ref(result)
+        await rt.run(int)
+        del tensor, result
+        assert alive() is None
+        assert out() is None
+
+
+async def test_a_failed_call_leaves_no_cycle() -> None:
+    """Once the exception is dropped, the tensors of the failed call are free without a collection."""
+
+    def fail(tensor: torch.Tensor) -> None:
+        raise ValueError(tensor.shape)
+
+    async with runtime(1) as rt:
+        gc.collect()
+        gc.disable()
+        try:
+            tensor = torch.ones(3)
+            alive = weakref.ref(tensor)
+            with contextlib.suppress(ValueError):
+                await rt.run(fail, tensor)
+            await rt.run(int)
+            del tensor
+            assert alive() is None
+        finally:
+            gc.enable()
