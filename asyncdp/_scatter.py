@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence
 
 from . import _tree
 from ._autograd import Scatter
 from ._devices import Devices, parse_devices
 from ._runtime.schedule import split_sizes
-from .errors import LengthMismatchError, UnsplittableError
+from .errors import LengthMismatchError
 
 
 def scatter(inputs: Any, devices: Devices, *, dim: int = 0) -> list[Any]:
@@ -43,11 +42,7 @@ def scatter(inputs: Any, devices: Devices, *, dim: int = 0) -> list[Any]:
 
 def split(inputs: Any, num_lanes: int, dim: int) -> list[Any]:
     """Split nested inputs into at most `num_lanes` shards, without moving them to another device."""
-    if isinstance(inputs, Tensor) and _has_dim(inputs, dim):
-        return list(_split_tensor(inputs, split_sizes(inputs.shape[dim], num_lanes), dim))
     leaves, spec = _tree.flatten(inputs)
-    if any(PackedSequence in (kind, getattr(kind, "type", None)) for kind in _node_types(spec)):
-        raise UnsplittableError(PackedSequence)
     num_rows = _common_length(leaves, spec, dim)
     if num_rows is None:
         return [inputs] * num_lanes
@@ -82,7 +77,7 @@ def _has_dim(tensor: Tensor, dim: int) -> bool:
 def _split_tensor(tensor: Tensor, sizes: Sequence[int], dim: int) -> Sequence[Tensor]:
     if tensor.requires_grad and torch.is_grad_enabled():
         return Scatter.apply(dim, sizes, tensor)  # type: ignore[no-any-return]
-    return torch.split(tensor, list(sizes), dim)
+    return tensor.split_with_sizes(sizes, dim)
 
 
 def _common_length(leaves: Sequence[Any], spec: Any, dim: int) -> int | None:
@@ -100,7 +95,3 @@ def _common_length(leaves: Sequence[Any], spec: Any, dim: int) -> int | None:
             names = [name or "the input" for name in _tree.paths(spec)]
             raise LengthMismatchError(dim, (names[first], num_rows), (names[position], length))
     return int(num_rows)
-
-
-def _node_types(spec: Any) -> list[Any]:
-    return [spec.type, *(kind for child in spec.children() for kind in _node_types(child))]

@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import optree
+from torch.nn.utils.rnn import PackedSequence
+
+from .errors import UnsplittableError
 
 NAMESPACE = "asyncdp"
 
@@ -104,3 +108,13 @@ def _flatten_sequence(value: Any) -> tuple[Any, Any, Any]:
 
 def _unflatten_sequence(cls: Any, children: Any) -> Any:
     return cls(children)
+
+
+def _refuse(value: Any) -> Any:
+    raise UnsplittableError(value)
+
+
+# A named tuple by its looks, but its rows do not lie along any dimension of its parts.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # that named tuples are known already is the point
+    optree.register_pytree_node(PackedSequence, _refuse, _unflatten_sequence, namespace=NAMESPACE)
