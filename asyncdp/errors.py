@@ -68,6 +68,17 @@ class UnsupportedModuleError(AsyncDPError, TypeError):
         )
 
 
+class CompiledModuleError(UnsupportedModuleError):
+    """A module that `torch.compile` wrapped; its code runs the wrapped module, never a replica of it."""
+
+    def __init__(self) -> None:
+        TypeError.__init__(
+            self,
+            "cannot replicate a module that torch.compile has wrapped: its compiled code belongs to the "
+            "wrapped module. Pass the plain module, and decorate its forward with torch.compile.",
+        )
+
+
 class LazyModuleError(AsyncDPError, ValueError):
     """The module still has uninitialised parameters or buffers."""
 
@@ -296,3 +307,105 @@ class MissingExtraError(AsyncDPError, ImportError):
 
     def __init__(self, feature: str, package: str, extra: str) -> None:
         super().__init__(f"{feature} needs the package {package}. Install it: pip install 'asyncdp[{extra}]'")
+
+
+# --- training --------------------------------------------------------------------------------
+
+
+class LossReductionError(AsyncDPError, ValueError):
+    """`loss_reduction` says neither that the loss is a mean nor that it is a sum over the rows."""
+
+    def __init__(self, got: object) -> None:
+        super().__init__(
+            f'loss_reduction must be "mean" or "sum", but got {got!r}. '
+            "It tells how loss_fn joins the rows of a batch; another kind of loss cannot be split."
+        )
+
+
+class LossNotScalarError(AsyncDPError, ValueError):
+    """`loss_fn` returned something that no backward can start from."""
+
+    def __init__(self, got: object) -> None:
+        super().__init__(
+            f"loss_fn must return one number as a tensor that depends on the parameters, but returned {got}. "
+            'Reduce it to a mean or a sum inside loss_fn, and name which one in loss_reduction="mean".'
+        )
+
+
+class ClosureOptimizerError(AsyncDPError, TypeError):
+    """The optimizer evaluates the loss by itself, as LBFGS does, and so cannot step on reduced gradients."""
+
+    def __init__(self, optimizer: object) -> None:
+        super().__init__(
+            f"{type(optimizer).__qualname__} needs a closure that evaluates the loss again, which train_step "
+            "cannot give it. Use another optimizer, or call train_step(..., reduce_only=True) in a loop of yours."
+        )
+
+
+class NotAnOptimizerError(AsyncDPError, TypeError):
+    """`train_step` was given something without `step` and `zero_grad`."""
+
+    def __init__(self, got: object) -> None:
+        super().__init__(
+            f"expected an optimizer of torch.optim, but got {type(got).__qualname__}. "
+            "Pass one over the module's parameters, or None together with reduce_only=True."
+        )
+
+
+# --- serving ---------------------------------------------------------------------------------
+
+
+class CollateError(AsyncDPError, ValueError):
+    """Samples of one batch cannot be stacked."""
+
+    def __init__(self, cause: str) -> None:
+        super().__init__(
+            f"cannot make a batch: {cause}. "
+            "Name a pad= value for tensors of unlike lengths, or pass a collate= of your own."
+        )
+
+
+class SplitError(AsyncDPError, ValueError):
+    """The output of a batch cannot be handed back sample by sample."""
+
+    def __init__(self, cause: str, num_samples: int) -> None:
+        super().__init__(
+            f"{cause} of {num_samples} samples. "
+            "Return one row per sample along dim 0, or pass a split= of your own."
+        )
+
+
+class CallTimeoutError(AsyncDPError, TimeoutError):
+    """A call of a batcher was not answered in time."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(
+            f"the call was not answered within {seconds} s. Allow more time, or send fewer calls at once."
+        )
+
+
+class BatcherClosedError(AsyncDPError, RuntimeError):
+    """A batcher was called before or after its `async with` block."""
+
+    def __init__(self, cause: str) -> None:
+        super().__init__(f"{cause}. Call it inside `async with batcher:`.")
+
+
+class OtherLoopError(AsyncDPError, RuntimeError):
+    """A batcher was called on another event loop than the one it was entered on."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the batcher was entered on another event loop. "
+            "Make one batcher per loop; they may share one engine or runtime."
+        )
+
+
+class NotServableError(AsyncDPError, TypeError):
+    """Something that cannot be called was given to a batcher as its engine."""
+
+    def __init__(self, got: object) -> None:
+        super().__init__(
+            f"expected a DataParallel engine or something to call, but got {type(got).__qualname__}. "
+            "Wrap a module in DataParallel, or pass a function of one batch."
+        )
