@@ -12,6 +12,7 @@ import torch
 
 from .._devices.base import LaneDevice
 from .._devices.threads import set_intra_op_threads
+from .schedule import LaneState
 
 if TYPE_CHECKING:
     from .passes import Pass
@@ -73,6 +74,11 @@ class Lane:
     def device(self) -> torch.device:
         """Where this lane's tensors live."""
         return self.driver.device
+
+    @property
+    def state(self) -> LaneState:
+        """Whether the lane takes work."""
+        return self._core.schedule.state(self.index)
 
     def __repr__(self) -> str:
         return f"<Lane {self.name}: {len(self._queue)} queued, {self.num_done} done>"
