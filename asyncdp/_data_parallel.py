@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +14,7 @@ from torch import nn
 from ._devices import DeviceLike, Devices, parse_devices
 from ._gather import gather_to
 from ._parallel_apply import apply, arguments
-from ._replica_set import LaneModule, ReplicaSet
+from ._replica_set import LaneModule, ReplicaSet, replica_set_of, updates_buffers
 from ._runtime import Lane, Runtime, RuntimeStatistics, default_runtime
 from ._runtime.passes import NextStage, Stage
 from ._scatter import move, split
@@ -64,20 +63,7 @@ async def data_parallel(
     args, kwargs = arguments(inputs), dict(module_kwargs or {})
     if len(targets) == 1:
         return await route.run_in_place(module, args, kwargs)
-    return await route.run(module, _replicas_of(module, targets), args, kwargs)
-
-
-_replica_sets: weakref.WeakKeyDictionary[nn.Module, dict[tuple[torch.device, ...], ReplicaSet]] = (
-    weakref.WeakKeyDictionary()
-)
-
-
-def _replicas_of(module: nn.Module, targets: Sequence[torch.device]) -> ReplicaSet:
-    by_devices = _replica_sets.setdefault(module, {})
-    key = tuple(targets)
-    if key not in by_devices:
-        by_devices[key] = ReplicaSet(module, targets)
-    return by_devices[key]
+    return await route.run(module, replica_set_of(module, targets), args, kwargs)
 
 
 @dataclass(frozen=True)
@@ -151,8 +137,8 @@ class Route:
         return await self.runtime.run(whole, lane=lane, num_threads=self.runtime.thread_share(1))
 
     def _positions(self, count: int, module: nn.Module) -> list[int]:
-        """Which lanes run `count` shards. A module in train mode needs lane 0, whose buffers survive."""
-        if count == len(self.lanes) or module.training:
+        """Which lanes run `count` shards. Where buffers change, lane 0 is needed: its own survive."""
+        if count == len(self.lanes) or updates_buffers(module):
             return list(range(count))
         chosen = self.runtime.least_busy(self.lanes, count)
         return [self.lanes.index(lane) for lane in chosen]

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -18,40 +20,99 @@ from torch import Tensor, nn
 
 from ._autograd import Broadcast
 from ._buckets import DEFAULT_BUCKET_BYTES, buckets
-from ._replicate import Replica, TensorMap, check_module, stand_ins
+from ._replicate import KEPT, PLAIN, AttributeMap, Replica, TensorMap, check_module, stand_ins
 
 # Preparing more than this costs more than a detour over a lane, and would hold up the event loop.
-_MAX_QUICK_MODULES = 64
+_MAX_QUICK_MODULES = 256
 _MAX_QUICK_ALIASES = 32
 
-# Values that nothing inside the replica can refer to by another way than this attribute.
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+
+class _Structure:
+    """What a module looked like when its replicas were made; tells cheaply whether it still does.
+
+    Everything a module consists of is a value in one of its dictionaries, so one pass over the ids of
+    all those values finds any change.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        # Weak: a module keeps its replicas, so references to its namespace would make a cycle.
+        self._owners = [weakref.ref(each) for each in module.modules()]
+        self.take_note()
+
+    def __len__(self) -> int:
+        return len(self._owners)
+
+    def take_note(self) -> None:
+        """Remember the values as they are now."""
+        namespaces = [each.__dict__ for each in self._modules() or ()]
+        registries = [
+            namespace[name] for namespace in namespaces for name in ("_parameters", "_buffers", "_modules")
+        ]
+        hooks = [
+            values
+            for namespace in namespaces
+            for name, values in namespace.items()
+            if name.endswith("_hooks") and isinstance(values, dict)
+        ]
+        parts = [value for namespace in namespaces for value in namespace.values() if _holds_parts(value)]
+        # Views and lists, all of them live. A hook's key is never used again, so keys tell all of hooks.
+        self._values = [_values_of(each) for each in (*registries, *parts)]
+        self._names = [each.keys() for each in (*registries, *hooks)]
+        self._attribute_names = [list(namespace) for namespace in namespaces]
+        self._ids = self._current_ids()
+        self._noted_names = self._current_names()
+        # So that the ids stay theirs.
+        self._kept = [
+            *(value for each in namespaces for value in each.values() if not isinstance(value, Kept)),
+            *(value for values in self._values for value in values),
+        ]
+
+    def is_same(self) -> bool:
+        """Whether nothing at all was replaced, added or removed."""
+        return self._current_ids() == self._ids and self._current_names() == self._noted_names
+
+    def plain_changes(self) -> dict[tuple[int, str], Any] | None:
+        """The attributes that changed, or None if anything else than plain values did."""
+        modules = self._modules()
+        if modules is None or self._current_names() != self._noted_names:
+            return None
+        before = iter(self._ids or ())
+        changes = {}
+        for module, names in zip(modules, self._attribute_names, strict=True):
+            if list(module.__dict__) != names:
+                return None
+            for (name, value), old in zip(module.__dict__.items(), before, strict=False):
+                if id(value) != old:
+                    changes[id(module), name] = value
+        unchanged = [id(value) for values in self._values for value in values] == list(before)
+        return changes if unchanged and all(isinstance(each, PLAIN) for each in changes.values()) else None
+
+    def _modules(self) -> list[nn.Module] | None:
+        """All modules, or None if one of them is gone."""
+        modules = [owner() for owner in self._owners]
+        return None if None in modules else modules  # type: ignore[return-value]
+
+    def _current_ids(self) -> list[int] | None:
+        modules = self._modules()
+        if modules is None:
+            return None
+        ids = [id(value) for module in modules for value in module.__dict__.values()]
+        ids += [id(value) for values in self._values for value in values]
+        return ids
+
+    def _current_names(self) -> list[Any]:
+        return [name for names in self._names for name in names]
 
 
-class _Snapshot(NamedTuple):
-    """What one submodule looked like when the replicas were made."""
-
-    module: weakref.ref[nn.Module]
-    names: list[str]
-    ids: list[int]
-    members: list[list[Any]]
-    kept_alive: list[Any]  # so that the ids stay theirs
-
-    @classmethod
-    def of(cls, module: nn.Module) -> _Snapshot:
-        values = [value for value in module.__dict__.values() if not isinstance(value, MethodType)]
-        return cls(
-            weakref.ref(module),
-            list(module.__dict__),
-            list(map(id, module.__dict__.values())),
-            _members(module),
-            [*values, *module._parameters.values(), *module._buffers.values()],
-        )
+def _values_of(container: Any) -> Any:
+    return container.values() if isinstance(container, dict) else container
 
 
-def _members(module: nn.Module) -> list[list[Any]]:
-    registries: list[dict[str, Any]] = [module._parameters, module._buffers, module._modules]
-    return [[*registry, *map(id, registry.values())] for registry in registries]
+def _holds_parts(value: Any) -> bool:
+    """Whether a plain container holds parts of a module, for which a replica has others."""
+    return type(value) in (list, dict, OrderedDict) and any(
+        isinstance(entry, (nn.Module, Tensor, MethodType)) for entry in _values_of(value)
+    )
 
 
 class _Stamp(NamedTuple):
@@ -63,54 +124,56 @@ class _Stamp(NamedTuple):
     @classmethod
     def of(cls, tensor: Tensor) -> _Stamp | None:
         """None for inference tensors, which count no versions: they always may have changed."""
-        return None if tensor.is_inference() else cls(tensor._version, tensor.data_ptr())
+        if tensor.is_inference():
+            return None
+        return cls(tensor._version, tensor.data_ptr() if tensor.layout is torch.strided else 0)
 
 
+@dataclass(frozen=True, slots=True)
 class LaneModule:
     """A module as one lane runs it in one pass."""
 
-    __slots__ = ("_buffer_owners", "_replica", "_source", "_tensors")
-
-    def __init__(
-        self,
-        replica: Replica,
-        tensors: TensorMap,
-        source: _Copies | None,
-        buffer_owners: Sequence[nn.Module],
-    ) -> None:
-        self._replica = replica
-        self._tensors = tensors
-        self._source = source
-        self._buffer_owners = buffer_owners
+    replica: Replica
+    tensors: TensorMap
+    changes: AttributeMap
+    source: _Copies | None
+    buffer_owners: Sequence[nn.Module]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the replica's forward; only ever on the lane's own thread."""
-        tensors = self._tensors
-        if self._source is not None:
-            tensors = self._source.up_to_date(tensors)
-        self._replica.install(tensors)
+        tensors = self.tensors if self.source is None else self.source.up_to_date(self.tensors)
+        self.replica.install(tensors, self.changes)
         before = {}
-        if self._buffer_owners and self._source is not None:
+        if self.buffer_owners and self.source is not None:
             before = {id(tensor): _Stamp.of(tensor) for tensor in tensors.values()}
-        output = self._replica.module(*args, **kwargs)
-        for owner in self._buffer_owners:
-            self._write_back(owner, before)
+        output = self.replica.module(*args, **kwargs)
+        for owner in self.buffer_owners:
+            self._write_back(owner, tensors, before)
         return output
 
-    def _write_back(self, owner: nn.Module, before: dict[int, _Stamp | None]) -> None:
+    def _write_back(self, owner: nn.Module, installed: TensorMap, before: dict[int, _Stamp | None]) -> None:
         """Let this lane's buffer updates survive: carry them into the module's own buffers."""
-        assert self._replica.installed is not None
-        copies = self._replica.buffers_of(owner)
+        copies = self.replica.buffers_of(owner)
         for name, own in list(owner._buffers.items()):
             updated = copies.get(name)
-            if own is None or updated is None or updated is own:
+            if updated is own:
                 continue
-            if updated is not self._replica.installed.get(id(own)):
+            if own is None or updated is None or updated is not installed.get(id(own)):
                 # Forward put another tensor in the buffer's place.
-                owner._buffers[name] = updated.detach().to(own.device)
-            elif updated.device != own.device and before.get(id(updated)) != _Stamp.of(updated):
+                owner._buffers[name] = _brought_back(updated, own)
+            elif self._is_copied(own) and (owner.training or before.get(id(updated)) != _Stamp.of(updated)):
+                # Asked for the mode too: batch norm changes its statistics without counting a version.
                 with torch.no_grad():
                     own.copy_(updated)
+
+    def _is_copied(self, tensor: Tensor) -> bool:
+        return self.source is not None and self.source.has(tensor)
+
+
+def _brought_back(updated: Tensor | None, own: Tensor | None) -> Tensor | None:
+    if updated is None or own is None:
+        return updated
+    return updated.detach().to(own.device)
 
 
 class _Copies:
@@ -121,6 +184,10 @@ class _Copies:
         self._device = device
         self._stamps: dict[int, _Stamp | None] = {}
         self._copies: TensorMap = {}
+
+    def has(self, tensor: Tensor) -> bool:
+        """Whether the lane uses a copy in place of `tensor`."""
+        return id(tensor) in self._copies
 
     def forget(self) -> None:
         self._stamps = {}
@@ -158,12 +225,12 @@ class ReplicaSet:
         self._devices = list(devices)
         self._bucket_bytes = bucket_bytes
         self._lock = threading.Lock()
-        self._snapshots: list[_Snapshot] = []  # empty until the first pass builds the replicas
-        self._buffer_stamps: list[_Stamp | None] = []
+        self._structure: _Structure | None = None  # until the first pass builds the replicas
+        self._buffer_stamps: list[_Stamp | None] = []  # empty if buffers may change without a trace
 
     def refresh(self) -> None:
         """Copy everything anew for the next pass, also what was changed behind autograd's back."""
-        for copies in self._copies if self._snapshots else ():
+        for copies in self._copies if self._structure else ():
             if copies is not None:
                 copies.forget()
         self._buffer_stamps = []
@@ -196,39 +263,45 @@ class ReplicaSet:
             return self._prepare(module, lanes)
 
     def _is_quick(self, module: nn.Module, num_lanes: int) -> bool:
-        if not self._snapshots or len(self._snapshots) > _MAX_QUICK_MODULES:
+        if self._structure is None or len(self._structure) > _MAX_QUICK_MODULES:
             return False
-        if self._buffers and module.training:
+        if self._buffers and (not self._buffer_stamps or updates_buffers(module)):
             return False
         num_aliases = len(self._parameters) * num_lanes if torch.is_grad_enabled() else 0
         return num_aliases <= _MAX_QUICK_ALIASES
 
     def _prepare(self, module: nn.Module, lanes: Sequence[int]) -> list[LaneModule]:
-        if not self._follows(module):
+        if not self._follows():
             self._build(module)
+        owners = [each for each in module.modules() if each._buffers] if self._has_buffers else []
         self._refresh_buffers()
-        aliases = self._aliases(lanes)
-        prepared = []
-        for lane, own in zip(lanes, aliases, strict=True):
-            tensors = {**self._shared[lane], **own} if own else self._shared[lane]
-            owners = (
-                [each for each in module.modules() if each._buffers] if lane == 0 and self._buffers else ()
+        if any(each.training for each in owners):
+            self._buffer_stamps = []
+        return [
+            LaneModule(
+                self._replicas[lane],
+                {**self._shared[lane], **own} if own else self._shared[lane],
+                self._changes,
+                self._copies[lane],
+                owners if lane == 0 else (),
             )
-            prepared.append(LaneModule(self._replicas[lane], tensors, self._copies[lane], owners))
-        return prepared
+            for lane, own in zip(lanes, self._aliases(lanes), strict=True)
+        ]
 
     def _build(self, module: nn.Module) -> None:
         check_module(module)
+        self._structure = None  # should anything below fail, the next pass starts here again
+        structure = _Structure(module)
         self._parameters = list(module.parameters())
         self._buffers = list(module.buffers())
-        self._snapshots = [_Snapshot.of(each) for each in module.modules()]
+        self._has_buffers = any(each._buffers for each in module.modules())  # empty places count too
         self._replicas = [Replica(module, deep=False) for _ in self._devices]
         self._copies = [self._copies_for(lane) for lane in range(len(self._devices))]
         self._buffer_stamps = []
         self._lane_buffers: list[Tensor] = []
-        self._shared: list[TensorMap] = [{} for _ in self._devices]
-        self._share_parameters()
-        self._refresh_buffers()
+        self._changes: AttributeMap = {}
+        self._shared: list[TensorMap] = [self._own_parameters(lane) for lane in range(len(self._devices))]
+        self._structure = structure
 
     def _is_own(self, tensor: Tensor, lane: int) -> bool:
         """Whether a lane uses the module's own tensor."""
@@ -242,10 +315,9 @@ class ReplicaSet:
         ]
         return _Copies(foreign, self._devices[lane]) if foreign else None
 
-    def _share_parameters(self) -> None:
-        for lane in range(len(self._devices)):
-            own = [tensor for tensor in self._parameters if self._is_own(tensor, lane)]
-            self._shared[lane] = stand_ins(own, own)
+    def _own_parameters(self, lane: int) -> TensorMap:
+        own = [tensor for tensor in self._parameters if self._is_own(tensor, lane)]
+        return stand_ins(own, own)
 
     def _refresh_buffers(self) -> None:
         """Give each lane but the first new copies of the buffers if any of them changed.
@@ -280,32 +352,51 @@ class ReplicaSet:
                 own.update(stand_ins(bucket, share))
         return list(aliases)
 
-    def _follows(self, module: nn.Module) -> bool:
-        """Carry changes of plain attributes over to the replicas; tell whether that was all."""
-        modules = list(module.modules())
-        if len(modules) != len(self._snapshots):
+    def _follows(self) -> bool:
+        """Note changes of plain attributes for the replicas; tell whether that was all."""
+        if self._structure is None:
             return False
-        for position, each in enumerate(modules):
-            snapshot = self._snapshots[position]
-            if snapshot.module() is not each or snapshot.members != _members(each):
-                return False
-            if snapshot.ids != list(map(id, each.__dict__.values())):
-                if not self._follow_attributes(each, snapshot):
-                    return False
-                self._snapshots[position] = _Snapshot.of(each)
+        if self._structure.is_same():
+            return True
+        changes = self._structure.plain_changes()
+        if changes is None:
+            return False
+        # A new map: a pass under way keeps the values of its own time.
+        self._changes = {**self._changes, **changes}
+        for replica in self._replicas:
+            replica.changes = self._changes
+        self._structure.take_note()
         return True
 
-    def _follow_attributes(self, module: nn.Module, snapshot: _Snapshot) -> bool:
-        if snapshot.names != list(module.__dict__):
-            return False
-        for (name, value), old in zip(module.__dict__.items(), snapshot.ids, strict=True):
-            if id(value) == old:
-                continue
-            if not isinstance(value, _PLAIN):
-                return False
-            for replica in self._replicas:
-                replica.set_attribute(module, name, value)
-        return True
+
+def updates_buffers(module: nn.Module) -> bool:
+    """Whether a forward is likely to change buffers, which must then happen on lane 0."""
+    return any(each.training and each._buffers for each in module.modules())
+
+
+class Kept(dict[tuple[torch.device, ...], ReplicaSet]):
+    """A module's replica sets by their devices. Copies and pickles of the module go without them."""
+
+    def __deepcopy__(self, memo: object) -> Kept:
+        return Kept()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, ()
+
+
+def replica_set_of(module: nn.Module, devices: Sequence[torch.device]) -> ReplicaSet:
+    """The module's replica set for these devices, made at first use and kept as long as the module.
+
+    It is kept on the module itself: a table of weak keys would hold for ever any module that its own
+    hooks, which the replicas share, refer to.
+    """
+    kept = module.__dict__.get(KEPT)
+    if not isinstance(kept, Kept):
+        kept = module.__dict__[KEPT] = Kept()
+    key = tuple(devices)
+    if key not in kept:
+        kept[key] = ReplicaSet(module, devices)
+    return kept[key]
 
 
 def _copied(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from types import MethodType
@@ -14,10 +15,19 @@ from torch.nn.parameter import is_lazy
 
 from ._autograd import Broadcast
 from ._devices import Devices, parse_devices
-from .errors import LazyModuleError, NotAModuleError, UnsupportedModuleError
+from .errors import CompiledModuleError, LazyModuleError, NotAModuleError, UnsupportedModuleError
 
 TensorMap = Mapping[int, Tensor]
 """The `id` of one of the original module's parameters or buffers -> what stands in its place."""
+
+AttributeMap = Mapping[tuple[int, str], Any]
+"""The `id` of one of the original's modules and a plain attribute's name -> its value."""
+
+KEPT = "_asyncdp_replicas"
+"""The attribute under which a module keeps its replicas; no replica has it."""
+
+PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+"""Types of values that hold no reference to anything else."""
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 
@@ -59,8 +69,12 @@ def check_module(module: object) -> None:
     """Refuse what cannot be replicated, before any work starts."""
     if not isinstance(module, nn.Module):
         raise NotAModuleError(module)
-    if isinstance(module, torch.jit.ScriptModule):
-        raise UnsupportedModuleError(module)
+    compiled = getattr(sys.modules.get("torch._dynamo.eval_frame"), "OptimizedModule", ())
+    for each in module.modules():
+        if isinstance(each, torch.jit.ScriptModule):
+            raise UnsupportedModuleError(each)
+        if isinstance(each, compiled):
+            raise CompiledModuleError
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if is_lazy(tensor):
             raise LazyModuleError(name)
@@ -91,13 +105,16 @@ class Replica:
     Attributes:
         module: the copy.
         installed: the stand-ins it holds now.
+        changes: the latest plain attributes that changed in the original since the copy was made.
     """
 
     def __init__(self, original: nn.Module, *, deep: bool) -> None:
         self.installed: TensorMap | None = None
+        self.changes: AttributeMap = {}
+        self._installed_changes: AttributeMap = self.changes
         self._modules: dict[int, nn.Module] = {id(each): _bare_copy(each) for each in original.modules()}
         self.module = self._modules[id(original)]
-        self._slots: list[tuple[dict[str, Any], str, int]] = []
+        self._slots: dict[str, list[tuple[dict[str, Any], str, int]]] = {"_parameters": [], "_buffers": []}
         self._attributes: list[tuple[dict[str, Any], str, Any]] = []
         self._memo: dict[int, Any] | None = None
         if deep:
@@ -107,19 +124,27 @@ class Replica:
         for each in original.modules():
             self._fill(each, self._modules[id(each)].__dict__, tensor_ids)
 
-    def install(self, tensors: TensorMap) -> None:
-        """Put tensors in the places of the original's parameters and buffers."""
-        if tensors is self.installed:
-            return
-        for registry, name, key in self._slots:
-            registry[name] = tensors[key]
-        for namespace, name, template in self._attributes:
-            namespace[name] = _substitute(template, tensors)
-        self.installed = tensors
+    def install(self, tensors: TensorMap, changes: AttributeMap | None = None) -> None:
+        """Put tensors in the places of the original's, and values in those of its plain attributes.
 
-    def set_attribute(self, original: nn.Module, name: str, value: Any) -> None:
-        """Follow a change of a plain attribute of one of the original's modules."""
-        self._modules[id(original)].__dict__[name] = _substitute(value, self._modules)
+        Args:
+            tensors: what stands for each parameter and buffer of the original.
+            changes: plain attributes that changed since the replica was made; the latest if None.
+        """
+        changes = self.changes if changes is None else changes
+        # Buffers always: a forward may have put another tensor in a buffer's place.
+        for registry, name, key in self._slots["_buffers"]:
+            registry[name] = tensors[key]
+        if tensors is not self.installed:
+            for registry, name, key in self._slots["_parameters"]:
+                registry[name] = tensors[key]
+            for namespace, name, template in self._attributes:
+                namespace[name] = _substitute(template, tensors)
+            self.installed = tensors
+        if changes is not self._installed_changes:
+            for (owner, name), value in changes.items():
+                self._modules[owner].__dict__[name] = value
+            self._installed_changes = changes
 
     def buffers_of(self, original: nn.Module) -> dict[str, Tensor | None]:
         """The buffers of the copy of one of the original's modules."""
@@ -129,9 +154,10 @@ class Replica:
         for registry in ("_parameters", "_buffers"):
             entries = dict(namespace[registry])
             namespace[registry] = entries
-            self._slots += [
+            self._slots[registry] += [
                 (entries, name, id(value)) for name, value in entries.items() if value is not None
             ]
+        namespace.pop(KEPT, None)
         namespace["_modules"] = {
             name: None if child is None else self._modules[id(child)]
             for name, child in original._modules.items()
@@ -140,7 +166,7 @@ class Replica:
         if "_compiled_call_impl" in namespace:
             namespace["_compiled_call_impl"] = None
         for name, value in original.__dict__.items():
-            if name in _REGISTRIES:
+            if name in _REGISTRIES or name == KEPT:
                 continue
             mapped = _substitute(value, self._modules)
             if _refers_to(mapped, tensor_ids):
@@ -153,7 +179,7 @@ class Replica:
 def _bare_copy(module: nn.Module) -> nn.Module:
     # Not through the class's own __new__, which some classes (GraphModule) use to make a new class.
     replica = object.__new__(type(module))
-    replica.__dict__ = dict(module.__dict__)
+    replica.__dict__.update(module.__dict__)
     return replica
 
 
@@ -192,9 +218,15 @@ def _refers_to(value: Any, ids: set[int]) -> bool:
 
 def _deep_copy(name: str, value: Any, memo: dict[int, Any]) -> Any:
     """Copy an attribute deeply, but for hooks and what cannot be copied (locks, handles): shared."""
+    if isinstance(value, PLAIN):
+        return value
     if name.endswith("_hooks"):
         return copy.copy(value)
+    # A copy that fails leaves half-built objects in its memo, which no later copy may meet.
+    trial = dict(memo)
     try:
-        return copy.deepcopy(value, memo)
+        copied = copy.deepcopy(value, trial)
     except Exception:
         return value
+    memo.update(trial)
+    return copied
