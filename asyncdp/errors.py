@@ -338,7 +338,7 @@ class ClosureOptimizerError(AsyncDPError, TypeError):
     def __init__(self, optimizer: object) -> None:
         super().__init__(
             f"{type(optimizer).__qualname__} needs a closure that evaluates the loss again, which train_step "
-            "cannot give it. Use another optimizer, or call train_step(..., reduce_only=True) in a loop of yours."
+            "cannot give it. Use another optimizer, or train_step(..., reduce_only=True) in a loop of yours."
         )
 
 
