@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -124,8 +125,12 @@ def _exit_with(run: Callable[[], int]) -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
     try:
         code = run()
-    except (Interrupted, KeyboardInterrupt):
+    except Interrupted:
         print("interrupted; the same command with --resume continues", file=sys.stderr)
+        sys.stdout.flush()
+        # A thread may wait for standard input for ever; everything worth keeping is on the disk.
+        os._exit(EXIT_INTERRUPTED)
+    except KeyboardInterrupt:  # before the job began
         code = EXIT_INTERRUPTED
     except AsyncDPError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,6 +1,6 @@
 """The batch-inference job: a model over many records, killed and resumed at any moment.
 
-`asyncdp infer` is its command line; from Python it is `InferOptions`, `Job` and a `Reporter`.
+`asyncdp infer` is its command line; from Python it is `InferOptions` and `Job`.
 """
 
 from asyncdp.infer.job import Job, Plan, Reporter, Summary

@@ -22,7 +22,7 @@ from asyncdp.infer.names import load_name
 from asyncdp.infer.options import InferOptions, fingerprint
 from asyncdp.infer.output import OutputFolder, check_output_free
 from asyncdp.infer.pipeline import ErrorPolicy, Limits, Pipeline, plain_task_group
-from asyncdp.infer.readers import decode_image, open_inputs
+from asyncdp.infer.readers import STDIN, decode_image, open_inputs
 from asyncdp.infer.records import Columns, Failure, Rows
 from asyncdp.infer.steps import EachValue, Steps, default_collate, image_to_tensor, length_of, same
 
@@ -91,6 +91,19 @@ class Reporter(Protocol):
         """The job has ended, well or not."""
 
 
+class SilentReporter:
+    """Tells nobody."""
+
+    def started(self, num_records: int | None, monitor: Monitor, lanes: tuple[str, ...]) -> None:
+        """Keeps quiet."""
+
+    def progressed(self, num_records: int | None, monitor: Monitor) -> None:
+        """Keeps quiet."""
+
+    def finished(self) -> None:
+        """Keeps quiet."""
+
+
 class Job:
     """An inference job whose model is loaded and whose input is found.
 
@@ -109,13 +122,17 @@ class Job:
         self.steps = make_steps(options, self.inputs.format_name)
         self.model: LoadedModel = load_model(options)
 
-    async def run(self, reporter: Reporter, monitor: Monitor | None = None) -> Summary:
+    async def run(self, reporter: Reporter | None = None, monitor: Monitor | None = None) -> Summary:
         """Runs the job to its end.
+
+        Args:
+            reporter: Told how it goes, if anybody is.
+            monitor: Counts what happens; a new one if None.
 
         Raises:
             JobError: See its subclasses; all blocks finished before stay valid.
         """
-        monitor = monitor or Monitor()
+        reporter, monitor = reporter or SilentReporter(), monitor or Monitor()
         with await anyio.to_thread.run_sync(self._open_output) as output:
             monitor.num_earlier = sum(block.num_records for block in output.finished.values())
             monitor.num_earlier_bad = sum(block.num_bad for block in output.finished.values())
@@ -187,7 +204,8 @@ class Job:
             group.start_soon(self._tick, engine, reporter, monitor)
             try:
                 pipeline = self._pipeline(engine, policy, output.write_block, monitor)
-                await pipeline.run(self._windows(output))
+                from_terminal = STDIN in [file.path for file in self.inputs.files]
+                await pipeline.run(self._windows(output), abandon_reads=from_terminal)
             finally:
                 monitor.sample(engine)
                 reporter.finished()

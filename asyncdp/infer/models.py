@@ -203,6 +203,9 @@ _PLAIN_MEMBER = re.compile(
 
 def _refuse_pickles(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
+        if min(member.header_offset for member in archive.infolist()) != 0:
+            # A file that lost its end shows an archive inside it instead of itself.
+            raise zipfile.BadZipFile("the archive does not begin where the file does")
         for name in archive.namelist():
             if not _PLAIN_MEMBER.fullmatch(name) or (
                 name.endswith("_config.json") and '"use_pickle": true' in _normal_json(archive, name)

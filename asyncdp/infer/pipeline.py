@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping
 from typing import Any, Protocol
 
@@ -119,8 +120,13 @@ class Pipeline:
         self._open: dict[int, _OpenBlock] = {}
         self._num_bad = monitor.num_earlier_bad
 
-    async def run(self, windows: Windows) -> None:
+    async def run(self, windows: Windows, *, abandon_reads: bool = False) -> None:
         """Processes all windows.
+
+        Args:
+            windows: Advanced in a worker thread; closed at the end.
+            abandon_reads: Whether a cancellation leaves a read behind that may never end, as from a
+                terminal, instead of waiting for it.
 
         Raises:
             RecordError: A record was refused and the policy is to stop.
@@ -132,7 +138,7 @@ class Pipeline:
         to_run, batches_in = anyio.create_memory_object_stream[_Batch](limits.num_lanes)
         self._to_write, blocks_in = anyio.create_memory_object_stream[_OpenBlock](1)
         async with plain_task_group() as group:
-            group.start_soon(self._read, windows, to_prepare)
+            group.start_soon(self._read, windows, to_prepare, abandon_reads)
             group.start_soon(self._write, blocks_in)
             async with self._to_write, anyio.create_task_group() as stages:
                 for _ in range(limits.num_workers):
@@ -144,13 +150,15 @@ class Pipeline:
                     stream.close()
         assert not self._open, "every block that was read has been written"
 
-    async def _read(self, windows: Windows, out: MemoryObjectSendStream[Window]) -> None:
+    async def _read(self, windows: Windows, out: MemoryObjectSendStream[Window], abandon: bool) -> None:
+        read = functools.partial(anyio.to_thread.run_sync, self._next, windows, abandon_on_cancel=abandon)
         async with out:
             try:
-                while (window := await anyio.to_thread.run_sync(self._next, windows)) is not None:
+                while (window := await read()) is not None:
                     await out.send(window)
             finally:
-                windows.close()  # and with it the file that is being read
+                if not abandon:
+                    windows.close()  # and with it the file that is being read
 
     def _next(self, windows: Windows) -> Window | None:
         with self._monitor.timed("read"):

@@ -37,19 +37,6 @@ def numbers(work):
     return make
 
 
-class Quiet:
-    """A reporter that tells nobody."""
-
-    def started(self, num_records, monitor, lanes):
-        self.lanes = lanes
-
-    def progressed(self, num_records, monitor):
-        pass
-
-    def finished(self):
-        pass
-
-
 @pytest.fixture
 def run(work, anyio_backend):
     """Runs a job over ``inputs`` into the folder ``out`` and returns its summary."""
@@ -58,6 +45,6 @@ def run(work, anyio_backend):
         options = {"columns": ("x",), "devices": "cpu*2", "output": work / "out", **options}
         inputs = inputs if isinstance(inputs, tuple) else (str(inputs),)
         job = Job(InferOptions(inputs=inputs, model=model, **options))
-        return anyio.run(job.run, Quiet(), monitor, backend=anyio_backend)
+        return anyio.run(job.run, None, monitor, backend=anyio_backend)
 
     return run

