@@ -9,12 +9,13 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
 
-from .. import _devices
+from .. import _devices, _kernels
 from .._devices import Devices, LaneDevice, parse_devices
 from ..errors import (
     AsyncDPError,
@@ -61,6 +62,8 @@ class RuntimeStatistics:
     num_done: int
     num_failed: int
     num_cancelled: int
+    paths: _kernels.PathStatistics
+    """Which way tensors took between CUDA devices, counted over the whole process."""
 
 
 class Core:
@@ -343,6 +346,16 @@ class Runtime:
             raise QueueFullError(f"lane {full[0].name}", self._core.schedule.max_queue)
         return await self.run_pass(stage, following)
 
+    async def warm_up(self) -> None:
+        """Build and load the kernels of every device now, on lanes, so that no later pass has to.
+
+        Takes seconds for a CUDA device whose kernels are not in the disk cache yet; nothing elsewhere.
+        """
+        one_per_device = {lane.device: lane for lane in self._core.lanes}
+        await self.run_pass(
+            [(lane, partial(_kernels.warm_up, device)) for device, lane in one_per_device.items()]
+        )
+
     def statistics(self) -> RuntimeStatistics:
         """A snapshot of all lanes and counts."""
         core = self._core
@@ -365,6 +378,7 @@ class Runtime:
                 num_done=core.counts[PassState.DONE],
                 num_failed=core.counts[PassState.FAILED],
                 num_cancelled=core.counts[PassState.CANCELLED],
+                paths=_kernels.statistics(),
             )
 
     def _refuse_nested(self) -> None:

@@ -260,6 +260,18 @@ async def test_lanes_for_names_what_is_missing() -> None:
             rt.lanes_for([torch.device("cpu")] * 2)
 
 
+async def test_warm_up_visits_each_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are made ready on a lane's thread, once per device and not per lane."""
+    seen: list[tuple[torch.device, str]] = []
+    monkeypatch.setattr(
+        "asyncdp._kernels.warm_up",
+        lambda device: seen.append((device, threading.current_thread().name)),
+    )
+    async with runtime(2) as rt:
+        await rt.warm_up()
+    assert seen == [(torch.device("cpu"), "asyncdp-cpu:1")]
+
+
 def test_max_queue_is_checked() -> None:
     """A negative bound is refused before a thread starts."""
     before = lane_threads()
