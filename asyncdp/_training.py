@@ -1,0 +1,249 @@
+"""Training: an awaitable backward, and whole steps whose lanes each compute their own loss."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import anyio
+import torch
+from torch import Tensor, nn
+
+from . import _tree
+from ._parallel_apply import arguments
+from ._reducer import Reducer
+from ._runtime import Lane, Runtime, default_runtime
+from ._runtime.passes import Stage
+from ._scatter import move, split
+from ._training_commit import Commit, Kept, StepOptions, threads_for
+from ._training_lanes import TrainingLane, TrainingLanes
+from .errors import LossNotScalarError
+
+
+async def backward(
+    tensors: Tensor | Sequence[Tensor],
+    grad_tensors: Tensor | Sequence[Tensor | None] | None = None,
+    *,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    inputs: Tensor | Sequence[Tensor] | None = None,
+) -> None:
+    """Compute gradients as `torch.autograd.backward` does, on a lane, without blocking the event loop.
+
+    Gradients are added to `.grad` of the leaves while it runs, so two backwards that share leaves
+    must not run at the same time, and one that fails or is cancelled may have changed some of them.
+    A running backward is never broken off: a cancellation goes on once it has ended.
+
+    Args:
+        tensors: where to begin.
+        grad_tensors: their gradients; may be left out for tensors of one element.
+        retain_graph: as in `torch.autograd.backward`.
+        create_graph: as in `torch.autograd.backward`.
+        inputs: as in `torch.autograd.backward`.
+
+    Raises:
+        ValueError: there are no tensors.
+        RuntimeError: from torch, as of `torch.autograd.backward`.
+    """
+    roots = (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
+    if not roots:
+        raise ValueError("there are no tensors to begin a backward from. Pass a loss.")
+    runtime = default_runtime()
+    device = roots[0].device
+    runtime.lanes_for([device])
+    lanes = [lane for lane in runtime.lanes if lane.device == device]
+    run = partial(
+        torch.autograd.backward,
+        roots,
+        grad_tensors,
+        retain_graph=retain_graph,
+        create_graph=create_graph,
+        inputs=inputs,
+    )
+    lane = runtime.least_busy(lanes)[0]
+    await runtime.run(run, lane=lane, num_threads=runtime.thread_share(1))
+
+
+class Trainer:
+    """Runs the training steps of one module, one after the other.
+
+    Args:
+        module: what to train.
+        runtime: whose lanes these are.
+        lanes: a step uses the first ones of them.
+        output: where losses go.
+        dim: the dimension that is split.
+    """
+
+    def __init__(
+        self, module: nn.Module, runtime: Runtime, lanes: Sequence[Lane], output: torch.device, dim: int
+    ) -> None:
+        self._module = module
+        self._runtime = runtime
+        self._lanes = lanes
+        self._output = output
+        self._dim = dim
+        self._replicas = TrainingLanes(module, [lane.device for lane in lanes])
+        self._kept = Kept(len(lanes))
+        self._one_at_a_time = anyio.Lock(fast_acquire=True)
+        self.num_steps = 0
+        """Optimizer steps taken, also those whose caller was cancelled too late to hold them up."""
+
+    async def step(
+        self, inputs: Any, targets: Any, options: StepOptions, num_lanes: int, *, accumulate: bool
+    ) -> Tensor:
+        """Take one step; see `DataParallel.train_step`."""
+        shards = split((arguments(inputs), targets), num_lanes, self._dim)
+        num_rows = [count_rows(shard, self._dim) for shard in shards]
+        if None in num_rows:  # nothing to split: every lane would do the whole work
+            shards, num_rows = shards[:1], [None]
+        weights = _weights(num_rows) if options.loss_reduction == "mean" else [1.0] * len(shards)
+        lanes = self._lanes[: len(shards)]
+        async with self._one_at_a_time:
+            step = _Step(
+                self._module, self._replicas, self._kept, lanes, shards, weights, options, accumulate
+            )
+            stage = [(lane, partial(step.run_lane, index)) for index, lane in enumerate(lanes)]
+
+            def last_stage(shares: list[Any], last: Lane) -> Stage:
+                # The lane that is awake already, if it can reach the first lane's tensors.
+                lane = last if last.device == lanes[0].device else lanes[0]
+                return [(lane, partial(self._finish, step, shares))]
+
+            share = self._runtime.thread_share(len(lanes))
+            result = await self._runtime.run_pass(stage, [last_stage], num_threads=share)
+            return result[0]  # type: ignore[no-any-return]
+
+    def discard_accumulated(self) -> None:
+        """Forget the gradients of steps under `no_sync`."""
+        self._kept.clear()
+
+    def _finish(self, step: _Step, shares: Sequence[Tensor]) -> Tensor:
+        """After every lane has succeeded: add up the loss, and keep the gradients or step with them."""
+        with torch.inference_mode(False), torch.enable_grad():
+            loss = shares[0].to(self._output)
+            for other in shares[1:]:
+                loss = loss + other.to(self._output)
+            if step.accumulate:
+                step.keep()
+            else:
+                step.commit(self._runtime.thread_share(1))
+                self.num_steps += not step.options.reduce_only
+            return loss
+
+
+class _Step:
+    """One step on its way: what its lanes share."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        replicas: TrainingLanes,
+        kept: Kept,
+        lanes: Sequence[Lane],
+        shards: Sequence[Any],
+        weights: Sequence[float],
+        options: StepOptions,
+        accumulate: bool,
+    ) -> None:
+        self.options = options
+        self.accumulate = accumulate
+        self._module = module
+        self._replicas = replicas
+        self._kept = kept
+        self._lanes = lanes
+        self._shards = shards
+        self._weights = weights
+        self._prepared: tuple[list[TrainingLane], Reducer, Tensor | None] | None = None
+        self._lock = threading.Lock()
+
+    def run_lane(self, index: int) -> Tensor:
+        """One lane's forward, loss and backward. Returns its share of the loss."""
+        device = self._lanes[index].device
+        alone = len(self._lanes) == 1
+        with torch.inference_mode(False), torch.enable_grad():
+            lanes, reducer, scale = self._prepare()
+            module = lanes[index].module(None if alone else partial(reducer.report, index))
+            args, targets = move(self._shards[index], device)
+            loss = _checked(self.options.loss_fn(module(*args), targets))
+            weight = self._weights[index]
+            share = loss if weight == 1.0 else loss * weight
+            _backward(share if scale is None else share * scale.to(device))
+            if alone:
+                reducer.gradients[0] = lanes[0].collect()
+            reducer.end(index)
+            return share.detach()
+
+    def keep(self) -> None:
+        """Put the lanes' gradients aside for the next step that reduces."""
+        lanes, reducer, _ = self._prepare()
+        self._kept.add(self._replicas.learning, reducer.gradients)
+        lanes[0].write_buffers(self._module)
+
+    def commit(self, all_threads: int) -> None:
+        """Reduce what is left to reduce, and step with all the machine's threads if that pays."""
+        lanes, reducer, _ = self._prepare()
+        commit = Commit(self._replicas.learning, self.options)
+        is_spread = len(self._lanes) > 1 and self._lanes[0].device.type == "cpu"
+        with threads_for(self._replicas.learning, all_threads) if is_spread else nullcontext():
+            commit.run(reducer.sums(), partial(lanes[0].write_buffers, self._module))
+        self._kept.clear()
+
+    def _prepare(self) -> tuple[list[TrainingLane], Reducer, Tensor | None]:
+        """What the first lane to come here makes for all: replicas, reducer, the loss scale."""
+        with self._lock:
+            if self._prepared is None:
+                num_lanes = len(self._lanes)
+                lanes = self._replicas.prepare_training(self._module, num_lanes)
+                learning = self._replicas.learning
+                overlap = not self.accumulate and all(lane.device.type == "cpu" for lane in self._lanes)
+                kept = [] if self.accumulate else self._kept.of(learning)
+                reducer = Reducer(learning, num_lanes, kept, overlap=overlap)
+                self._prepared = lanes, reducer, self._scale(learning)
+            return self._prepared
+
+    def _scale(self, learning: Sequence[Tensor]) -> Tensor | None:
+        if self.options.scaler is None or not learning:
+            return None
+        scale: Tensor = self.options.scaler.scale(torch.ones((), device=learning[0].device))
+        return scale
+
+
+def count_rows(tree: Any, dim: int) -> int | None:
+    """The length along `dim` of the first tensor that has one; None if none has."""
+    for leaf in _tree.flatten(tree)[0]:
+        if isinstance(leaf, Tensor) and -leaf.dim() <= dim < leaf.dim():
+            return leaf.shape[dim]
+    return None
+
+
+def _weights(num_rows: Sequence[int | None]) -> list[float]:
+    """Each shard's part of the batch's mean."""
+    known = [count or 0 for count in num_rows]
+    total = sum(known)
+    if len(known) == 1 or total == 0:
+        return [1.0] * len(known)
+    return [count / total for count in known]
+
+
+def _checked(loss: Any) -> Tensor:
+    if not isinstance(loss, Tensor):
+        raise LossNotScalarError(f"a {type(loss).__qualname__}")
+    if loss.numel() != 1:
+        raise LossNotScalarError(f"a tensor of shape {list(loss.shape)}")
+    if not loss.requires_grad:
+        raise LossNotScalarError("a tensor without a gradient function")
+    return loss.reshape(()) if loss.dim() else loss
+
+
+def _backward(loss: Tensor) -> None:
+    """As torch advises, not under autocast: a backward takes the dtypes of its forward."""
+    kind = loss.device.type
+    if not torch.is_autocast_enabled(kind):
+        loss.backward()
+        return
+    with torch.autocast(kind, enabled=False):
+        loss.backward()

@@ -1,0 +1,165 @@
+"""Each lane's own leaves and buffers for training.
+
+A lane computes its loss and backward on leaves of its own, which share storage with the module's
+parameters on the module's device, so that no two lanes write to one `.grad`. Its buffers are copies,
+so that nothing of the module changes before the step is known to succeed.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._reducer import Gradients
+from ._replica_set import ReplicaSet
+from ._replicate import Replica, stand_ins
+
+Report = Callable[[int, Tensor], None]
+"""Takes the position of a tensor that learns, and its gradient."""
+
+
+class TrainingLane:
+    """One lane's replica for training. Only ever used by one thread at a time.
+
+    Args:
+        replica: the structure.
+        device: where the lane works.
+        learning: the module's tensors that require gradients.
+        still: its other parameters and buffers.
+    """
+
+    def __init__(
+        self, replica: Replica, device: torch.device, learning: Sequence[Tensor], still: Sequence[Tensor]
+    ) -> None:
+        self._replica = replica
+        with torch.inference_mode(False), torch.no_grad():
+            self._leaves = [_leaf_of(tensor, device) for tensor in learning]
+            own = [
+                tensor
+                if isinstance(tensor, nn.Parameter) and tensor.device == device
+                else _copy(tensor, device)
+                for tensor in still
+            ]
+        self._tensors = {**stand_ins(learning, self._leaves), **stand_ins(still, own)}
+        pairs = zip([*self._leaves, *own], [*learning, *still], strict=True)
+        # Leaves on the module's device need no copy: they share its storage.
+        self._copies = [pair for pair in pairs if pair[0].data_ptr() != pair[1].data_ptr()]
+        self._report: Report | None = None
+        for position, leaf in enumerate(self._leaves):
+            leaf.register_post_accumulate_grad_hook(_hook(weakref.ref(self), position))
+
+    def module(self, report: Report | None) -> nn.Module:
+        """The replica, ready for one forward and backward.
+
+        Args:
+            report: gets every gradient as soon as it is complete; None to `collect` them later.
+        """
+        for leaf in self._leaves:
+            leaf.grad = None  # of a step that failed
+        self._report = report
+        if self._copies:
+            # Always: no version tells of changes through `.data`, nor of batch norm's to its buffers.
+            with torch.inference_mode(False), torch.no_grad():
+                torch._foreach_copy_([own for own, _ in self._copies], [source for _, source in self._copies])
+        self._versions = {id(own): own._version for own, _ in self._copies}
+        self._replica.install(self._tensors)
+        return self._replica.module
+
+    def report(self, position: int, leaf: Tensor) -> None:
+        """Pass a leaf's gradient on; its hook's call, in the midst of a backward."""
+        if self._report is not None and leaf.grad is not None:
+            gradient, leaf.grad = leaf.grad, None
+            self._report(position, gradient)
+
+    def collect(self) -> Gradients:
+        """Take the gradients that nobody was told of."""
+        gradients = [leaf.grad for leaf in self._leaves]
+        for leaf in self._leaves:
+            leaf.grad = None
+        return gradients
+
+    def write_buffers(self, module: nn.Module) -> None:
+        """Carry what the forward did to this lane's buffers into the module's."""
+        for owner in module.modules():
+            copies = self._replica.buffers_of(owner) if owner._buffers else {}
+            for name, updated in copies.items():
+                own = owner._buffers.get(name)
+                if updated is not None and updated.requires_grad:
+                    continue  # it learns, on the module's own storage
+                if own is None or updated is None or updated is not self._tensors.get(id(own)):
+                    if updated is not own:  # the forward put another tensor in the buffer's place
+                        owner._buffers[name] = None if updated is None else updated.detach()
+                # Asked for the mode too: batch norm changes its statistics without counting a version.
+                elif owner.training or self._versions.get(id(updated), 0) != updated._version:
+                    with torch.no_grad():
+                        own.copy_(updated)
+
+
+def _hook(lane: weakref.ref[TrainingLane], position: int) -> Callable[[Tensor], None]:
+    """Tell a lane of a leaf's gradient; referring to it weakly, for the lane refers to the leaf."""
+
+    def tell(leaf: Tensor) -> None:
+        alive = lane()
+        if alive is not None:
+            alive.report(position, leaf)
+
+    return tell
+
+
+def _leaf_of(tensor: Tensor, device: torch.device) -> Tensor:
+    """A leaf on `device` with the values of `tensor`; the same storage where the device is the same."""
+    return tensor.detach().to(device).requires_grad_()
+
+
+def _copy(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.detach().to(device, copy=True)
+
+
+class TrainingLanes(ReplicaSet):
+    """The training replicas of one module, one per lane."""
+
+    def __init__(self, module: nn.Module, devices: Sequence[torch.device]) -> None:
+        super().__init__(module, devices)
+        self._made: list[TrainingLane | None] = []
+        self._key: list[Any] = []
+        self.learning: list[Tensor] = []
+        """The module's tensors that require gradients, as of the last `prepare_training`."""
+
+    def prepare_training(self, module: nn.Module, num_lanes: int) -> list[TrainingLane]:
+        """Make the first `num_lanes` lanes ready for one step of `module` as it is now.
+
+        Only ever called by one thread at a time, between steps.
+        """
+        if not self._follows():
+            self._build(module)
+            self._key = []
+        tensors = [*self._parameters, *self._buffers]
+        key = [_identity(tensor) for tensor in tensors]
+        if key != self._key:
+            self._key = key
+            self._made = [None] * len(self._devices)
+            self.learning = [tensor for tensor in tensors if tensor.requires_grad]
+        return [self._lane(position) for position in range(num_lanes)]
+
+    def _lane(self, position: int) -> TrainingLane:
+        made = self._made[position]
+        if made is None:
+            still = [tensor for tensor in self._parameters + self._buffers if not tensor.requires_grad]
+            made = TrainingLane(self._replicas[position], self._devices[position], self.learning, still)
+            self._made[position] = made
+        return made
+
+
+def _identity(tensor: Tensor) -> tuple[Any, ...]:
+    """What stays the same while a leaf or a copy made of `tensor` can go on standing for it."""
+    return (
+        tensor.data_ptr() if tensor.layout is torch.strided else id(tensor),
+        tensor.requires_grad,
+        tensor.dtype,
+        tensor.shape,
+        tensor.device,
+    )
