@@ -13,11 +13,11 @@ from torch import nn
 
 from ._devices import DeviceLike, Devices, parse_devices
 from ._gather import gather_to
-from ._parallel_apply import apply, arguments
+from ._parallel_apply import apply, apply_and_move, arguments
 from ._replica_set import LaneModule, ReplicaSet, replica_set_of, updates_buffers
 from ._runtime import Lane, Runtime, RuntimeStatistics, default_runtime
 from ._runtime.passes import NextStage, Stage
-from ._scatter import move, split
+from ._scatter import split_arguments
 from .errors import NotAModuleError
 
 
@@ -88,8 +88,7 @@ class Route:
         Only views are made on the calling thread; everything else happens on lanes.
         """
         most = len(self.lanes) if num_lanes is None else num_lanes
-        has_inputs = bool(args or kwargs)
-        shards = split((args, dict(kwargs)), most if has_inputs else 1, self.dim)
+        shards = split_arguments(args, kwargs, most, self.dim)
         positions = self._positions(len(shards), module)
 
         def apply_stage(modules: Sequence[LaneModule]) -> Stage:
@@ -120,7 +119,7 @@ class Route:
 
         def whole() -> Any:
             each = replicas.prepare(module, [position])[0]
-            return move(apply(each, args, kwargs, lane.device), self.output)
+            return apply_and_move(each, args, kwargs, lane.device, self.output)
 
         return await self.runtime.run(
             whole, lane=lane, num_threads=self.runtime.thread_share(len(self.lanes))
@@ -132,7 +131,7 @@ class Route:
 
         def whole() -> Any:
             module.to(lane.device)
-            return move(apply(module, args, kwargs, lane.device), self.output)
+            return apply_and_move(module, args, kwargs, lane.device, self.output)
 
         return await self.runtime.run(whole, lane=lane, num_threads=self.runtime.thread_share(1))
 

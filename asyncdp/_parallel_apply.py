@@ -49,7 +49,7 @@ async def parallel_apply(
     lanes = runtime.lanes_for(targets) if named is not None else _default_lanes(targets)
     every_kwargs = kwargs if kwargs is not None else [{}] * len(modules)
     stage = [
-        (lane, partial(apply, module, arguments(one), keywords, device))
+        (lane, partial(apply_and_move, module, arguments(one), keywords, device, device))
         for lane, module, one, keywords, device in zip(
             lanes, modules, inputs, every_kwargs, targets, strict=True
         )
@@ -65,9 +65,22 @@ def arguments(inputs: Any) -> tuple[Any, ...]:
 def apply(
     module: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], device: torch.device
 ) -> Any:
-    """Call a module on a lane, with inputs and outputs on the lane's device."""
+    """Call a module on a lane, with its inputs on the lane's device; the output stays where it is."""
+    if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+        return module(move(args[0], device))
     args, kwargs = move((args, dict(kwargs)), device)
-    return move(module(*args, **kwargs), device)
+    return module(*args, **kwargs)
+
+
+def apply_and_move(
+    module: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    device: torch.device,
+    output: torch.device,
+) -> Any:
+    """As `apply`, with the output moved to another device."""
+    return move(apply(module, args, kwargs, device), output)
 
 
 def _check_counts(

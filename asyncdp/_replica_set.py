@@ -129,7 +129,7 @@ class _Stamp(NamedTuple):
         return cls(tensor._version, tensor.data_ptr() if tensor.layout is torch.strided else 0)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class LaneModule:
     """A module as one lane runs it in one pass."""
 
