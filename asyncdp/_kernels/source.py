@@ -254,13 +254,17 @@ _SUMS: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
-def ptx(kernel: str, capability: tuple[int, int]) -> str:
-    """Compile one of `KERNELS` for a compute capability to PTX whose entry bears the kernel's name."""
+@functools.cache
+def _function(kernel: str) -> Any:
+    # Kept, with its compiled parts: another architecture needs only the kernel itself anew.
     if kernel == "copy":
-        function: Any = bodies.make_copy(_machine(units=_copy_units()))
-    else:
-        operations = _SUMS[kernel.removeprefix("reduce_add_")]()
-        function = bodies.make_reduce_add(_machine(**operations))
+        return bodies.make_copy(_machine(units=_copy_units()))
+    return bodies.make_reduce_add(_machine(**_SUMS[kernel.removeprefix("reduce_add_")]()))
+
+
+def ptx(kernel: str, capability: tuple[int, int]) -> str:
+    """Compile a kernel for a compute capability to PTX whose entry bears the kernel's name."""
+    function = _function(kernel)
     text, _ = cuda.compile(
         function,
         types.void(*[types.int64] * function.__code__.co_argcount),

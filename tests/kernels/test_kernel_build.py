@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("numba.cuda", reason="needs the cuda extra")
+from asyncdp._kernels.chain import missing_distributions
+
+if missing_distributions():
+    pytest.skip(f"needs the cuda extra: {missing_distributions()}", allow_module_level=True)
 
 from asyncdp._kernels import bodies, build, source
 

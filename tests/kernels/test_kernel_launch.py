@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 from stub_driver import compiler, run_under_stub
 
-pytest.importorskip("numba.cuda", reason="needs the cuda extra")
+from asyncdp._kernels.chain import missing_distributions
+
+if missing_distributions():
+    pytest.skip(f"needs the cuda extra: {missing_distributions()}", allow_module_level=True)
 pytestmark = pytest.mark.skipif(compiler() is None, reason="needs a C compiler for the stub of the driver")
 
 LAUNCH = """

@@ -1,0 +1,163 @@
+"""The proof on a GPU; run by scripts/gpu_check.
+
+Prints versions, runs the tests marked `gpu` and the benchmarks, writes gpu.json and gpu.md, and ends with a
+line of what passed, failed and was skipped. Without a GPU it says so, writes nothing and ends well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from xml.etree import ElementTree
+
+import torch
+
+from asyncdp import _kernels as kernels
+
+ROOT = Path(__file__).parent.parent
+# Together under 8 minutes, with a margin for start and the report.
+TESTS_SECONDS, BENCHMARKS_SECONDS = 270, 180
+PACKAGES = (
+    *("torch", "numpy", "numba", "numba-cuda", "cuda-core"),
+    *("nvidia-cuda-nvrtc", "nvidia-nvvm", "nvidia-nvjitlink"),
+)
+# A benchmark's name starts with the first, its figure is the second, and the aim is at least the third.
+AIMS = (
+    ("reduce_add N", "of_copy", 0.92),
+    ("reduce_add N=8", "of_chain", 2.5),
+    ("reduce_add_many", "of_chain", 10.0),
+    ("gather", "of_cat", 1.0),
+)
+
+
+def versions() -> dict[str, str]:
+    """Name everything the result depends on."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    if torch.cuda.is_available():
+        found["torch's CUDA"] = str(torch.version.cuda)
+        found["device"] = torch.cuda.get_device_name(0)
+        found["devices"] = str(torch.cuda.device_count())
+    return found
+
+
+def run_tests() -> dict[str, object]:
+    """Run the tests marked `gpu` and count how they ended."""
+    files = [
+        str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()
+    ]
+    with tempfile.TemporaryDirectory() as directory:
+        report = Path(directory, "report.xml")
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rs", f"--junitxml={report}", *files]
+        try:
+            subprocess.run(command, cwd=ROOT, timeout=TESTS_SECONDS, check=False)
+            suite = next(ElementTree.parse(report).iter("testsuite"))
+        except (subprocess.TimeoutExpired, FileNotFoundError) as error:
+            return {"passed": 0, "failed": 1, "skipped": 0, "failures": [f"the tests did not end: {error}"]}
+    counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
+    failed = counts["failures"] + counts["errors"]
+    failures = [
+        f"{case.get('classname')}.{case.get('name')}"
+        for case in suite.iter("testcase")
+        if case.find("failure") is not None or case.find("error") is not None
+    ]
+    passed = counts["tests"] - failed - counts["skipped"]
+    return {"passed": passed, "failed": failed, "skipped": counts["skipped"], "failures": failures}
+
+
+def run_benchmarks() -> dict[str, dict[str, float]]:
+    """Run scripts/bench_kernels.py and return its figures; empty where it failed."""
+    with tempfile.TemporaryDirectory() as directory:
+        figures = Path(directory, "figures.json")
+        command = [sys.executable, str(ROOT / "scripts" / "bench_kernels.py"), "--json", str(figures)]
+        try:
+            subprocess.run(command, cwd=ROOT, timeout=BENCHMARKS_SECONDS, check=True)
+        except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
+            print(f"the benchmarks did not end: {error}")
+            return {}
+        return dict(json.loads(figures.read_text()))
+
+
+def verdicts(benchmarks: dict[str, dict[str, float]]) -> list[tuple[str, float, float]]:
+    """Return each aim that was measured: what, its figure, and the least it should be."""
+    return [
+        (f"{name}: {figure}", values[figure], least)
+        for name, values in benchmarks.items()
+        for prefix, figure, least in AIMS
+        if name.startswith(prefix) and figure in values
+    ]
+
+
+def markdown(result: dict[str, object], aims: list[tuple[str, float, float]]) -> str:
+    """Write the result for a reader."""
+    tests, benchmarks = result["tests"], result["benchmarks"]
+    assert isinstance(tests, dict)
+    assert isinstance(benchmarks, dict)
+    assert isinstance(result["versions"], dict)
+    lines = ["# The kernels on a GPU", "", f"Measured by `scripts/gpu_check` on {result['date']}.", ""]
+    lines += [f"- {name}: {version}" for name, version in result["versions"].items()]
+    lines += [
+        "",
+        f"Tests: {tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped.",
+        "",
+    ]
+    lines += [f"- failed: {name}" for name in tests["failures"]]
+    lines += ["| aim | measured | at least | |", "| --- | --- | --- | --- |"]
+    lines += [f"| {what} | {figure:.2f} | {least} | {met(figure, least)} |" for what, figure, least in aims]
+    lines += [
+        "",
+        "All figures, as shares of this run's copy bandwidth (`of_copy`) or ratios to torch's way:",
+        "",
+    ]
+    for name, values in benchmarks.items():
+        lines.append(f"- {name}: " + ", ".join(f"{key} {value:.3f}" for key, value in values.items()))
+    return "\n".join(lines) + "\n"
+
+
+def met(figure: float, least: float) -> str:
+    """Say whether an aim was met."""
+    return "met" if figure >= least else "not met"
+
+
+def main() -> None:
+    """Check, write and sum up; the exit status is 1 where a test failed or a benchmark did not end."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results")
+    arguments = parser.parse_args()
+    found = versions()
+    for name, version in found.items():
+        print(f"{name}: {version}")
+    report = kernels.report("cuda:0")
+    if report.implementation != "numba":
+        print(
+            f"No GPU check was run: {'; '.join(report.missing) or report.reason}. To run it: {report.remedy}."
+        )
+        print("passed 0, failed 0, skipped all")
+        return
+    date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    tests = run_tests()
+    benchmarks = run_benchmarks()
+    result: dict[str, object] = {"date": date, "versions": found, "tests": tests, "benchmarks": benchmarks}
+    aims = verdicts(benchmarks)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    (arguments.output / "gpu.json").write_text(json.dumps(result, indent=2) + "\n")
+    (arguments.output / "gpu.md").write_text(markdown(result, aims))
+    missed = [what for what, figure, least in aims if figure < least]
+    print(f"aims: {len(aims) - len(missed)} met, {len(missed)} not met {missed or ''}")
+    print(f"passed {tests['passed']}, failed {tests['failed']}, skipped {tests['skipped']}")
+    sys.exit(bool(tests["failed"]) or not benchmarks)
+
+
+if __name__ == "__main__":
+    main()
