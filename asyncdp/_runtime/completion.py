@@ -138,15 +138,13 @@ def _open_eventfd() -> int | None:
 
 
 _wakers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _LoopWaker] = weakref.WeakKeyDictionary()
-_wakers_lock = threading.Lock()
 
 
 def _waker_of(loop: asyncio.AbstractEventLoop) -> _LoopWaker:
     waker = _wakers.get(loop)
     if waker is None:
         waker = _LoopWaker(loop)
-        with _wakers_lock:
-            _wakers[loop] = waker
+        _wakers[loop] = waker  # only this loop's own thread ever asks for it
         weakref.finalize(loop, waker.close)
     return waker
 

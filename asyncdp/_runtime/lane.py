@@ -126,7 +126,7 @@ class Lane:
 
     def _run(self) -> None:
         _current.lane = self
-        self.driver.open()
+        self._open()
         ended: Work | None = None
         while True:
             with self._core.lock:
@@ -147,6 +147,15 @@ class Lane:
             else:
                 self._wake.acquire()
         self.driver.close()
+
+    def _open(self) -> None:
+        try:
+            self.driver.open()
+        except Exception as error:
+            # The thread goes on, to be stopped like any other; everyone who asks gets the reason.
+            with self._core.lock:
+                self._core.lose(self, error)
+            self._core.wake()
 
     def _perform(self, work: Work) -> bool:
         started = time.perf_counter()

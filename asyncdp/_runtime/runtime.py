@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import threading
+import time
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
@@ -172,12 +173,13 @@ class Core:
             wake()
 
     def shut_down(self, timeout: float | None) -> None:
-        """Close and wait for the lanes' threads, for each `timeout` seconds at most if given."""
+        """Close and wait for the lanes' threads, `timeout` seconds in all if given."""
         with self.lock:
             self.close()
         self.wake()
+        deadline = None if timeout is None else time.monotonic() + timeout
         for lane in self.lanes:
-            lane.join(timeout)
+            lane.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
 
     async def aclose(self) -> None:
         """Close and wait until every lane's thread has ended."""
@@ -229,7 +231,7 @@ class Runtime:
         for driver in drivers:
             self._core.add_lane(driver)
         _cores.add(self._core)
-        weakref.finalize(self, self._core.shut_down, 0.0).atexit = False
+        weakref.finalize(self, _close_soon, self._core).atexit = False
 
     def __repr__(self) -> str:
         states = Counter(self._core.schedule.state(lane.index) for lane in self._core.lanes)
@@ -422,9 +424,15 @@ def _drivers(devices: Devices | Sequence[LaneDevice]) -> list[LaneDevice]:
     return [_devices.lane_device_for(device) for device in parse_devices(devices)]  # type: ignore[arg-type]
 
 
+def _close_soon(core: Core) -> None:
+    # A garbage collection may call this anywhere, also where this thread holds the very lock.
+    threading.Thread(target=core.shut_down, args=(0.0,), name="asyncdp-close", daemon=True).start()
+
+
 def _shut_down_all() -> None:
+    deadline = time.monotonic() + _EXIT_SECONDS
     for core in list(_cores):
-        core.shut_down(_EXIT_SECONDS)
+        core.shut_down(max(0.0, deadline - time.monotonic()))
 
 
 def _forget_after_fork() -> None:

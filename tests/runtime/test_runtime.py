@@ -12,7 +12,9 @@ import pytest
 import torch
 
 import asyncdp
+from asyncdp._devices import LaneDevice
 from asyncdp.errors import (
+    DeviceLostError,
     NestedPassError,
     QueueFullError,
     RuntimeClosedError,
@@ -312,3 +314,18 @@ async def test_a_failed_call_leaves_no_cycle() -> None:
             assert alive() is None
         finally:
             gc.enable()
+
+
+async def test_a_device_that_cannot_be_opened_refuses_its_passes() -> None:
+    """If a lane's thread cannot bind to its device, calls fail with the reason instead of waiting for ever."""
+
+    class Broken(LaneDevice):
+        def open(self) -> None:
+            raise RuntimeError("no context for you")
+
+    async with asyncdp.Runtime([Broken(torch.device("cpu", 7))]) as rt:
+        with pytest.raises(DeviceLostError, match="no context for you"):
+            await rt.run(int)
+        with pytest.raises(DeviceLostError, match="no context for you"):
+            await rt.run(int)
+        assert rt.statistics().lanes[0].state is asyncdp.LaneState.LOST
