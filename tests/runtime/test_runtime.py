@@ -317,7 +317,7 @@ async def test_a_failed_call_leaves_no_cycle() -> None:
 
 
 async def test_a_device_that_cannot_be_opened_refuses_its_passes() -> None:
-    """If a lane's thread cannot bind to its device, calls fail with the reason instead of waiting for ever."""
+    """If a lane's thread cannot bind to its device, calls fail with the reason and never hang."""
 
     class Broken(LaneDevice):
         def open(self) -> None:
