@@ -10,10 +10,12 @@ from __future__ import annotations
 import dataclasses
 import threading
 import warnings
+from collections import UserDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import optree
+import torch
 from torch.nn.utils.rnn import PackedSequence
 
 from .errors import UnsplittableError
@@ -55,7 +57,7 @@ def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
 
 
 def _is_container(leaf: Any) -> bool:
-    return isinstance(leaf, (dict, list, tuple)) or (
+    return isinstance(leaf, (dict, list, tuple, UserDict)) or (
         dataclasses.is_dataclass(leaf) and not isinstance(leaf, type)
     )
 
@@ -68,7 +70,7 @@ def _register(cls: Any) -> None:
         node: Any = cls
         if dataclasses.is_dataclass(cls):
             optree.register_pytree_node(node, _flatten_dataclass, _unflatten_dataclass, namespace=NAMESPACE)
-        elif issubclass(cls, dict):
+        elif issubclass(cls, (dict, UserDict)):
             optree.register_pytree_node(cls, _flatten_dict, _unflatten_dict, namespace=NAMESPACE)
         else:
             optree.register_pytree_node(cls, _flatten_sequence, _unflatten_sequence, namespace=NAMESPACE)
@@ -97,8 +99,12 @@ def _flatten_dict(value: Any) -> tuple[Any, Any, Any]:
 
 def _unflatten_dict(metadata: Any, children: Any) -> Any:
     cls, keys = metadata
+    entries = dict(zip(keys, children, strict=True))
+    if issubclass(cls, UserDict):
+        return cls(entries)
     value = cls.__new__(cls)
-    value.update(zip(keys, children, strict=True))
+    for key, child in entries.items():  # not update, which in a Counter counts
+        value[key] = child
     return value
 
 
@@ -107,7 +113,12 @@ def _flatten_sequence(value: Any) -> tuple[Any, Any, Any]:
 
 
 def _unflatten_sequence(cls: Any, children: Any) -> Any:
-    return cls(children)
+    if issubclass(cls, list):
+        value = cls.__new__(cls)
+        list.extend(value, children)
+        return value
+    # A subclass may construct from other arguments; torch.Size insists on its own constructor.
+    return cls(children) if cls is torch.Size else tuple.__new__(cls, children)
 
 
 def _refuse(value: Any) -> Any:

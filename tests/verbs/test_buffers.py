@@ -1,0 +1,192 @@
+"""What a forward does to buffers: lane 0's changes survive, the others' are forgotten."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from asyncdp._replica_set import ReplicaSet
+
+from .conftest import Passes
+from .models import Fn, numbered
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*lazily.*")
+
+
+def statistics(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers' values."""
+    return {name: tensor.clone() for name, tensor in module.named_buffers()}
+
+
+class OwnNorm(nn.Module):
+    """Running statistics that count neither batches nor, in torch's kernels, versions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("var", torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.batch_norm(x, self.mean, self.var, training=self.training)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.BatchNorm1d(3),
+        lambda: nn.BatchNorm1d(3, momentum=None),
+        lambda: nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)),
+        OwnNorm,
+    ],
+)
+def test_first_lanes_statistics_survive(dp: Passes, make: Any) -> None:
+    """Contract 8: after each pass the statistics are those of the first shard, and evaluation uses them."""
+    module, twin = make(), make()
+    twin.load_state_dict(module.state_dict())
+    for _ in range(3):
+        x = torch.randn(8, 3) + 5
+        dp(module, x)
+        twin(x[:4])
+        torch.testing.assert_close(statistics(module), statistics(twin))
+    x = torch.randn(8, 3)
+    torch.testing.assert_close(dp(module.eval(), x), twin.eval()(x))
+
+
+def test_statistics_of_a_part_in_train_mode_survive(dp: Passes) -> None:
+    """A part left in train mode under a module in eval mode runs on lane 0 though one lane would do."""
+    module = nn.Sequential(nn.InstanceNorm1d(3, track_running_stats=True)).eval()
+    module[0].train()
+    before = statistics(module)
+    for _ in range(3):
+        dp(module, torch.randn(1, 3, 5) + 5)
+        after = statistics(module)
+        assert not torch.equal(after["0.running_mean"], before["0.running_mean"])
+        before = after
+
+
+class Replacing(nn.Module):
+    """Puts new tensors in the places of its buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("last", None)
+        self.register_buffer("first", torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count = self.count + 1
+        self.last = x.detach()
+        self.first = None
+        return torch.cat([x, self.count.expand_as(x)], dim=1)
+
+
+def test_replaced_buffers_survive(dp: Passes) -> None:
+    """Contract 8: buffers that forward replaced, created or removed on lane 0 are so in the module."""
+    module = Replacing()
+    for step in range(1, 4):
+        found = dp(module, numbered(4))
+        assert found[:, 1].tolist() == [float(step)] * 4
+        assert module.count == step
+        assert module.last is not None
+        assert module.last.tolist() == [[0.0], [1.0]]
+        assert module.first is None
+
+
+def test_other_lanes_changes_are_forgotten(dp: Passes) -> None:
+    """What another lane put in a buffer's place, or wrote into it, is not there in its next pass."""
+
+    def write(m: Any, x: Tensor, *, replace: bool) -> Tensor:
+        seen = m.mark.clone()
+        if x[0, 0] > 0:
+            if replace:
+                m.mark = m.mark + 1
+            else:
+                m.mark.add_(1)
+        return seen.expand(len(x), 1)
+
+    module = Fn(write)
+    module.register_buffer("mark", torch.zeros(1))
+    module.eval()
+    for replace in (True, False, True):
+        assert dp(module, numbered(4), replace=replace).sum() == 0
+        assert module.mark == 0
+
+
+def test_buffer_written_in_inference_mode_is_seen(dp: Passes) -> None:
+    """A counter that counts under inference mode counts on, on every lane."""
+
+    def count(m: Any, x: Tensor) -> Tensor:
+        seen = m.counter.clone()
+        m.counter.add_(1)
+        return seen.expand(len(x), 1)
+
+    module = Fn(count)
+    module.register_buffer("counter", torch.zeros(1))
+    module.eval()
+    for step in range(3):
+        with torch.inference_mode():
+            assert dp(module, numbered(4)).tolist() == [[float(step)]] * 4
+    assert dp(module, numbered(4)).tolist() == [[3.0]] * 4
+
+
+def test_inference_tensors_as_parameters_and_buffers(dp: Passes) -> None:
+    """A module made under inference mode runs there, and its changes are seen."""
+    with torch.inference_mode():
+        module = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).eval()
+        x = torch.randn(4, 3)
+        torch.testing.assert_close(dp(module, x), module(x))
+        module[1].running_mean.add_(1)
+        torch.testing.assert_close(dp(module, x), module(x))
+
+
+def test_sparse_buffer(dp: Passes) -> None:
+    """A sparse buffer, which has no storage to look at, reaches every lane, changed or not."""
+    module = Fn(lambda m, x: torch.sparse.mm(m.graph, x.T).T)
+    module.register_buffer("graph", torch.eye(3).to_sparse())
+    x = torch.randn(4, 3)
+    torch.testing.assert_close(dp(module, x), x)
+    module.graph = module.graph * 2
+    torch.testing.assert_close(dp(module, x), x * 2)
+
+
+# A device that is not the module's, for all that the replicas can tell, though torch has it too.
+ELSEWHERE = torch.device("cpu", 1)
+
+
+def test_copies_on_another_device_follow_and_carry_back() -> None:
+    """Lanes away from the module: copies follow its values, gradients and statistics come back to it."""
+    module, twin = (nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)) for _ in range(2))
+    twin.load_state_dict(module.state_dict())
+    replicas = ReplicaSet(module, [ELSEWHERE, ELSEWHERE])
+    for _ in range(3):
+        x = torch.randn(8, 3)
+        first, second = replicas.prepare(module, [0, 1])
+        found, expected = first(x), twin(x)
+        assert module[0].weight.data_ptr() not in [each.data_ptr() for each in first.tensors.values()]
+        torch.testing.assert_close(found, expected)
+        second(x + 1)
+        found.square().sum().backward()
+        expected.square().sum().backward()
+        torch.testing.assert_close(module[0].weight.grad, twin[0].weight.grad)
+        torch.testing.assert_close(statistics(module), statistics(twin))
+        with torch.no_grad():
+            module[0].weight.add_(0.1)
+            twin[0].weight.add_(0.1)
+    with torch.no_grad():
+        first, second = replicas.prepare(module.eval(), [0, 1])
+        torch.testing.assert_close(second(x), twin.eval()(x))
+
+
+def test_change_behind_autograd_needs_refresh_on_another_device() -> None:
+    """`refresh` makes copies notice what `parameter.data` did without a trace."""
+    module = nn.Linear(1, 1, bias=False)
+    replicas = ReplicaSet(module, [ELSEWHERE, ELSEWHERE])
+    x = torch.ones(1, 1)
+    with torch.no_grad():
+        replicas.prepare(module, [0, 1])[1](x)
+        module.weight.data.fill_(7)
+        replicas.refresh()
+        assert replicas.prepare(module, [0, 1])[1](x) == 7

@@ -1,0 +1,109 @@
+"""The rules of putting outputs together."""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pack_sequence
+
+import asyncdp
+from asyncdp.errors import AsyncDPError, GatherError
+
+from .test_scatter import Frozen, Point, same
+
+ONE = torch.ones(2)
+# Word for word what torch.nn.parallel says.
+SCALARS = (
+    "Was asked to gather along dimension 0, but all input tensors were scalars; "
+    "will instead unsqueeze and return a vector."
+)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "whole"),
+    [
+        ([ONE, ONE * 2], torch.tensor([1.0, 1, 2, 2])),
+        ([(ONE, None), (ONE, None)], (torch.ones(4), None)),
+        ([[], []], []),
+        ([{"b": ONE, "a": 3}, {"a": 3, "b": ONE}], {"b": torch.ones(4), "a": 3}),
+        ([OrderedDict(b=ONE, a=()), OrderedDict(b=ONE, a=())], OrderedDict(b=torch.ones(4), a=())),
+        ([Point(ONE, "x"), Point(ONE, "x")], Point(torch.ones(4), "x")),
+        ([Frozen(ONE, "x"), Frozen(ONE, "x")], Frozen(torch.ones(4), "x")),
+        ([ONE.shape, ONE.shape], ONE.shape),
+        ([None, None], None),
+        ([torch.zeros(0, 3), torch.zeros(2, 3)], torch.zeros(2, 3)),
+        ([ONE], ONE),
+        ([[ONE, 3]], [ONE, 3]),
+    ],
+)
+def test_nested_outputs(outputs: list[Any], whole: Any) -> None:
+    """Contract 3: tensors are concatenated, equal values returned once, the types kept."""
+    assert same(asyncdp.gather(outputs, "cpu"), whole)
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 3])
+def test_scalars_become_a_vector(num_shards: int) -> None:
+    """Contract 13: scalars give a vector in lane order, with the warning of torch.nn.parallel."""
+    with pytest.warns(UserWarning, match="scalars") as caught:
+        found = asyncdp.gather([torch.tensor(float(each)) for each in range(num_shards)], "cpu")
+    assert found.tolist() == [float(each) for each in range(num_shards)]
+    assert {str(each.message) for each in caught} == {SCALARS}
+
+
+def test_scalars_of_a_pass_become_a_vector() -> None:
+    """Contract 13: a module that returns its loss gives one loss per lane, in order."""
+    import asyncio
+
+    with pytest.warns(UserWarning, match="Was asked to gather along dimension 0"):
+        found = asyncio.run(asyncdp.data_parallel(Sum(), torch.arange(6.0), "cpu*3"))
+    assert found.tolist() == [1.0, 5.0, 9.0]
+
+
+class Sum(torch.nn.Module):
+    """Reduces its shard to a scalar."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sum()
+
+
+@pytest.mark.parametrize(
+    ("outputs", "words"),
+    [
+        ([], "there are none"),
+        ([(ONE,), [ONE]], "shard 0 returned"),
+        ([{"a": ONE}, {"b": ONE}], "shard 1"),
+        ([{"a": 1}, {"a": 2}], "['a'] is 1 in one shard and 2 in another"),
+        ([ONE, None], "None in another"),
+        ([[3], [ONE]], "[0] is 3 in one shard"),
+        ([torch.ones(2, 3), torch.ones(2, 4)], "sizes [2, 3], [2, 4] do not fit together along dim 0"),
+        ([torch.tensor(1.0), ONE], "sizes [], [2]"),
+        ([object(), object()], "<object object"),
+    ],
+)
+def test_outputs_must_fit(outputs: list[Any], words: str) -> None:
+    """Contract: outputs of other structure, size or value are a ValueError that shows both."""
+    with pytest.raises(GatherError) as caught:
+        asyncdp.gather(outputs, "cpu")
+    assert isinstance(caught.value, ValueError)
+    assert words in str(caught.value)
+
+
+def test_packed_outputs_are_refused() -> None:
+    """Two PackedSequences are not joined into nonsense."""
+    packed = pack_sequence([torch.zeros(3), torch.zeros(2)])
+    with pytest.raises(AsyncDPError, match="PackedSequence"):
+        asyncdp.gather([packed, packed], "cpu")
+
+
+@pytest.mark.parametrize("dim", [1, -1])
+def test_dimension(dim: int) -> None:
+    """Outputs are put together along the dimension asked for."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = asyncdp.gather([torch.zeros(2, 1), torch.ones(2, 3)], "cpu", dim=dim)
+    assert found.tolist() == [[0, 1, 1, 1]] * 2
