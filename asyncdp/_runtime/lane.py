@@ -138,7 +138,8 @@ class Lane:
             # An idle lane must not keep the last pass's tensors alive.
             ended = None
             # Last of all, so that the woken task finds the lock free and this lane ready for more.
-            self._core.wake()
+            if self._core.to_wake:
+                self._core.wake()
             if work is not None:
                 ended = work if self._perform(work) else None
                 del work

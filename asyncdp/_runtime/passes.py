@@ -130,9 +130,8 @@ class Pass:
         driver = work.lane.driver
         marker: Any = None
         try:
-            work.value, marker = driver.issue(
-                self._captured.get(driver.device), partial(self._ambient.run, function, driver.device)
-            )
+            captured = self._captured.get(driver.device) if self._captured else None
+            work.value, marker = driver.issue(captured, partial(self._ambient.run, function, driver.device))
         except BaseException as error:
             work.error = error
             work.lost = driver.lost(error)
