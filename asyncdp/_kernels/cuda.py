@@ -1,8 +1,8 @@
 """The compiled kernels' side of each call: what lies where, in which table, and one launch.
 
-Inputs must be ready in the order of the destination's current stream. A kernel gets raw addresses, which
-torch's allocator cannot see: inputs stay alive by the caller's hand, and what is allocated here belongs to
-the very stream that reads it.
+Inputs must be ready in the order of the current stream of the destination, or of their own device. A kernel
+gets raw addresses, which torch's allocator cannot see: inputs on the destination stay alive by the caller's
+hand, those of peers by `record_stream`, and what is allocated here belongs to the very stream that reads it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from itertools import chain
 from math import prod
 
 import torch
@@ -35,6 +36,7 @@ def reduce_add_many(groups: Sequence[Sequence[Tensor]], destination: torch.devic
     alive: list[Tensor] = []
     totals = []
     with _current(destination):
+        transfer.wait_for_sources(chain.from_iterable(groups), destination)
         for group in groups:
             if not _has_kernel(group):
                 totals.append(reference.reduce_add(group, destination))
@@ -57,6 +59,7 @@ def gather(tensors: Sequence[Tensor], dim: int, destination: torch.device) -> Te
     order = _memory_order(tensors)
     axis = order.index(dim % len(order))
     with _current(destination):
+        transfer.wait_for_sources(tensors, destination)
         chunks = [_in_memory_order(chunk, order) for chunk in transfer.bring(tensors, destination)]
         shape = list(chunks[0].shape)
         shape[axis] = sum(chunk.shape[axis] for chunk in chunks)

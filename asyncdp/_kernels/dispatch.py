@@ -15,8 +15,9 @@ def reduce_add(tensors: Sequence[Tensor], destination: torch.device) -> Tensor:
     """Sum tensors of one size and dtype into a new tensor on `destination`.
 
     Runs on the calling thread and, on CUDA, on its current stream of `destination`. There the inputs must
-    be ready in the order of that stream, and the caller keeps them alive until the stream has passed this
-    call. Everything else is told by `reference.reduce_add`.
+    be ready in the order of that stream, or of the thread's current stream of their own device, and the
+    caller keeps them alive until the stream has passed this call. Everything else is told by
+    `reference.reduce_add`.
 
     Raises:
         UnsupportedDtypeError: for a dtype that has no sum, such as bool.

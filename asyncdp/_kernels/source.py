@@ -6,6 +6,7 @@ The only module that imports Numba's CUDA target. Nothing here needs a device or
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -16,11 +17,14 @@ import numpy as np
 if not hasattr(np, "row_stack"):
     np.row_stack = np.vstack
 
-from llvmlite import ir  # type: ignore[import-untyped]
-from numba import cuda as numba_cuda
-from numba import types as numba_types
-from numba.cuda.compiler import compile_cuda
-from numba.cuda.extending import intrinsic
+# Its import uses what NumPy 2.5 deprecates, which is an error to a caller who turns warnings into errors.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from llvmlite import ir  # type: ignore[import-untyped]
+    from numba import cuda as numba_cuda
+    from numba import types as numba_types
+    from numba.cuda.compiler import compile_cuda
+    from numba.cuda.extending import intrinsic
 
 from . import bodies
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,23 +52,34 @@ def statistics() -> PathStatistics:
     return _counter.read()
 
 
+def wait_for_sources(tensors: Iterable[Tensor], destination: torch.device) -> None:
+    """Order the current stream of `destination` after that of every other CUDA device a tensor lies on."""
+    devices = {tensor.device for tensor in tensors} - {destination}
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.current_stream(destination).wait_stream(torch.cuda.current_stream(device))
+
+
 def bring(tensors: Sequence[Tensor], destination: torch.device) -> Sequence[Tensor]:
     """Return tensors a kernel on `destination` can read: those given, or copies of what it cannot reach.
 
-    A staged copy is ordered by torch after the work on the current streams of both devices, and the
-    current stream of `destination` after the copy.
+    What is read in place stays allocated until the current stream of `destination` has read it; a copy is
+    ordered by torch between the current streams of both devices.
     """
     foreign = [i for i, tensor in enumerate(tensors) if tensor.device != destination]
     if not foreign:
         _counter.add(num_local=len(tensors))
         return tensors
-    staged = [i for i in foreign if not _readable(tensors[i].device, destination)]
     brought = list(tensors)
-    for i in staged:
-        brought[i] = tensors[i].to(destination, non_blocking=True)
-    _counter.add(
-        num_local=len(tensors) - len(foreign), num_peer=len(foreign) - len(staged), num_staged=len(staged)
-    )
+    num_staged = 0
+    for i in foreign:
+        if _readable(tensors[i].device, destination):
+            tensors[i].record_stream(torch.cuda.current_stream(destination))
+        else:
+            brought[i] = tensors[i].to(destination, non_blocking=True)
+            num_staged += 1
+    num_peer = len(foreign) - num_staged
+    _counter.add(num_local=len(tensors) - len(foreign), num_peer=num_peer, num_staged=num_staged)
     return brought
 
 

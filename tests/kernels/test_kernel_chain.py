@@ -113,23 +113,48 @@ def test_absent_and_wrong_versions_are_told_apart(monkeypatch):
     )
 
 
+class Foreign:
+    """A tensor of some device, as far as its way to a kernel is concerned."""
+
+    def __init__(self, device):
+        self.device = device
+        self.streams = []
+
+    def to(self, device, non_blocking):
+        return Foreign(device)
+
+    def record_stream(self, stream):
+        self.streams.append(stream)
+
+
 def test_tensors_of_other_devices_are_read_in_place_or_staged(monkeypatch):
-    """Peers that reach each other both ways are read in place, others copied, and both are counted."""
+    """Peers that reach each other both ways are read in place and kept, others copied; both are counted."""
     monkeypatch.setattr(transfer, "_counter", transfer._Counter())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
     near, far = torch.device("cuda", 1), torch.device("cuda", 2)
     monkeypatch.setattr(transfer, "_peers", {(1, 0): True, (2, 0): False})
+    tensors = [Foreign(device) for device in (CUDA, near, far, torch.device("cpu"))]
+    brought = transfer.bring(tensors, CUDA)
+    assert [tensor.device for tensor in brought] == [CUDA, near, CUDA, CUDA]
+    assert [tensor.streams for tensor in tensors] == [[], ["stream of cuda:0"], [], []]
+    assert kernels.statistics() == kernels.PathStatistics(num_local=1, num_peer=1, num_staged=2)
 
-    class Stub:
+
+def test_a_kernel_waits_for_the_devices_of_its_inputs(monkeypatch):
+    """The destination's stream is ordered once after each other CUDA device's, and after no CPU."""
+
+    class Stream:
         def __init__(self, device):
             self.device = device
 
-        def to(self, device, non_blocking):
-            return Stub(device)
+        def wait_stream(self, other):
+            waits.append((str(self.device), str(other.device)))
 
-    tensors = [Stub(CUDA), Stub(near), Stub(far), Stub(torch.device("cpu"))]
-    brought = transfer.bring(tensors, CUDA)
-    assert [tensor.device for tensor in brought] == [CUDA, near, CUDA, CUDA]
-    assert kernels.statistics() == kernels.PathStatistics(num_local=1, num_peer=1, num_staged=2)
+    waits = []
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    devices = (CUDA, torch.device("cuda", 1), torch.device("cuda", 1), torch.device("cpu"))
+    transfer.wait_for_sources([Foreign(device) for device in devices], CUDA)
+    assert waits == [("cuda:0", "cuda:1")]
 
 
 def test_peers_count_only_when_both_directions_work(monkeypatch):

@@ -177,18 +177,29 @@ def test_a_warm_device_compiles_nothing(device, monkeypatch):
     assert kernels.gather([torch.ones(3, device=device)] * 2, 0, device).tolist() == [1.0] * 6
 
 
-def test_a_faulting_kernel_is_reported(device):
-    """A wild address ends the context with an error that names it; nothing hangs. Runs in its own process."""
-    code = (
-        "import torch\n"
-        "from asyncdp._kernels import launch\n"
-        "torch.zeros(1, device='cuda')\n"
-        "launch.launch('copy', 0, 1, 1 << 40, 1)\n"
-        "torch.cuda.synchronize()\n"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
-    assert result.returncode != 0
-    assert "illegal memory access" in result.stderr
+FAULT = """
+import asyncio, torch
+from asyncdp import Runtime
+from asyncdp._kernels import launch
+
+async def main():
+    async with Runtime("cuda:0,cuda:0") as runtime:
+        for lane in runtime.lanes:
+            try:
+                await runtime.run(lambda: launch.launch("copy", 0, 1, 1 << 40, 1), lane=lane)
+            except RuntimeError as error:
+                print(type(error).__name__, str(error).splitlines()[0])
+
+asyncio.run(main())
+"""
+
+
+def test_a_faulting_kernel_closes_the_lanes_of_its_device(device):
+    """A wild address fails its pass with CUDA's own error and closes the lanes of the device."""
+    result = subprocess.run([sys.executable, "-c", FAULT], capture_output=True, text=True, timeout=50)
+    first, second = result.stdout.splitlines()
+    assert "illegal memory access" in first
+    assert second.startswith("DeviceLostError lane cuda:0")
 
 
 @pytest.mark.multi_device
