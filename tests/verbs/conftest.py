@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,7 +29,8 @@ class Passes:
 
     def __call__(self, module: nn.Module, *args: Any, lanes: int = 2, **kwargs: Any) -> Any:
         """One pass over `lanes` CPU lanes."""
-        return self.runner.run(self.begin(module, *args, lanes=lanes, **kwargs))
+        one = self.begin(module, *args, lanes=lanes, **kwargs)
+        return self.runner.run(one, context=contextvars.copy_context())
 
     async def begin(self, module: nn.Module, *args: Any, lanes: int = 2, **kwargs: Any) -> Any:
         """As a coroutine."""
