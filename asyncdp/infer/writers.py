@@ -22,7 +22,9 @@ def write_parquet(file: IO[bytes], ids: Sequence[Any], columns: Columns) -> None
     import pyarrow.parquet
 
     arrays = {"id": pyarrow.array(ids), **{name: _arrow(values) for name, values in columns.items()}}
-    pyarrow.parquet.write_table(pyarrow.table(arrays), file)
+    # A dictionary of floats that hardly repeat costs time and memory, and is thrown away.
+    repeating = [name for name, values in columns.items() if isinstance(values, list)]
+    pyarrow.parquet.write_table(pyarrow.table(arrays), file, use_dictionary=repeating or False)
 
 
 def write_jsonl(file: IO[bytes], ids: Sequence[Any], columns: Columns) -> None:
