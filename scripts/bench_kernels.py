@@ -67,8 +67,8 @@ def measure(*ways: Callable[[], object]) -> list[float]:
     for _ in range(ROUNDS):
         for way, seconds in zip(ways, times, strict=True):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            # A busy device at the start keeps the host's own time out of the measurement.
-            torch.cuda._sleep(2_000_000)
+            # A device kept busy until the work is enqueued leaves the host's own time out of the measurement.
+            torch.cuda._sleep(10_000_000)
             start.record()
             way()
             end.record()

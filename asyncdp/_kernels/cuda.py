@@ -12,18 +12,47 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from itertools import chain
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import launch, plan, reference, transfer
 from .build import SUMMED_DTYPES
-from .plan import Table
+from .plan import Copy, Table
 
+
+class _Sum(NamedTuple):
+    """How tensors of a dtype are summed: by which kernel, as numbers of which size, how many an element."""
+
+    kernel: str
+    itemsize: int
+    num_parts: int = 1
+
+
+_SUMS = {
+    dtype: _Sum(f"reduce_add_{name}", dtype.itemsize)
+    for name, dtype in ((name, getattr(torch, name)) for name in SUMMED_DTYPES)
+}
 # A complex number is two reals to a sum, and unsigned bytes wrap as signed ones do.
-_REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
-_KERNEL_DTYPES = {torch.uint8: "int8", **{getattr(torch, name): name for name in SUMMED_DTYPES}}
-_KERNEL_DTYPES |= {dtype: _KERNEL_DTYPES[real] for dtype, real in _REAL.items()}
+_SUMS[torch.complex64] = _SUMS[torch.float32]._replace(num_parts=2)
+_SUMS[torch.complex128] = _SUMS[torch.float64]._replace(num_parts=2)
+_SUMS[torch.uint8] = _SUMS[torch.int8]
+
+
+class _Batch:
+    """The sums of one launch: all of one kernel and one number of inputs."""
+
+    def __init__(self) -> None:
+        self.numels: list[int] = []
+        self.addresses: list[list[int]] = []
+        # Copies made on the way live until the launch is enqueued; the allocator keeps the order after it.
+        self.tensors: list[Sequence[Tensor]] = []
+
+    def add(self, total: Tensor, sources: Sequence[Tensor], num_parts: int) -> None:
+        self.numels.append(total.numel() * num_parts)
+        self.addresses.append([total.data_ptr(), *[source.data_ptr() for source in sources]])
+        self.tensors.append(sources)
 
 
 def reduce_add_many(groups: Sequence[Sequence[Tensor]], destination: torch.device) -> list[Tensor]:
@@ -31,23 +60,22 @@ def reduce_add_many(groups: Sequence[Sequence[Tensor]], destination: torch.devic
     for group in groups:
         reference.check_summable(group[0].dtype)
     destination = _with_index(destination)
-    tables: dict[tuple[str, int], Table] = defaultdict(Table)
-    # Copies made on the way live until their launch is enqueued; the allocator keeps the order after it.
-    alive: list[Tensor] = []
+    batches: dict[tuple[_Sum, int], _Batch] = defaultdict(_Batch)
     totals = []
     with _current(destination):
-        transfer.wait_for_sources(chain.from_iterable(groups), destination)
+        foreign = transfer.wait_for_sources(chain.from_iterable(groups), destination)
         for group in groups:
-            if not _has_kernel(group):
+            how = _SUMS.get(group[0].dtype)
+            if how is None or {tensor.layout for tensor in group} != {torch.strided}:
                 totals.append(reference.reduce_add(group, destination))
                 continue
             total = torch.empty_like(group[0], device=destination)
-            sources = [_in_layout_of(total, source) for source in transfer.bring(group, destination)]
-            _add_sum(tables, total, sources)
+            brought = transfer.bring(group, destination) if foreign else group
+            batches[how, len(group)].add(total, _in_layout_of(total, brought), how.num_parts)
             totals.append(total)
-            alive += sources
-        for (dtype, num_inputs), table in tables.items():
-            _run(f"reduce_add_{dtype}", destination, table, num_inputs)
+        for (how, num_inputs), batch in batches.items():
+            table = plan.sum_table(batch.numels, batch.addresses, how.itemsize)
+            _run(how.kernel, destination, table, num_inputs)
     return totals
 
 
@@ -60,14 +88,13 @@ def gather(tensors: Sequence[Tensor], dim: int, destination: torch.device) -> Te
     axis = order.index(dim % len(order))
     with _current(destination):
         transfer.wait_for_sources(tensors, destination)
-        chunks = [_in_memory_order(chunk, order) for chunk in transfer.bring(tensors, destination)]
+        chunks = [
+            _in_memory_order(chunk, order, destination) for chunk in transfer.bring(tensors, destination)
+        ]
         shape = list(chunks[0].shape)
         shape[axis] = sum(chunk.shape[axis] for chunk in chunks)
         whole = chunks[0].new_empty(shape, device=destination)
-        table = Table()
-        for target, source, *rectangle in _pieces(whole, chunks, axis):
-            plan.add_copy(table, target, source, *rectangle)
-        _run("copy", destination, table)
+        _run("copy", destination, plan.copy_table(_pieces(whole, chunks, axis)))
     return whole.permute(_inverse(order))
 
 
@@ -78,13 +105,10 @@ def split_copy(tensor: Tensor, sizes: Sequence[int], dim: int) -> list[Tensor]:
     order = _memory_order([tensor])
     axis = order.index(dim % len(order))
     with _current(tensor.device):
-        whole = _in_memory_order(tensor, order)
+        whole = _in_memory_order(tensor, order, tensor.device)
         before, after = whole.shape[:axis], whole.shape[axis + 1 :]
         chunks = [whole.new_empty((*before, size, *after)) for size in sizes]
-        table = Table()
-        for target, source, width, num_rows, target_pitch, source_pitch in _pieces(whole, chunks, axis):
-            plan.add_copy(table, source, target, width, num_rows, source_pitch, target_pitch)
-        _run("copy", tensor.device, table)
+        _run("copy", tensor.device, plan.copy_table(piece.back() for piece in _pieces(whole, chunks, axis)))
     return [chunk.permute(_inverse(order)) for chunk in chunks]
 
 
@@ -92,10 +116,10 @@ def _run(kernel: str, destination: torch.device, table: Table, *arguments: int) 
     if not table.num_tiles:
         return
     # The copy from pinned memory is ordered before the kernel, and the allocators of both ends wait for it.
-    pinned = torch.empty(len(table.values), dtype=torch.int64, pin_memory=True)
-    pinned.copy_(torch.frombuffer(table.values, dtype=torch.int64))
+    pinned = torch.empty(table.rows.shape, dtype=torch.int64, device="cpu", pin_memory=True)
+    pinned.copy_(torch.from_numpy(table.rows))
     rows = pinned.to(destination, non_blocking=True)
-    launch.launch(kernel, destination.index, table.num_tiles, rows.data_ptr(), table.num_rows, *arguments)
+    launch.launch(kernel, destination.index, table.num_tiles, rows.data_ptr(), len(table.rows), *arguments)
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:
@@ -104,10 +128,6 @@ def _current(device: torch.device) -> AbstractContextManager[object]:
 
 def _with_index(device: torch.device) -> torch.device:
     return device if device.index is not None else torch.device(device.type, torch.cuda.current_device())
-
-
-def _has_kernel(group: Sequence[Tensor]) -> bool:
-    return group[0].dtype in _KERNEL_DTYPES and all(tensor.layout is torch.strided for tensor in group)
 
 
 def _has_copy_kernel(tensors: Sequence[Tensor], dim: int) -> bool:
@@ -125,16 +145,16 @@ def _has_copy_kernel(tensors: Sequence[Tensor], dim: int) -> bool:
     )
 
 
-def _in_layout_of(total: Tensor, source: Tensor) -> Tensor:
-    """Return `source` itself where its elements lie in memory as those of `total` do, else such a copy."""
-    same = all(
-        size < 2 or one == other
-        for size, one, other in zip(total.shape, total.stride(), source.stride(), strict=True)
-    )
+def _in_layout_of(total: Tensor, sources: Sequence[Tensor]) -> list[Tensor]:
+    """Return each source itself where its elements lie in memory as those of `total` do, else such a copy."""
+    strides = total.stride()
     # Conjugation and negation may be mere marks on a tensor, which a raw address does not show.
-    if same and not source.is_conj() and not source.is_neg():
-        return source
-    return torch.empty_like(total).copy_(source)
+    return [
+        source
+        if source.stride() == strides and not source.is_neg() and not source.is_conj()
+        else torch.empty_like(total).copy_(source)
+        for source in sources
+    ]
 
 
 def _memory_order(tensors: Sequence[Tensor]) -> list[int]:
@@ -145,27 +165,24 @@ def _memory_order(tensors: Sequence[Tensor]) -> list[int]:
     return order if agree and not all(t.is_contiguous() for t in tensors) else list(range(len(strides)))
 
 
-def _in_memory_order(tensor: Tensor, order: list[int]) -> Tensor:
-    return tensor.resolve_conj().resolve_neg().permute(order).contiguous()
+def _in_memory_order(tensor: Tensor, order: list[int], device: torch.device) -> Tensor:
+    """Return the tensor with its slowest dimension first, in one dense run of memory."""
+    if not tensor.permute(order).is_contiguous() or tensor.is_conj() or tensor.is_neg():
+        # Rearranged on the kernel's own stream: one of another device would need a wait of its own.
+        tensor = tensor.to(device).resolve_conj().resolve_neg()
+    return tensor.permute(order).contiguous()
 
 
 def _inverse(order: list[int]) -> list[int]:
     return [order.index(i) for i in range(len(order))]
 
 
-def _add_sum(tables: dict[tuple[str, int], Table], total: Tensor, sources: Sequence[Tensor]) -> None:
-    dtype = _REAL.get(total.dtype, total.dtype)
-    numel = total.numel() * (total.itemsize // dtype.itemsize)
-    addresses = [source.data_ptr() for source in sources]
-    table = tables[_KERNEL_DTYPES[dtype], len(sources)]
-    plan.add_sum(table, numel, dtype.itemsize, total.data_ptr(), addresses)
-
-
-def _pieces(whole: Tensor, chunks: Sequence[Tensor], axis: int) -> Iterator[tuple[int, ...]]:
-    """Say where each chunk lies in the whole, in bytes, as `plan.add_copy` takes it when gathering."""
+def _pieces(whole: Tensor, chunks: Sequence[Tensor], axis: int) -> Iterator[Copy]:
+    """Say how each chunk is copied into the whole."""
     num_rows, inner = prod(whole.shape[:axis]), prod(whole.shape[axis + 1 :]) * whole.itemsize
+    pitch = whole.shape[axis] * inner
     target = whole.data_ptr()
     for chunk in chunks:
         width = chunk.shape[axis] * inner
-        yield target, chunk.data_ptr(), width, num_rows, whole.shape[axis] * inner, width
+        yield Copy(target, chunk.data_ptr(), width, num_rows, pitch, width)
         target += width

@@ -5,87 +5,71 @@ Pure arithmetic on addresses and sizes, all in bytes unless said otherwise; no t
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
-from .bodies import RECIPROCAL_BITS, TILE, VECTOR_BYTES
+import numpy as np
+from numpy.typing import NDArray
+
+from .bodies import COPY_FIELDS, RECIPROCAL_BITS, TILE, VECTOR_BYTES
+
+Integers = NDArray[np.int64]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Table:
     """Rows of 64-bit integers, each headed by its first tile.
 
     Attributes:
-        values: all rows, one after the other.
-        num_rows: how many rows there are.
+        rows: all rows, of shape (rows, fields). None is without a tile, which would hide its neighbour.
         num_tiles: how many blocks a launch over the table takes.
     """
 
-    values: array[int] = field(default_factory=lambda: array("q"))
-    num_rows: int = 0
-    num_tiles: int = 0
-
-    def add(self, num_tiles: int, fields: Sequence[int]) -> None:
-        """Append a row of `num_tiles` tiles; one without tiles would hide its neighbour, and is left out."""
-        if num_tiles:
-            self.values.append(self.num_tiles)
-            self.values.extend(fields)
-            self.num_rows += 1
-            self.num_tiles += num_tiles
+    rows: Integers
+    num_tiles: int
 
 
-def add_sum(table: Table, numel: int, itemsize: int, target: int, sources: Sequence[int]) -> None:
-    """Append the sum of `sources` into `target`, dense runs of `numel` elements at these addresses."""
-    phases = {address % VECTOR_BYTES for address in (target, *sources)}
+class Copy(NamedTuple):
+    """A rectangle of bytes: `num_rows` rows of `width`; a pitch is the distance from row to row."""
+
+    target: int
+    source: int
+    width: int
+    num_rows: int
+    target_pitch: int
+    source_pitch: int
+
+    def back(self) -> Copy:
+        """Return the copy from the target to the source."""
+        return Copy(self.source, self.target, self.width, self.num_rows, self.source_pitch, self.target_pitch)
+
+
+def sum_table(numels: Sequence[int], addresses: Sequence[Sequence[int]], itemsize: int) -> Table:
+    """Plan sums of dense runs of elements.
+
+    Args:
+        numels: elements in each run.
+        addresses: for each sum its target, then its inputs, as many for each.
+        itemsize: of an element.
+    """
+    numel, address = np.array(numels, np.int64), np.array(addresses, np.int64)
+    target = address[:, 0]
     # Only where all addresses reach a 16-byte boundary together can vectors be loaded from each.
-    head = min(numel, -target % VECTOR_BYTES // itemsize) if len(phases) == 1 else numel
+    in_step = ((address - target[:, None]) % VECTOR_BYTES == 0).all(axis=1)
+    head = np.where(in_step, np.minimum(numel, -target % VECTOR_BYTES // itemsize), numel)
     width = VECTOR_BYTES // itemsize
     num_vectors = (numel - head) // width
     num_scalars = numel - num_vectors * width
-    num_tiles = _tiles(num_vectors) + _tiles(num_scalars)
-    table.add(num_tiles, (num_vectors, num_scalars, head, target, *sources))
+    num_tiles = -(-num_vectors // TILE) - (-num_scalars // TILE)
+    return _table(num_tiles, np.column_stack((num_vectors, num_scalars, head, address)))
 
 
-def add_copy(
-    table: Table, target: int, source: int, width: int, num_rows: int, target_pitch: int, source_pitch: int
-) -> None:
-    """Append a copy of `num_rows` rows of `width` bytes; a pitch is the distance from row to row."""
-    if num_rows > 1 and target_pitch == source_pitch == width:
-        width, num_rows = width * num_rows, 1
-    if num_rows != 1:
-        unit = _unit(target | source | width | target_pitch | source_pitch)
-        _add_rows(table, unit, target, source, width, num_rows, target_pitch, source_pitch)
-        return
-    # Addresses as far apart as a multiple of the unit reach its boundaries together.
-    unit = _unit(target - source)
-    head = min(width, -target % unit)
-    body = head + (width - head) // unit * unit
-    for start, stop in ((0, head), (head, body), (body, width)):
-        length = stop - start
-        piece = _unit((target + start) | (source + start) | length)
-        _add_rows(table, piece, target + start, source + start, length, 1, 0, 0)
-
-
-def _add_rows(
-    table: Table,
-    unit: int,
-    target: int,
-    source: int,
-    width: int,
-    num_rows: int,
-    target_pitch: int,
-    source_pitch: int,
-) -> None:
-    columns = width // unit
-    if not columns or not num_rows:
-        return
-    tile_columns = min(columns, TILE)
-    tile_rows = TILE // tile_columns
-    column_tiles = -(-columns // tile_columns)
-    num_tiles = column_tiles * -(-num_rows // tile_rows)
-    fields = (unit, target, source, columns, num_rows, target_pitch, source_pitch)
-    table.add(num_tiles, (*fields, tile_rows, tile_columns, column_tiles, reciprocal(tile_columns)))
+def copy_table(copies: Iterable[Copy]) -> Table:
+    """Plan copies of rectangles."""
+    tiled = [each for copy in copies for piece in _aligned_pieces(copy) for each in _in_tiles(piece)]
+    rows = np.array(tiled, np.int64).reshape(len(tiled), COPY_FIELDS)
+    return _table(rows[:, 0], rows[:, 1:])
 
 
 def reciprocal(divisor: int) -> int:
@@ -93,8 +77,39 @@ def reciprocal(divisor: int) -> int:
     return (1 << RECIPROCAL_BITS) // divisor + 1
 
 
-def _tiles(count: int) -> int:
-    return -(-count // TILE)
+def _table(num_tiles: Integers, fields: Integers) -> Table:
+    rows = np.column_stack((np.cumsum(num_tiles) - num_tiles, fields))[num_tiles > 0]
+    return Table(np.ascontiguousarray(rows), int(num_tiles.sum()))
+
+
+def _aligned_pieces(copy: Copy) -> list[Copy]:
+    """Make one row of what is one in memory, and cut it so that its middle starts and ends on a boundary."""
+    target, source, width, num_rows, target_pitch, source_pitch = copy
+    if num_rows > 1 and target_pitch == source_pitch == width:
+        width, num_rows = width * num_rows, 1
+    if num_rows != 1:
+        return [copy]
+    # Addresses as far apart as a multiple of the unit reach its boundaries together.
+    unit = _unit(target - source)
+    head = min(width, -target % unit)
+    body = head + (width - head) // unit * unit
+    cuts = ((0, head), (head, body), (body, width))
+    return [Copy(target + start, source + start, stop - start, 1, 0, 0) for start, stop in cuts]
+
+
+def _in_tiles(copy: Copy) -> list[tuple[int, ...]]:
+    """Return a row of the copy's table with its number of tiles in front, or nothing for an empty copy."""
+    target, source, width, num_rows, target_pitch, source_pitch = copy
+    if not width or not num_rows:
+        return []
+    unit = _unit(target | source | width | target_pitch | source_pitch)
+    columns = width // unit
+    tile_columns = min(columns, TILE)
+    tile_rows = TILE // tile_columns
+    column_tiles = -(-columns // tile_columns)
+    num_tiles = column_tiles * -(-num_rows // tile_rows)
+    shape = (unit, target, source, columns, num_rows, target_pitch, source_pitch)
+    return [(num_tiles, *shape, tile_rows, tile_columns, column_tiles, reciprocal(tile_columns))]
 
 
 def _unit(bits: int) -> int:

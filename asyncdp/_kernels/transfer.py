@@ -12,15 +12,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PathStatistics:
-    """How many input tensors took which way to a kernel since the process started.
+    """Which way input tensors of other devices took to a kernel, counted since the process started.
 
     Attributes:
-        num_local: lay on the kernel's device already.
         num_peer: were read from another device's memory in place.
         num_staged: were copied to the kernel's device first.
     """
 
-    num_local: int = 0
     num_peer: int = 0
     num_staged: int = 0
 
@@ -32,12 +30,10 @@ class _Counter:
         self._lock = threading.Lock()
         self._counts = PathStatistics()
 
-    def add(self, *, num_local: int = 0, num_peer: int = 0, num_staged: int = 0) -> None:
+    def add(self, *, num_peer: int, num_staged: int) -> None:
         with self._lock:
             counts = self._counts
-            self._counts = PathStatistics(
-                counts.num_local + num_local, counts.num_peer + num_peer, counts.num_staged + num_staged
-            )
+            self._counts = PathStatistics(counts.num_peer + num_peer, counts.num_staged + num_staged)
 
     def read(self) -> PathStatistics:
         return self._counts
@@ -52,12 +48,17 @@ def statistics() -> PathStatistics:
     return _counter.read()
 
 
-def wait_for_sources(tensors: Iterable[Tensor], destination: torch.device) -> None:
-    """Order the current stream of `destination` after that of every other CUDA device a tensor lies on."""
+def wait_for_sources(tensors: Iterable[Tensor], destination: torch.device) -> bool:
+    """Order the current stream of `destination` after that of every other CUDA device a tensor lies on.
+
+    Returns:
+        Whether any tensor lies elsewhere, and `bring` is due.
+    """
     devices = {tensor.device for tensor in tensors} - {destination}
     for device in devices:
         if device.type == "cuda":
             torch.cuda.current_stream(destination).wait_stream(torch.cuda.current_stream(device))
+    return bool(devices)
 
 
 def bring(tensors: Sequence[Tensor], destination: torch.device) -> Sequence[Tensor]:
@@ -67,9 +68,6 @@ def bring(tensors: Sequence[Tensor], destination: torch.device) -> Sequence[Tens
     ordered by torch between the current streams of both devices.
     """
     foreign = [i for i, tensor in enumerate(tensors) if tensor.device != destination]
-    if not foreign:
-        _counter.add(num_local=len(tensors))
-        return tensors
     brought = list(tensors)
     num_staged = 0
     for i in foreign:
@@ -78,8 +76,7 @@ def bring(tensors: Sequence[Tensor], destination: torch.device) -> Sequence[Tens
         else:
             brought[i] = tensors[i].to(destination, non_blocking=True)
             num_staged += 1
-    num_peer = len(foreign) - num_staged
-    _counter.add(num_local=len(tensors) - len(foreign), num_peer=num_peer, num_staged=num_staged)
+    _counter.add(num_peer=len(foreign) - num_staged, num_staged=num_staged)
     return brought
 
 

@@ -91,27 +91,30 @@ class CpuMachine:
 def install(monkeypatch) -> CpuMachine:
     """Make `asyncdp._kernels.cuda` work on CPU tensors, through a machine of this kind."""
     machine = CpuMachine()
-    add_sum, add_copy = plan.add_sum, plan.add_copy
+    sum_table, copy_table = plan.sum_table, plan.copy_table
 
-    def watched_add_sum(table, numel, itemsize, target, sources):
-        for address in (target, *sources):
-            machine.allow(address, numel * itemsize)
-        add_sum(table, numel, itemsize, target, sources)
+    def watched_sum_table(numels, addresses, itemsize):
+        for numel, row in zip(numels, addresses, strict=True):
+            for address in row:
+                machine.allow(address, numel * itemsize)
+        return sum_table(numels, addresses, itemsize)
 
-    def watched_add_copy(table, target, source, width, num_rows, target_pitch, source_pitch):
-        for address, pitch in ((target, target_pitch), (source, source_pitch)):
-            for row in range(num_rows):
-                machine.allow(address + row * pitch, width)
-        add_copy(table, target, source, width, num_rows, target_pitch, source_pitch)
+    def watched_copy_table(copies):
+        copies = list(copies)
+        for copy in copies:
+            for row in range(copy.num_rows):
+                machine.allow(copy.target + row * copy.target_pitch, copy.width)
+                machine.allow(copy.source + row * copy.source_pitch, copy.width)
+        return copy_table(copies)
 
     def run(kernel, destination, table, *arguments):
         if table.num_tiles:
-            rows = np.frombuffer(table.values, np.int64)
+            rows = table.rows
             machine.allow(rows.ctypes.data, rows.nbytes)
-            machine.run(kernel, table.num_tiles, rows.ctypes.data, table.num_rows, *arguments)
+            machine.run(kernel, table.num_tiles, rows.ctypes.data, len(rows), *arguments)
 
-    monkeypatch.setattr(plan, "add_sum", watched_add_sum)
-    monkeypatch.setattr(plan, "add_copy", watched_add_copy)
+    monkeypatch.setattr(plan, "sum_table", watched_sum_table)
+    monkeypatch.setattr(plan, "copy_table", watched_copy_table)
     monkeypatch.setattr(cuda, "_run", run)
     monkeypatch.setattr(cuda, "_current", lambda device: nullcontext())
     monkeypatch.setattr(cuda, "_with_index", lambda device: device)

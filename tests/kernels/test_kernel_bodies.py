@@ -75,8 +75,7 @@ def test_aligned_sums_use_vectors_for_all_but_the_ends(machine):
     """An aligned sum of 4096 floats is 1024 vectors, each read from two inputs and written once."""
     tensors = [shifted(numbers(4096, torch.float32, i), 0) for i in range(2)]
     total = shifted(torch.zeros(4096), 0)
-    table = plan.Table()
-    plan.add_sum(table, 4096, 4, total.data_ptr(), [tensor.data_ptr() for tensor in tensors])
+    table = plan.sum_table([4096], [[tensor.data_ptr() for tensor in (total, *tensors)]], 4)
     cuda._run("reduce_add_float32", CPU, table, 2)
     assert machine.num_wide == 3 * 1024
     assert torch.equal(total, tensors[0] + tensors[1])
@@ -119,9 +118,9 @@ def test_dense_layouts_go_straight_through(machine, monkeypatch):
     copied = []
     in_layout_of = cuda._in_layout_of
 
-    def watch(total, source):
-        result = in_layout_of(total, source)
-        copied.append(result is not source)
+    def watch(total, sources):
+        result = in_layout_of(total, sources)
+        copied.extend(one is not other for one, other in zip(result, sources, strict=True))
         return result
 
     monkeypatch.setattr(cuda, "_in_layout_of", watch)
@@ -150,6 +149,7 @@ GATHERS = [
     ((1100, 1), 1, [1, 1]),
     ((5000,), 0, [5000, 0, 33, 2]),
     ((0, 4), 0, [0, 3]),
+    ((0, 4), 0, [0, 0]),
 ]
 
 
@@ -176,6 +176,14 @@ def test_gather_keeps_channels_last(machine):
         assert whole.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(whole, torch.cat(chunks, dim))
         assert torch.equal(cuda.split_copy(whole, [chunks[0].shape[dim]] * 2, dim)[1], chunks[1])
+
+
+def test_gather_takes_any_strides(machine):
+    """Transposed, stepped and lazily conjugated chunks are gathered by their values."""
+    value = numbers((6, 5), torch.complex64)
+    chunks = [value.conj(), value.t()[:, :5].t()[:5], value[::2]]
+    assert torch.equal(cuda.gather(chunks, 0, CPU), torch.cat([chunk.clone() for chunk in chunks]))
+    assert torch.equal(cuda.split_copy(value.conj(), [1, 5], 0)[1], value.conj()[1:])
 
 
 def test_gather_leaves_torch_its_own_errors(machine):
@@ -209,11 +217,8 @@ def test_packed_addition_wraps_each_number_alone(bits, signs):
 
 def test_blocks_are_balanced_whatever_the_sizes():
     """No block of a bucket has more than one tile, and every tile belongs to the row that is searched."""
-    table = plan.Table()
     sizes = [1, 1 << 20, 7, 4096, 1 << 16]
-    for size in sizes:
-        plan.add_sum(table, size, 4, 1 << 12, [1 << 20, 1 << 24])
-    fields = np.frombuffer(table.values, np.int64).reshape(table.num_rows, -1)
-    work = fields[:, bodies.NUM_VECTORS] * 4 + fields[:, bodies.NUM_SCALARS]
+    table = plan.sum_table(sizes, [[1 << 12, 1 << 20, 1 << 24]] * len(sizes), 4)
+    work = table.rows[:, bodies.NUM_VECTORS] * 4 + table.rows[:, bodies.NUM_SCALARS]
     assert list(work) == sizes
     assert table.num_tiles == 1 + 256 + 2 + 1 + 16

@@ -137,7 +137,7 @@ def test_tensors_of_other_devices_are_read_in_place_or_staged(monkeypatch):
     brought = transfer.bring(tensors, CUDA)
     assert [tensor.device for tensor in brought] == [CUDA, near, CUDA, CUDA]
     assert [tensor.streams for tensor in tensors] == [[], ["stream of cuda:0"], [], []]
-    assert kernels.statistics() == kernels.PathStatistics(num_local=1, num_peer=1, num_staged=2)
+    assert kernels.statistics() == kernels.PathStatistics(num_peer=1, num_staged=2)
 
 
 def test_a_kernel_waits_for_the_devices_of_its_inputs(monkeypatch):
@@ -153,7 +153,8 @@ def test_a_kernel_waits_for_the_devices_of_its_inputs(monkeypatch):
     waits = []
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     devices = (CUDA, torch.device("cuda", 1), torch.device("cuda", 1), torch.device("cpu"))
-    transfer.wait_for_sources([Foreign(device) for device in devices], CUDA)
+    assert transfer.wait_for_sources([Foreign(device) for device in devices], CUDA)
+    assert not transfer.wait_for_sources([Foreign(CUDA)], CUDA)
     assert waits == [("cuda:0", "cuda:1")]
 
 
