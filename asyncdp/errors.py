@@ -268,7 +268,11 @@ class ResumeRefusedError(JobUsageError):
 
 
 class InputError(JobUsageError):
-    """An input file is missing, half-written, or of another format than said."""
+    """An input is missing, of an unknown format, or lacks a column."""
+
+
+class DamagedInputError(JobError):
+    """An input file is half-written, damaged, or of another format than said."""
 
 
 class OutputError(JobError):

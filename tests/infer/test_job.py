@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from asyncdp.errors import (
-    InputError,
+    DamagedInputError,
     JobError,
     JobUsageError,
     ModelLoadError,
@@ -296,7 +296,7 @@ def test_half_written_input_stops_the_job(run, work, numbers):
 
     path = work / "rows.jsonl.gz"
     path.write_bytes(gzip.compress(numbers(5000).read_bytes())[:-10])
-    with pytest.raises(InputError, match=r"rows.jsonl.gz cannot be read"):
+    with pytest.raises(DamagedInputError, match=r"rows.jsonl.gz cannot be read"):
         run(path, on_error="skip")
 
 

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from asyncdp.errors import InputError
+from asyncdp.errors import DamagedInputError, InputError
 from asyncdp.infer.readers import FORMATS, Selection, decode_image, open_inputs
 
 
@@ -58,7 +58,7 @@ def test_compressed_text(tmp_path, suffix, compress):
     path.write_bytes(compress(plain))
     assert len(values(path)) == 20_000
     path.write_bytes(compress(plain)[:-20])
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(DamagedInputError, match="cannot be read"):
         values(path)
 
 
@@ -69,7 +69,7 @@ def test_zstd_text(tmp_path):
         stream.write(b"x\ny\n" * 50_000)
     assert values(path)[:2] == ["x", "y"]
     path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(DamagedInputError, match="cannot be read"):
         values(path)
 
 
@@ -136,7 +136,7 @@ def test_arrays(tmp_path):
 def test_arrays_of_different_length_are_refused(tmp_path):
     """Rows of arrays that differ in length cannot be told, so nothing is read."""
     np.savez(tmp_path / "b.npz", x=np.zeros(3), y=np.zeros(4))
-    with pytest.raises(InputError, match="one same first dimension"):
+    with pytest.raises(DamagedInputError, match="one same first dimension"):
         values(tmp_path / "b.npz")
 
 
@@ -145,7 +145,7 @@ def test_pickled_arrays_are_refused(tmp_path):
     np.save(tmp_path / "a.npy", np.array([{"a": 1}], dtype=object))
     np.savez(tmp_path / "b.npz", x=np.array([{"a": 1}], dtype=object))
     for name in ("a.npy", "b.npz"):
-        with pytest.raises(InputError, match="cannot be read"):
+        with pytest.raises(DamagedInputError, match="cannot be read"):
             values(tmp_path / name)
 
 
@@ -200,7 +200,7 @@ def test_half_written_binary_files(tmp_path, format_name):
     whole = path.read_bytes()
     for part in (whole[: len(whole) // 2], b"", b"\0" * 100):
         path.write_bytes(part)
-        with pytest.raises(InputError, match=rf"rows.{format_name} cannot be read"):
+        with pytest.raises(DamagedInputError, match=rf"rows.{format_name} cannot be read"):
             values(path)
 
 
@@ -219,13 +219,13 @@ def test_half_written_binary_files(tmp_path, format_name):
     column=st.sampled_from([(), ("a",)]),
 )
 def test_no_bytes_break_a_reader(tmp_path, data, head, format_name, column):
-    """Whatever a file holds, a reader gives records, bad records, or an InputError."""
+    """Whatever a file holds, a reader gives records, bad records, or a DamagedInputError."""
     path = tmp_path / "any"
     path.write_bytes(head + data)
     try:
         for record in open_inputs([str(path)], format_name, Selection(column)).read():
             assert record.error is None or isinstance(record.error, Exception)
-    except InputError as error:
+    except DamagedInputError as error:
         text = str(error)
         assert "any" in text
 
@@ -233,7 +233,7 @@ def test_no_bytes_break_a_reader(tmp_path, data, head, format_name, column):
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(position=st.integers(0, 10_000), bits=st.integers(1, 255), format_name=st.sampled_from(BINARY))
 def test_a_flipped_byte_never_breaks_a_reader(tmp_path, position, bits, format_name):
-    """A damaged binary file gives records or an InputError, never another exception."""
+    """A damaged binary file gives records or a DamagedInputError, never another exception."""
     path = tmp_path / f"rows.{format_name}"
     array = np.arange(64, dtype=np.float32).reshape(16, 4)
     if format_name == "parquet":
@@ -249,6 +249,6 @@ def test_a_flipped_byte_never_breaks_a_reader(tmp_path, position, bits, format_n
     path.write_bytes(damaged)
     try:
         assert len(values(path)) >= 0
-    except InputError as error:
+    except DamagedInputError as error:
         text = str(error)
         assert "rows" in text

@@ -79,7 +79,7 @@ class Inputs:
         """Yields the records from position ``start`` on; whole files before it are not opened.
 
         Raises:
-            InputError: When a file turns out to be damaged.
+            DamagedInputError: When a file turns out to be damaged.
         """
         position = 0
         for file, count in zip(self.files, self._counts, strict=True):

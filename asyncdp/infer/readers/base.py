@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Protocol, cast
 
-from asyncdp.errors import InputError
+from asyncdp.errors import DamagedInputError
 from asyncdp.infer.records import Row
 
 STDIN = Path("-")
@@ -117,7 +117,7 @@ class InputFile:
         """Opens the file for reading.
 
         Raises:
-            InputError: When a compressed file is cut short or damaged.
+            DamagedInputError: When a compressed file is cut short or damaged.
         """
         if self.path == STDIN:
             yield sys.stdin.buffer
@@ -141,10 +141,10 @@ class InputFile:
                     line = line.removeprefix(b"\xef\xbb\xbf")
                 yield number, line.rstrip(b"\r\n")
 
-    def broken(self, why: object) -> InputError:
+    def broken(self, why: object) -> DamagedInputError:
         """Builds the error for a file that cannot be read to its end."""
         cause = f"{type(why).__name__}: {why}" if isinstance(why, BaseException) else why
-        return InputError(
+        return DamagedInputError(
             f"{self.name} cannot be read: {cause}",
             "The file is damaged, half-written or of another format (see --input-format).",
         )

@@ -1,0 +1,56 @@
+"""Every example of docs/infer.md runs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from asyncdp.cli.app import app
+
+TEXT = (Path(__file__).parents[2] / "docs" / "infer.md").read_text()
+COMMANDS = re.findall(r"^\$ asyncdp (.+)$", TEXT, re.MULTILINE)
+PYTHON = re.findall(r"```python\n(.+?)```", TEXT, re.DOTALL)
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch, encoder_folder):
+    """A folder with the files that the examples name."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "task.py").write_text(PYTHON[0])
+    (tmp_path / "rows.csv").write_text("a,b,c\n" + "1,2,3\n4,5,6\n" * 3)
+    (tmp_path / "texts.jsonl").write_text('{"text": "one two"}\n{"text": "three"}\n')
+    (tmp_path / "minilm").symlink_to(encoder_folder)
+    return tmp_path
+
+
+def test_every_command_of_the_docs_runs(work):
+    """All commands, in order, end with 0 and leave the shards they promise."""
+    assert len(COMMANDS) == 7
+    for command in COMMANDS:
+        result = CliRunner().invoke(app, shlex.split(command))
+        assert result.exit_code == 0, (command, result.output)
+    assert sorted(path.name for path in (work / "whole").glob("part-*")) == [
+        f"part-00000{index}.parquet" for index in range(3)
+    ]
+
+
+def test_the_python_of_the_docs_runs(work):
+    """The Python examples run as they stand."""
+    result = CliRunner().invoke(app, shlex.split(COMMANDS[2].replace("kept --resume", "out")))
+    assert result.exit_code == 0, result.output
+    names: dict[str, object] = {}
+    exec(PYTHON[1], names)
+    assert names["table"].num_rows == 6
+
+
+def test_the_docs_know_the_exit_codes():
+    """The table of exit codes names every code there is."""
+    from asyncdp.cli import running
+
+    codes = {getattr(running, name) for name in dir(running) if name.startswith("EXIT_")} | {0}
+    assert codes == {int(code) for code in re.findall(r"^\| (\d+) \|", TEXT, re.MULTILINE)}
