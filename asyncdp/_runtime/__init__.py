@@ -1,7 +1,8 @@
 """Lanes, completions and the scheduler: knows threads and event loops, not torch modules."""
 
+from .default import default_runtime
 from .lane import Lane
-from .runtime import LaneStatistics, Runtime, RuntimeStatistics, default_runtime
+from .runtime import LaneStatistics, Runtime, RuntimeStatistics
 from .schedule import LaneState
 
 __all__ = ["Lane", "LaneState", "LaneStatistics", "Runtime", "RuntimeStatistics", "default_runtime"]

@@ -15,8 +15,8 @@ from .._devices.threads import set_intra_op_threads
 from .schedule import LaneState
 
 if TYPE_CHECKING:
+    from .core import Core
     from .passes import Pass
-    from .runtime import Core
 
 _current = threading.local()
 

@@ -15,7 +15,7 @@ from .completion import new_completion
 from .lane import Lane, Work
 
 if TYPE_CHECKING:
-    from .runtime import Core
+    from .core import Core
 
 Stage = Sequence[tuple[Lane, Callable[[], Any]]]
 """What each lane does; the calls run at the same time, one after another where a lane repeats."""

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import atexit
-import os
 import threading
-import time
 import weakref
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -19,22 +16,18 @@ import torch
 from .. import _devices, _kernels
 from .._devices import Devices, LaneDevice, parse_devices
 from ..errors import (
-    AsyncDPError,
-    DeviceLostError,
     NestedPassError,
     QueueFullError,
-    RuntimeClosedError,
     UnknownDeviceError,
 )
-from .completion import Completion, new_completion
+from .core import Core
 from .lane import Lane, current_lane
 from .passes import NextStage, Pass, PassState, Stage
-from .schedule import Action, Admit, LaneState, Refuse, Schedule
+from .schedule import LaneState
 
 T = TypeVar("T")
 
 DEFAULT_MAX_QUEUE = 1024
-_EXIT_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -67,140 +60,8 @@ class RuntimeStatistics:
     """Which way tensors took between CUDA devices, counted over the whole process."""
 
 
-class Core:
-    """What lanes and passes share with the runtime, but for the handle a user holds.
-
-    `lock` guards the schedule, the queues of the lanes and the progress of passes.
-    """
-
-    def __init__(self, max_queue: int) -> None:
-        self.lock = threading.Lock()
-        self.schedule = Schedule(0, max_queue)
-        self.lanes: list[Lane] = []
-        self.device_types: tuple[str, ...] = ("cpu",)
-        self.captures = False
-        self.num_cpu_lanes = 0
-        self.closed_cause = "the runtime is closed"
-        self.num_running = 0
-        self.counts: Counter[PassState] = Counter()
-        self.lost: dict[int, AsyncDPError] = {}
-        self.to_wake: deque[Callable[[], None]] = deque()
-        self._stopped = False
-
-    def add_lane(self, driver: LaneDevice) -> Lane:
-        """Make and start a lane; the lock is held, or nobody else knows the runtime yet."""
-        index = self.schedule.add_lane()
-        ordinal = sum(lane.device == driver.device for lane in self.lanes)
-        lane = Lane(_lane_name(driver.device, ordinal), index, driver, self)
-        self.lanes.append(lane)
-        self.captures = self.captures or driver.captures
-        self.num_cpu_lanes += driver.device.type == "cpu"
-        if driver.device.type not in self.device_types:
-            self.device_types += (driver.device.type,)
-        lane.start()
-        return lane
-
-    # The following are called with the lock held.
-
-    def submit(self, one: Pass) -> None:
-        """Give a pass to the schedule."""
-        self.num_running += 1
-        action = self.schedule.submit(one, one.lanes)
-        if action is not None:
-            self.act((action,))
-
-    def act(self, actions: Iterable[Action]) -> None:
-        """Perform what the schedule decided."""
-        for action in actions:
-            one = action.ticket
-            assert isinstance(one, Pass)
-            if isinstance(action, Admit):
-                one.enqueue()
-            else:
-                one.refuse(self._refusal(action))
-
-    def proceed(self, one: Pass) -> AsyncDPError | None:
-        """Take places for the next stage of an admitted pass, or say why that is impossible."""
-        lane = self.schedule.proceed(one.lanes)
-        return None if lane is None else self.lost[lane]
-
-    def lose(self, lane: Lane, cause: BaseException | None) -> None:
-        """Close every lane of a lost device and fail what is queued on them."""
-        for other in self.lanes:
-            if other.device != lane.device or self.schedule.state(other.index) is LaneState.LOST:
-                continue
-            self.lost[other.index] = DeviceLostError(other.name, str(cause).partition("\n")[0])
-            self.act(self.schedule.lose(other.index))
-            for work in other.clear():
-                work.owner.drop(work, self.lost[other.index])
-
-    def close(self) -> None:
-        """Take nothing more; lanes stop once the last pass has ended."""
-        if not self.schedule.closed:
-            self.act(self.schedule.close())
-            self._stop_if_idle()
-
-    def _refusal(self, action: Refuse) -> AsyncDPError:
-        if action.lane is not None and action.lane in self.lost:
-            return self.lost[action.lane]
-        return RuntimeClosedError(self.closed_cause)
-
-    def _stop_if_idle(self) -> None:
-        if self.schedule.closed and self.num_running == 0 and not self._stopped:
-            self._stopped = True
-            for lane in self.lanes:
-                lane.stop()
-
-    def finished(self, one: Pass, completion: Completion) -> None:
-        """Count a pass that has ended; its task is woken after the lock is released."""
-        self.counts[one.state] += 1
-        self.num_running -= 1
-        self.to_wake.append(completion.finish)
-        self._stop_if_idle()
-
-    # Called without the lock.
-
-    def wake(self) -> None:
-        """Wake the lanes and tasks that have something to do.
-
-        Not done under the lock: whoever wakes takes it first of all, and would have to wait for it.
-        """
-        while self.to_wake:
-            try:
-                wake = self.to_wake.popleft()
-            except IndexError:
-                return  # another thread was quicker
-            wake()
-
-    def shut_down(self, timeout: float | None) -> None:
-        """Close and wait for the lanes' threads, `timeout` seconds in all if given."""
-        with self.lock:
-            self.close()
-        self.wake()
-        deadline = None if timeout is None else time.monotonic() + timeout
-        for lane in self.lanes:
-            lane.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
-
-    async def aclose(self) -> None:
-        """Close and wait until every lane's thread has ended."""
-        ended = new_completion(lambda: None)
-
-        def join_then_finish() -> None:
-            self.shut_down(None)
-            ended.finish()
-
-        # Joining blocks, and the loop must not.
-        thread = threading.Thread(target=join_then_finish, name="asyncdp-close", daemon=True)
-        await ended.wait(thread.start)
-
-
-def _lane_name(device: torch.device, ordinal: int) -> str:
-    if device.index is None:
-        return f"{device.type}:{ordinal}"
-    return str(device) if ordinal == 0 else f"{device}/{ordinal}"
-
-
-_cores: weakref.WeakSet[Core] = weakref.WeakSet()
+cores: weakref.WeakSet[Core] = weakref.WeakSet()
+"""Every runtime of the process that may still be alive."""
 
 
 class Runtime:
@@ -230,7 +91,7 @@ class Runtime:
         self._core = Core(max_queue)
         for driver in drivers:
             self._core.add_lane(driver)
-        _cores.add(self._core)
+        cores.add(self._core)
         weakref.finalize(self, _close_soon, self._core).atexit = False
 
     def __repr__(self) -> str:
@@ -389,34 +250,6 @@ class Runtime:
             raise NestedPassError(lane.name)
 
 
-class _DefaultRuntime(Runtime):
-    """The process's own runtime: grows lanes as they are asked for, and is never closed before exit."""
-
-    def __init__(self) -> None:
-        super().__init__([_devices.lane_device_for(device) for device in parse_devices()])
-
-    def lanes_for(self, devices: Sequence[torch.device]) -> list[Lane]:
-        with self._core.lock:
-            missing = Counter(devices) - Counter(lane.device for lane in self._core.lanes)
-            for device, count in missing.items():
-                for _ in range(count):
-                    self._core.add_lane(_devices.lane_device_for(device))
-        return super().lanes_for(devices)
-
-
-_default: _DefaultRuntime | None = None
-_default_lock = threading.Lock()
-
-
-def default_runtime() -> Runtime:
-    """The process's own runtime, made at first use, shared by every event loop and thread."""
-    global _default
-    with _default_lock:
-        if _default is None:
-            _default = _DefaultRuntime()
-        return _default
-
-
 def _drivers(devices: Devices | Sequence[LaneDevice]) -> list[LaneDevice]:
     entries: Sequence[Any] = devices if isinstance(devices, (list, tuple)) else [devices]
     if len(entries) > 0 and all(isinstance(entry, LaneDevice) for entry in entries):
@@ -427,28 +260,3 @@ def _drivers(devices: Devices | Sequence[LaneDevice]) -> list[LaneDevice]:
 def _close_soon(core: Core) -> None:
     # A garbage collection may call this anywhere, also where this thread holds the very lock.
     threading.Thread(target=core.shut_down, args=(0.0,), name="asyncdp-close", daemon=True).start()
-
-
-def _shut_down_all() -> None:
-    deadline = time.monotonic() + _EXIT_SECONDS
-    for core in list(_cores):
-        core.shut_down(max(0.0, deadline - time.monotonic()))
-
-
-def _forget_after_fork() -> None:
-    """In a forked child the lanes' threads do not exist: start anew, and refuse the old runtimes."""
-    global _default, _default_lock
-    _default = None
-    _default_lock = threading.Lock()
-    for core in list(_cores):
-        core.lock = threading.Lock()
-        core.closed_cause = (
-            "the runtime was made before a fork, and its threads do not exist in this child process"
-        )
-        core.schedule.closed = True
-    _devices.forget_threads()
-
-
-atexit.register(_shut_down_all)
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_after_fork)

@@ -1,0 +1,150 @@
+"""What lanes and passes share: the lock, the schedule, the lanes, and what became of everything."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+
+import torch
+
+from .._devices import LaneDevice
+from ..errors import AsyncDPError, DeviceLostError, RuntimeClosedError
+from .completion import Completion, new_completion
+from .lane import Lane
+from .passes import Pass, PassState
+from .schedule import Action, Admit, LaneState, Refuse, Schedule
+
+
+class Core:
+    """What lanes and passes share with the runtime, but for the handle a user holds.
+
+    `lock` guards the schedule, the queues of the lanes and the progress of passes.
+    """
+
+    def __init__(self, max_queue: int) -> None:
+        self.lock = threading.Lock()
+        self.schedule = Schedule(0, max_queue)
+        self.lanes: list[Lane] = []
+        self.device_types: tuple[str, ...] = ("cpu",)
+        self.captures = False
+        self.num_cpu_lanes = 0
+        self.closed_cause = "the runtime is closed"
+        self.num_running = 0
+        self.counts: Counter[PassState] = Counter()
+        self.lost: dict[int, AsyncDPError] = {}
+        self.to_wake: deque[Callable[[], None]] = deque()
+        self._stopped = False
+
+    def add_lane(self, driver: LaneDevice) -> Lane:
+        """Make and start a lane; the lock is held, or nobody else knows the runtime yet."""
+        index = self.schedule.add_lane()
+        ordinal = sum(lane.device == driver.device for lane in self.lanes)
+        lane = Lane(_lane_name(driver.device, ordinal), index, driver, self)
+        self.lanes.append(lane)
+        self.captures = self.captures or driver.captures
+        self.num_cpu_lanes += driver.device.type == "cpu"
+        if driver.device.type not in self.device_types:
+            self.device_types += (driver.device.type,)
+        lane.start()
+        return lane
+
+    # The following are called with the lock held.
+
+    def submit(self, one: Pass) -> None:
+        """Give a pass to the schedule."""
+        self.num_running += 1
+        action = self.schedule.submit(one, one.lanes)
+        if action is not None:
+            self.act((action,))
+
+    def act(self, actions: Iterable[Action]) -> None:
+        """Perform what the schedule decided."""
+        for action in actions:
+            one = action.ticket
+            assert isinstance(one, Pass)
+            if isinstance(action, Admit):
+                one.enqueue()
+            else:
+                one.refuse(self._refusal(action))
+
+    def proceed(self, one: Pass) -> AsyncDPError | None:
+        """Take places for the next stage of an admitted pass, or say why that is impossible."""
+        lane = self.schedule.proceed(one.lanes)
+        return None if lane is None else self.lost[lane]
+
+    def lose(self, lane: Lane, cause: BaseException | None) -> None:
+        """Close every lane of a lost device and fail what is queued on them."""
+        for other in self.lanes:
+            if other.device != lane.device or self.schedule.state(other.index) is LaneState.LOST:
+                continue
+            self.lost[other.index] = DeviceLostError(other.name, str(cause).partition("\n")[0])
+            self.act(self.schedule.lose(other.index))
+            for work in other.clear():
+                work.owner.drop(work, self.lost[other.index])
+
+    def close(self) -> None:
+        """Take nothing more; lanes stop once the last pass has ended."""
+        if not self.schedule.closed:
+            self.act(self.schedule.close())
+            self._stop_if_idle()
+
+    def _refusal(self, action: Refuse) -> AsyncDPError:
+        if action.lane is not None and action.lane in self.lost:
+            return self.lost[action.lane]
+        return RuntimeClosedError(self.closed_cause)
+
+    def _stop_if_idle(self) -> None:
+        if self.schedule.closed and self.num_running == 0 and not self._stopped:
+            self._stopped = True
+            for lane in self.lanes:
+                lane.stop()
+
+    def finished(self, one: Pass, completion: Completion) -> None:
+        """Count a pass that has ended; its task is woken after the lock is released."""
+        self.counts[one.state] += 1
+        self.num_running -= 1
+        self.to_wake.append(completion.finish)
+        self._stop_if_idle()
+
+    # Called without the lock.
+
+    def wake(self) -> None:
+        """Wake the lanes and tasks that have something to do.
+
+        Not done under the lock: whoever wakes takes it first of all, and would have to wait for it.
+        """
+        while self.to_wake:
+            try:
+                wake = self.to_wake.popleft()
+            except IndexError:
+                return  # another thread was quicker
+            wake()
+
+    def shut_down(self, timeout: float | None) -> None:
+        """Close and wait for the lanes' threads, `timeout` seconds in all if given."""
+        with self.lock:
+            self.close()
+        self.wake()
+        deadline = None if timeout is None else time.monotonic() + timeout
+        for lane in self.lanes:
+            lane.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
+
+    async def aclose(self) -> None:
+        """Close and wait until every lane's thread has ended."""
+        ended = new_completion(lambda: None)
+
+        def join_then_finish() -> None:
+            self.shut_down(None)
+            ended.finish()
+
+        # Joining blocks, and the loop must not.
+        thread = threading.Thread(target=join_then_finish, name="asyncdp-close", daemon=True)
+        await ended.wait(thread.start)
+
+
+def _lane_name(device: torch.device, ordinal: int) -> str:
+    if device.index is None:
+        return f"{device.type}:{ordinal}"
+    return str(device) if ordinal == 0 else f"{device}/{ordinal}"

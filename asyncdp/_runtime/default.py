@@ -1,0 +1,72 @@
+"""The process's own runtime, and what happens to all runtimes at a fork and at the interpreter's end."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+
+from .. import _devices
+from .._devices import parse_devices
+from .lane import Lane
+from .runtime import Runtime, cores
+
+_EXIT_SECONDS = 5.0
+
+
+class _DefaultRuntime(Runtime):
+    """The process's own runtime: grows lanes as they are asked for, and is never closed before exit."""
+
+    def __init__(self) -> None:
+        super().__init__([_devices.lane_device_for(device) for device in parse_devices()])
+
+    def lanes_for(self, devices: Sequence[torch.device]) -> list[Lane]:
+        with self._core.lock:
+            missing = Counter(devices) - Counter(lane.device for lane in self._core.lanes)
+            for device, count in missing.items():
+                for _ in range(count):
+                    self._core.add_lane(_devices.lane_device_for(device))
+        return super().lanes_for(devices)
+
+
+_default: _DefaultRuntime | None = None
+_default_lock = threading.Lock()
+
+
+def default_runtime() -> Runtime:
+    """The process's own runtime, made at first use, shared by every event loop and thread."""
+    global _default
+    with _default_lock:
+        if _default is None:
+            _default = _DefaultRuntime()
+        return _default
+
+
+def _shut_down_all() -> None:
+    deadline = time.monotonic() + _EXIT_SECONDS
+    for core in list(cores):
+        core.shut_down(max(0.0, deadline - time.monotonic()))
+
+
+def _forget_after_fork() -> None:
+    """In a forked child the lanes' threads do not exist: start anew, and refuse the old runtimes."""
+    global _default, _default_lock
+    _default = None
+    _default_lock = threading.Lock()
+    for core in list(cores):
+        core.lock = threading.Lock()
+        core.closed_cause = (
+            "the runtime was made before a fork, and its threads do not exist in this child process"
+        )
+        core.schedule.closed = True
+    _devices.forget_threads()
+
+
+atexit.register(_shut_down_all)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_after_fork)
