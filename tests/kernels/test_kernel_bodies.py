@@ -44,7 +44,7 @@ def same_bits(one, other):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("numel", "offset"), [(1, 0), (37, 1), (4099, 0), (4500, 3)])
+@pytest.mark.parametrize(("numel", "offset"), [(1, 0), (37, 1), (4003, 0), (4099, 0), (4500, 3)])
 def test_sums_equal_the_reference_bit_for_bit(machine, dtype, numel, offset):
     """Any dtype, size and shared odd offset: the compiled kernel's code gives the reference's bits."""
     kind = getattr(torch, dtype)
@@ -71,13 +71,14 @@ def test_inputs_out_of_step_fall_back_to_single_elements(machine):
     assert machine.num_wide == 0
 
 
-def test_aligned_sums_use_vectors_for_all_but_the_ends(machine):
-    """An aligned sum of 4096 floats is 1024 vectors, each read from two inputs and written once."""
-    tensors = [shifted(numbers(4096, torch.float32, i), 0) for i in range(2)]
-    total = shifted(torch.zeros(4096), 0)
-    table = plan.sum_table([4096], [[tensor.data_ptr() for tensor in (total, *tensors)]], 4)
+@pytest.mark.parametrize(("offset", "num_vectors"), [(0, 1000), (1, 999), (3, 999)])
+def test_sums_in_step_use_vectors_for_all_but_the_ends(machine, offset, num_vectors):
+    """Where all addresses reach a boundary together, only the elements before it and at the end go alone."""
+    tensors = [shifted(numbers(4000, torch.float32, i), offset) for i in range(2)]
+    total = shifted(torch.zeros(4000), offset)
+    table = plan.sum_table([4000], [[tensor.data_ptr() for tensor in (total, *tensors)]], 4)
     cuda._run("reduce_add_float32", CPU, table, 2)
-    assert machine.num_wide == 3 * 1024
+    assert machine.num_wide == 3 * num_vectors
     assert torch.equal(total, tensors[0] + tensors[1])
 
 
