@@ -1,0 +1,6 @@
+"""Services: batches of many callers' samples, and streams of batches."""
+
+from .batcher import Batcher, BatcherState
+from .statistics import BatcherStatistics, Percentiles
+
+__all__ = ["Batcher", "BatcherState", "BatcherStatistics", "Percentiles"]

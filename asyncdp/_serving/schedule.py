@@ -1,0 +1,246 @@
+"""Which waiting samples make the next batch; free of threads, clocks, I/O and torch."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+
+class Item:
+    """One sample that waits for its batch.
+
+    Attributes:
+        size: length of the sample (tokens, pixels); 0 where sizes play no part.
+        priority: higher goes first.
+        arrived: when the call was made, in seconds.
+        ordinal: place in the order of arrival, set by the schedule.
+    """
+
+    __slots__ = ("arrived", "ordinal", "priority", "size")
+
+    def __init__(self, size: float, priority: int, arrived: float) -> None:
+        self.size = size
+        self.priority = priority
+        self.arrived = arrived
+        self.ordinal = -1
+
+
+ItemT = TypeVar("ItemT", bound=Item)
+
+
+@dataclass(slots=True)
+class _Level(Generic[ItemT]):
+    """The items of one priority."""
+
+    items: dict[ItemT, None] = field(default_factory=dict)  # in order of arrival
+    by_size: list[tuple[float, int, ItemT]] = field(default_factory=list)
+
+    @property
+    def oldest(self) -> ItemT:
+        return next(iter(self.items))
+
+
+@dataclass(slots=True)
+class BatchSchedule(Generic[ItemT]):
+    """The queue of a batcher.
+
+    At most `max_queue` items are queued; later ones stay outside and are let in as others leave, by
+    priority and then in order of arrival. A batch is led by the most urgent item: the oldest one if
+    it has waited for `max_age`, else the first of the highest priority. The leader takes along the
+    items nearest to it in size, so that little is padded and yet nobody starves.
+
+    Args:
+        max_batch_size: most items of a batch.
+        max_queue: most items in the queue.
+        max_wait: seconds an item may wait for its batch to fill.
+        max_age: seconds after which an item goes before every priority.
+        max_cost: most items times longest of a batch; an item larger than that goes alone.
+        sized: whether sizes matter.
+    """
+
+    max_batch_size: int
+    max_queue: int
+    max_wait: float = 0.0
+    max_age: float = 1.0
+    max_cost: float | None = None
+    sized: bool = False
+    closing: bool = False
+    """Nothing more will come: a batch need not wait to fill."""
+    _levels: dict[int, _Level[ItemT]] = field(default_factory=dict)
+    _ranks: list[int] = field(default_factory=list)  # the priorities present, highest first
+    _num_queued: int = 0
+    _total_size: float = 0.0
+    _outside: list[tuple[int, int, ItemT]] = field(default_factory=list)
+    _gone: set[ItemT] = field(default_factory=set)  # removed while outside; the heap forgets them later
+    _ordinals: Iterator[int] = field(default_factory=itertools.count)
+
+    @property
+    def num_queued(self) -> int:
+        """Items in the queue."""
+        return self._num_queued
+
+    @property
+    def num_outside(self) -> int:
+        """Items that wait for room in the queue."""
+        return len(self._outside) - len(self._gone)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether an item that came now would have to wait for room."""
+        return self._num_queued >= self.max_queue
+
+    @property
+    def may_leave(self) -> bool:
+        """Whether what waits need not wait for more."""
+        return self.max_wait == 0 or self.closing or self._is_batch_full()
+
+    def add(self, item: ItemT) -> None:
+        """An item arrives."""
+        item.ordinal = next(self._ordinals)
+        if self._num_queued < self.max_queue:
+            self._enqueue(item)
+        else:
+            heapq.heappush(self._outside, (-item.priority, item.ordinal, item))
+
+    def remove(self, item: ItemT) -> bool:
+        """An item gives up; tell whether it was still waiting."""
+        level = self._levels.get(item.priority)
+        if level is not None and item in level.items:
+            self._dequeue(level, item)
+            self._let_in()
+            return True
+        if item not in self._gone and any(item is each for _, _, each in self._outside):
+            self._gone.add(item)
+            return True
+        return False
+
+    def ready_at(self) -> float | None:
+        """When the next batch may leave, should nothing more arrive; None if nothing waits."""
+        if self._num_queued == 0:
+            return None
+        oldest = self._oldest().arrived
+        return oldest if self.may_leave else oldest + self.max_wait
+
+    def take(self, now: float, num_free: int = 1) -> list[ItemT]:
+        """Take the next batch out of the queue.
+
+        Args:
+            now: the time, in seconds.
+            num_free: places that could run a batch now; what waits is shared out between them.
+
+        Returns:
+            The items, the leader first; empty if none waits or the batch may still fill.
+        """
+        ready_at = self.ready_at()
+        if ready_at is None or ready_at > now:
+            return []
+        share = -(-self._num_queued // max(1, num_free))
+        limit = min(self.max_batch_size, share)
+        batch = self._alike(now, limit) if self.sized else self._in_order(now, limit)
+        for item in batch:
+            self._dequeue(self._levels[item.priority], item)
+        self._let_in()
+        return batch
+
+    def clear(self) -> list[ItemT]:
+        """Take out everything, whether queued or outside."""
+        waiting = [item for level in self._levels.values() for item in level.items]
+        waiting += [item for _, _, item in self._outside if item not in self._gone]
+        self._levels, self._ranks, self._outside, self._gone = {}, [], [], set()
+        self._num_queued, self._total_size = 0, 0.0
+        return waiting
+
+    def _enqueue(self, item: ItemT) -> None:
+        level = self._levels.get(item.priority)
+        if level is None:
+            level = self._levels[item.priority] = _Level()
+            insort(self._ranks, item.priority, key=lambda rank: -rank)
+        level.items[item] = None
+        self._num_queued += 1
+        if self.sized:
+            insort(level.by_size, (item.size, item.ordinal, item))
+            self._total_size += item.size
+
+    def _dequeue(self, level: _Level[ItemT], item: ItemT) -> None:
+        del level.items[item]
+        self._num_queued -= 1
+        if self.sized:
+            del level.by_size[bisect_left(level.by_size, (item.size, item.ordinal))]
+            self._total_size -= item.size
+        if not level.items:
+            del self._levels[item.priority]
+            self._ranks.remove(item.priority)
+
+    def _let_in(self) -> None:
+        while self._outside and self._num_queued < self.max_queue:
+            item = heapq.heappop(self._outside)[2]
+            if item in self._gone:
+                self._gone.remove(item)
+            else:
+                self._enqueue(item)
+
+    def _oldest(self) -> ItemT:
+        if len(self._ranks) == 1:
+            return self._levels[self._ranks[0]].oldest
+        return min((level.oldest for level in self._levels.values()), key=lambda item: item.ordinal)
+
+    def _is_batch_full(self) -> bool:
+        if self._num_queued >= self.max_batch_size or self.is_full:
+            return True
+        return self.max_cost is not None and self._total_size >= self.max_cost
+
+    def _in_order(self, now: float, limit: int) -> list[ItemT]:
+        """The `limit` most urgent items."""
+        ordered: Iterable[ItemT] = itertools.chain.from_iterable(
+            self._levels[rank].items for rank in self._ranks
+        )
+        if len(self._ranks) > 1:
+            # Everyone past the age cap goes first; dict drops what comes a second time.
+            ordered = dict.fromkeys(itertools.chain(self._overdue(now), ordered))
+        return list(itertools.islice(ordered, limit))
+
+    def _overdue(self, now: float) -> list[ItemT]:
+        found: list[ItemT] = []
+        for level in self._levels.values():
+            found += itertools.takewhile(lambda item: item.arrived + self.max_age <= now, level.items)
+        return sorted(found, key=lambda item: item.ordinal)
+
+    def _alike(self, now: float, limit: int) -> list[ItemT]:
+        """The most urgent item and those nearest to it in size, higher priorities first."""
+        oldest = self._oldest()
+        overdue = oldest.arrived + self.max_age <= now
+        leader = oldest if overdue else self._levels[self._ranks[0]].oldest
+        batch = [leader]
+        longest = leader.size
+        for rank in self._ranks:
+            for item in _nearest_first(self._levels[rank].by_size, leader.size):
+                if len(batch) == limit:
+                    return batch
+                if item is leader or self._costs_too_much(len(batch) + 1, max(longest, item.size)):
+                    continue
+                batch.append(item)
+                longest = max(longest, item.size)
+        return batch
+
+    def _costs_too_much(self, num_items: int, longest: float) -> bool:
+        return self.max_cost is not None and num_items * longest > self.max_cost
+
+
+def _nearest_first(by_size: list[tuple[float, int, ItemT]], size: float) -> Iterator[ItemT]:
+    """The items in the order of their distance from `size`, of equals the shorter one first."""
+    right = bisect_left(by_size, (size, -1))
+    left = right - 1
+    while left >= 0 or right < len(by_size):
+        goes_left = right == len(by_size) or (
+            left >= 0 and size - by_size[left][0] <= by_size[right][0] - size
+        )
+        if goes_left:
+            yield by_size[left][2]
+            left -= 1
+        else:
+            yield by_size[right][2]
+            right += 1

@@ -1,0 +1,93 @@
+"""Samples to a batch, and a batch's output to results; run on a lane."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _tree
+from ..errors import CollateError, SplitError
+
+Collate = Callable[[Sequence[Any]], Any]
+"""Makes one batch of some samples; a tuple holds positional arguments, anything else is the only one."""
+
+Split = Callable[[Any, Sequence[Any]], Sequence[Any]]
+"""Takes the output of a batch and its samples, gives one result per sample."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The default `collate`: stack tensors and numbers, leaf by leaf.
+
+    Args:
+        pad: what fills tensors up to the longest of the batch, at the end of each dimension; None
+            refuses tensors of unlike shapes.
+    """
+
+    pad: float | None = None
+
+    def __call__(self, samples: Sequence[Any]) -> Any:
+        """Returns a batch of the samples' structure, each leaf of shape [num_samples, ...]."""
+        if isinstance(samples[0], Tensor):
+            return self._stack(samples)
+        columns: list[list[Any]] = []
+        first, spec = _tree.flatten(samples[0])
+        columns = [[leaf] for leaf in first]
+        for sample in samples[1:]:
+            leaves, other = _tree.flatten(sample)
+            if other != spec:
+                raise CollateError(f"samples differ in structure: {spec} and {other}")
+            for column, leaf in zip(columns, leaves, strict=True):
+                column.append(leaf)
+        return _tree.unflatten(spec, [self._stack(column) for column in columns])
+
+    def _stack(self, leaves: Sequence[Any]) -> Tensor:
+        tensors = [leaf if isinstance(leaf, Tensor) else _number(leaf) for leaf in leaves]
+        shape = tensors[0].shape
+        other = next((each.shape for each in tensors if each.shape != shape), None)
+        if other is None:
+            return torch.stack(tensors)
+        if self.pad is None or any(each.dim() != len(shape) for each in tensors):
+            raise CollateError(f"samples differ in shape: {list(shape)} and {list(other)}")
+        return _padded(tensors, self.pad)
+
+
+def _number(leaf: Any) -> Tensor:
+    if not isinstance(leaf, (bool, int, float, complex)):
+        raise CollateError(f"a {type(leaf).__qualname__} cannot be stacked")
+    return torch.tensor(leaf)
+
+
+def _padded(tensors: Sequence[Tensor], pad: float) -> Tensor:
+    longest = [max(lengths) for lengths in zip(*(each.shape for each in tensors), strict=True)]
+    batch = tensors[0].new_full((len(tensors), *longest), pad)
+    for row, each in zip(batch, tensors, strict=True):
+        row[tuple(slice(length) for length in each.shape)] = each
+    return batch
+
+
+def unbind(output: Any, samples: Sequence[Any]) -> Sequence[Any]:
+    """The default `split`: row `i` of every tensor belongs to sample `i`; other leaves to all.
+
+    Raises:
+        SplitError: a tensor has not one row per sample.
+    """
+    if isinstance(output, Tensor):
+        return _rows(output, len(samples))
+    leaves, spec = _tree.flatten(output)
+    columns = [
+        _rows(leaf, len(samples)) if isinstance(leaf, Tensor) else [leaf] * len(samples) for leaf in leaves
+    ]
+    if not columns:
+        return [output] * len(samples)
+    return [_tree.unflatten(spec, list(row)) for row in zip(*columns, strict=True)]
+
+
+def _rows(tensor: Tensor, num_samples: int) -> Sequence[Tensor]:
+    if tensor.dim() == 0 or len(tensor) != num_samples:
+        raise SplitError(f"an output of shape {list(tensor.shape)} has not one row for each", num_samples)
+    return tensor.unbind()

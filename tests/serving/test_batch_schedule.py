@@ -1,0 +1,195 @@
+"""The pure schedule of a batcher, against a simple model and in single steps."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
+
+from asyncdp._serving.schedule import BatchSchedule, Item
+
+MAX_AGE = 10.0
+
+
+class ScheduleMachine(RuleBasedStateMachine):
+    """Drives a schedule with arrivals, removals, time and free places; the model is one list."""
+
+    items = Bundle("items")
+
+    @initialize(
+        max_batch_size=st.integers(1, 5),
+        max_queue=st.integers(1, 6),
+        max_wait=st.sampled_from([0.0, 3.0]),
+        max_cost=st.sampled_from([None, 8.0]),
+        sized=st.booleans(),
+    )
+    def start(
+        self, max_batch_size: int, max_queue: int, max_wait: float, max_cost: float | None, sized: bool
+    ) -> None:
+        self.schedule: BatchSchedule[Item] = BatchSchedule(
+            max_batch_size, max_queue, max_wait, MAX_AGE, max_cost if sized else None, sized
+        )
+        self.now = 0.0
+        self.waiting: list[Item] = []
+        self.done: set[Item] = set()
+
+    @rule(target=items, size=st.integers(1, 12), priority=st.integers(0, 2))
+    def add(self, size: int, priority: int) -> Item:
+        item = Item(float(size), priority, self.now)
+        self.schedule.add(item)
+        self.waiting.append(item)
+        return item
+
+    @rule(seconds=st.sampled_from([0.5, 3.0, 11.0]))
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+
+    @rule(item=consumes(items))
+    def remove(self, item: Item) -> None:
+        was_waiting = item in self.waiting
+        assert self.schedule.remove(item) is was_waiting
+        assert self.schedule.remove(item) is False
+        if was_waiting:
+            self.waiting.remove(item)
+
+    @rule(num_free=st.integers(1, 3))
+    def take(self, num_free: int) -> None:
+        queued = self.queued()
+        ready_at = self.schedule.ready_at()
+        batch = self.schedule.take(self.now, num_free)
+        assert bool(batch) == (ready_at is not None and ready_at <= self.now)
+        if batch:
+            self.check(batch, queued, num_free)
+            self.waiting = [item for item in self.waiting if item not in batch]
+
+    @rule(target=items)
+    def clear(self) -> object:
+        taken = self.schedule.clear()
+        assert sorted(map(id, taken)) == sorted(map(id, self.waiting))
+        self.waiting = []
+        return multiple()
+
+    def check(self, batch: list[Item], queued: list[Item], num_free: int) -> None:
+        """The batch is led by the most urgent item and is as full as limits allow."""
+        schedule = self.schedule
+        assert len(set(batch)) == len(batch)
+        assert set(batch) <= set(queued)
+        limit = min(schedule.max_batch_size, -(-len(queued) // num_free))
+        overdue = [item for item in queued if item.arrived + MAX_AGE <= self.now]
+        urgent = sorted(
+            queued, key=lambda item: (item not in overdue, -item.priority * (item not in overdue))
+        )
+        assert batch[0] is urgent[0]
+        if not schedule.sized:
+            assert batch == urgent[:limit]
+            return
+        assert len(batch) <= limit
+        longest = max(item.size for item in batch)
+        cost = schedule.max_cost
+        assert len(batch) == 1 or cost is None or len(batch) * longest <= cost
+        if len(batch) < limit:
+            left = [item for item in queued if item not in batch]
+            assert all(
+                cost is not None and (len(batch) + 1) * max(longest, item.size) > cost for item in left
+            )
+        if cost is None:
+            self.check_nearest(batch, queued)
+
+    def check_nearest(self, batch: list[Item], queued: list[Item]) -> None:
+        """No item was passed over for one of its own priority that is less like the leader."""
+        size = batch[0].size
+        for priority in {item.priority for item in queued}:
+            peers = [item for item in queued if item.priority == priority]
+            taken = [abs(item.size - size) for item in peers if item in batch and item is not batch[0]]
+            left = [abs(item.size - size) for item in peers if item not in batch]
+            assert not taken or not left or max(taken) <= min(left)
+
+    def queued(self) -> list[Item]:
+        """The model's queue: as many items as fit, earlier ones never displaced by later ones."""
+        return [item for item in self.waiting if self.is_inside(item)]
+
+    def is_inside(self, item: Item) -> bool:
+        return all(item is not each for _, _, each in self.schedule._outside)
+
+    @invariant()
+    def counts_agree(self) -> None:
+        schedule = self.schedule
+        assert schedule.num_queued + schedule.num_outside == len(self.waiting)
+        assert schedule.num_queued == min(schedule.max_queue, len(self.waiting))
+        assert schedule.is_full == (len(self.waiting) >= schedule.max_queue)
+
+    @invariant()
+    def something_is_due(self) -> None:
+        ready_at = self.schedule.ready_at()
+        assert (ready_at is None) == (not self.waiting)
+        if ready_at is not None:
+            assert ready_at <= min(item.arrived for item in self.queued()) + self.schedule.max_wait
+
+
+ScheduleMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+class TestAgainstModel(ScheduleMachine.TestCase):  # type: ignore[name-defined, misc]
+    """Whatever comes in whatever order, every item leaves once, in a batch that keeps all limits."""
+
+
+def make(sizes: list[float], **options: object) -> tuple[BatchSchedule[Item], list[Item]]:
+    schedule: BatchSchedule[Item] = BatchSchedule(4, 100, **options)  # type: ignore[arg-type]
+    items = [Item(size, 0, 0.0) for size in sizes]
+    for item in items:
+        schedule.add(item)
+    return schedule, items
+
+
+def test_like_lengths_go_together() -> None:
+    """The oldest sample takes along those nearest to it in length."""
+    schedule, items = make([10, 90, 11, 95, 9, 12], sized=True)
+    assert {item.size for item in schedule.take(0.0)} == {10, 11, 9, 12}
+    assert schedule.take(0.0) == [items[1], items[3]]
+
+
+def test_cost_limits_a_batch() -> None:
+    """Samples times longest stays within `max_cost`; a longer sample goes alone."""
+    schedule, items = make([5, 5, 5, 50], sized=True, max_cost=12.0)
+    assert schedule.take(0.0) == items[:2]
+    assert schedule.take(0.0) == [items[2]]
+    assert schedule.take(0.0) == [items[3]]
+
+
+def test_what_waits_is_shared_out() -> None:
+    """With two places free each gets half of what waits."""
+    schedule, items = make([0.0] * 4)
+    assert schedule.take(0.0, num_free=2) == items[:2]
+    assert schedule.take(0.0, num_free=1) == items[2:]
+
+
+@pytest.mark.parametrize("sized", [False, True])
+def test_age_goes_before_priority(sized: bool) -> None:
+    """An item past the age cap leads the next batch, however urgent the others are."""
+    schedule: BatchSchedule[Item] = BatchSchedule(1, 100, max_age=5.0, sized=sized)
+    old, urgent = Item(1.0, 0, 0.0), Item(1.0, 9, 1.0)
+    schedule.add(old)
+    schedule.add(urgent)
+    assert schedule.take(6.0) == [old]
+    schedule.add(Item(1.0, 0, 6.0))
+    assert schedule.take(6.0) == [urgent]
+
+
+def test_batch_waits_to_fill_only_when_asked() -> None:
+    """`max_wait` holds a batch back until it is full or the oldest item's time has come."""
+    schedule, items = make([0.0] * 3, max_wait=2.0)
+    assert schedule.take(1.9) == []
+    assert schedule.ready_at() == 2.0
+    schedule.add(Item(0.0, 0, 1.9))
+    assert schedule.take(1.9)[:3] == items
+
+
+def test_room_goes_by_priority() -> None:
+    """Of those who wait for room the most urgent is let in first."""
+    schedule: BatchSchedule[Item] = BatchSchedule(1, 1)
+    first, low, high = Item(0.0, 0, 0.0), Item(0.0, 0, 0.0), Item(0.0, 5, 0.0)
+    for item in (first, low, high):
+        schedule.add(item)
+    assert schedule.num_outside == 2
+    assert [schedule.take(0.0) for _ in range(3)] == [[first], [high], [low]]
