@@ -7,16 +7,20 @@ from ._parallel_apply import parallel_apply
 from ._replicate import replicate
 from ._runtime import LaneState, LaneStatistics, Runtime, RuntimeStatistics, default_runtime
 from ._scatter import scatter
+from ._training import backward
+from ._tuner import LaneChoice
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DataParallel",
     "DataParallelStatistics",
+    "LaneChoice",
     "LaneState",
     "LaneStatistics",
     "Runtime",
     "RuntimeStatistics",
+    "backward",
     "data_parallel",
     "default_runtime",
     "gather",

@@ -1,23 +1,26 @@
-"""The four verbs composed: scatter, replicate, apply, gather."""
+"""`data_parallel` and the persistent engine `DataParallel`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ._adaptive import Adaptive
 from ._devices import DeviceLike, Devices, parse_devices
-from ._gather import gather_to
-from ._parallel_apply import apply, apply_and_move, arguments
-from ._replica_set import LaneModule, ReplicaSet, replica_set_of, updates_buffers
+from ._parallel_apply import arguments
+from ._replica_set import ReplicaSet, replica_set_of
+from ._route import Route
 from ._runtime import Lane, Runtime, RuntimeStatistics, default_runtime
-from ._runtime.passes import NextStage, Stage
-from ._scatter import split_arguments
+from ._training import Trainer
+from ._training_commit import StepOptions
+from ._tuner import LaneChoice
 from .errors import NotAModuleError
 
 
@@ -67,96 +70,21 @@ async def data_parallel(
 
 
 @dataclass(frozen=True)
-class Route:
-    """Which lanes the passes of a module take, and where their results go."""
-
-    runtime: Runtime
-    lanes: tuple[Lane, ...]
-    output: torch.device
-    dim: int
-
-    async def run(
-        self,
-        module: nn.Module,
-        replicas: ReplicaSet,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        num_lanes: int | None = None,
-    ) -> Any:
-        """Scatter, replicate, apply and gather on `num_lanes` lanes (all, if None).
-
-        Only views are made on the calling thread; everything else happens on lanes.
-        """
-        most = len(self.lanes) if num_lanes is None else num_lanes
-        shards = split_arguments(args, kwargs, most, self.dim)
-        positions = self._positions(len(shards), module)
-
-        def apply_stage(modules: Sequence[LaneModule]) -> Stage:
-            return [
-                (self.lanes[position], partial(apply, each, shard[0], shard[1], self.lanes[position].device))
-                for position, each, shard in zip(positions, modules, shards, strict=True)
-            ]
-
-        def gather_stage(outputs: Sequence[Any], last: Lane) -> Stage:
-            return [(self._gather_lane(last), partial(gather_to, outputs, self.output, self.dim))]
-
-        num_threads = self.runtime.thread_share(len(positions))
-        ready = replicas.prepare_nowait(module, positions)
-        if ready is not None:
-            following: list[NextStage] = [gather_stage]
-            stage = apply_stage(ready)
-        else:
-            following = [lambda results, _: apply_stage(results[0]), gather_stage]
-            stage = [(self.lanes[0], partial(replicas.prepare, module, positions))]
-        return (await self.runtime.run_pass(stage, following, num_threads=num_threads))[0]
-
-    async def run_on_one_lane(
-        self, module: nn.Module, replicas: ReplicaSet, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Any:
-        """Run a whole batch on the least busy lane."""
-        lane = self.runtime.least_busy(self.lanes)[0]
-        position = self.lanes.index(lane)
-
-        def whole() -> Any:
-            each = replicas.prepare(module, [position])[0]
-            return apply_and_move(each, args, kwargs, lane.device, self.output)
-
-        return await self.runtime.run(
-            whole, lane=lane, num_threads=self.runtime.thread_share(len(self.lanes))
-        )
-
-    async def run_in_place(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Move the module itself to the only lane's device and run it there."""
-        lane = self.lanes[0]
-
-        def whole() -> Any:
-            module.to(lane.device)
-            return apply_and_move(module, args, kwargs, lane.device, self.output)
-
-        return await self.runtime.run(whole, lane=lane, num_threads=self.runtime.thread_share(1))
-
-    def _positions(self, count: int, module: nn.Module) -> list[int]:
-        """Which lanes run `count` shards. Where buffers change, lane 0 is needed: its own survive."""
-        if count == len(self.lanes) or updates_buffers(module):
-            return list(range(count))
-        chosen = self.runtime.least_busy(self.lanes, count)
-        return [self.lanes.index(lane) for lane in chosen]
-
-    def _gather_lane(self, last: Lane) -> Lane:
-        """A lane on the output device, the one that is awake already if it is one."""
-        if last.device == self.output:
-            return last
-        return next((lane for lane in self.lanes if lane.device == self.output), last)
-
-
-@dataclass(frozen=True)
 class DataParallelStatistics:
     """An engine at one moment."""
 
     num_passes: int
     """Passes that ended well."""
+    num_steps: int
+    """Optimizer steps taken, also those whose caller was cancelled while the optimizer ran."""
     num_lanes: int
+    choices: tuple[LaneChoice, ...]
+    """With num_lanes="auto": how many lanes each kind of call takes, and why."""
     runtime: RuntimeStatistics
+
+
+# Engines whose steps only accumulate, in this task's context: other tasks' steps are not meant.
+_accumulating: ContextVar[tuple[object, ...]] = ContextVar("asyncdp_accumulating", default=())
 
 
 class DataParallel:
@@ -170,7 +98,10 @@ class DataParallel:
         devices: one lane per entry; see `parse_devices`. With `runtime` given, which of its lanes.
         output_device: where results go; the first lane's device if None.
         dim: dimension of inputs and outputs that is split and put together again.
-        num_lanes: how many lanes a call is split over: "all", a number, or "auto".
+        num_lanes: how many lanes a call is split over: "all", a number, or "auto", which learns from
+            the calls themselves how many are quickest; see `statistics`. What a result means never
+            depends on it: where it could (batch statistics in train mode, outputs that are not rows of
+            the batch, torch's deterministic mode), "auto" stays on all lanes.
         runtime: run on these lanes instead of on own ones. It is not closed with the engine.
 
     Raises:
@@ -199,6 +130,9 @@ class DataParallel:
         self._num_lanes = _check_num_lanes(num_lanes, len(lanes))
         self._route = Route(self.runtime, lanes, lanes[0].device if output is None else output, dim)
         self._replicas = ReplicaSet(module, [lane.device for lane in lanes])
+        self._trainer = Trainer(module, self.runtime, lanes, self._route.output, dim)
+        adapts = num_lanes == "auto" and len(lanes) > 1
+        self._adaptive = Adaptive(module, self._route) if adapts else None
         self._num_passes = 0
 
     def _choose_lanes(self, devices: Devices) -> tuple[Lane, ...]:
@@ -233,6 +167,8 @@ class DataParallel:
         """
         if len(self._route.lanes) == 1:
             result = await self._route.run_in_place(self.module, args, kwargs)
+        elif self._adaptive is not None:
+            result = await self._adaptive.call(self._replicas, args, kwargs)
         else:
             result = await self._route.run(self.module, self._replicas, args, kwargs, self._num_lanes)
         self._num_passes += 1
@@ -249,6 +185,73 @@ class DataParallel:
         self._num_passes += 1
         return result
 
+    async def train_step(
+        self,
+        inputs: Any,
+        targets: Any,
+        loss_fn: Callable[[Any, Any], Tensor],
+        optimizer: Any,
+        *,
+        loss_reduction: str = "mean",
+        before_step: Callable[[], object] | None = None,
+        scaler: Any = None,
+        reduce_only: bool = False,
+    ) -> Tensor:
+        """Train on one batch: forward, loss and backward on every lane, then one optimizer step.
+
+        The step is the one that a single device would take with the whole batch. Gradients that
+        parameters already hold are added to, as a plain backward would; after the optimizer's step all
+        are cleared to None.
+
+        A step that fails or is cancelled changes no parameter, gradient, buffer or optimizer state.
+        Once the optimizer has begun it is let end: a cancellation then goes on after a whole step.
+        Only an error that the optimizer itself raises can leave a step half done, and says so.
+        Steps of one engine run one after the other.
+
+        Args:
+            inputs: a tuple holds positional arguments, anything else is the only one.
+            targets: what `loss_fn` compares with; split like the inputs. May be None.
+            loss_fn: called on every lane with its outputs and its targets; returns one number.
+            optimizer: of torch.optim, over the module's parameters. None only with `reduce_only`.
+            loss_reduction: whether `loss_fn` gives the "mean" over the rows it gets, or the "sum".
+            before_step: called on a lane between reduce and step, with the whole gradients in `.grad`,
+                unscaled: `lambda: clip_grad_norm_(module.parameters(), 1.0)`, say.
+            scaler: a `torch.amp.GradScaler`; scales the loss, steps and updates itself.
+            reduce_only: leave the gradients in `.grad` for the caller, and take no step.
+
+        Returns:
+            The loss of the whole batch, 0-d, detached, on the engine's output device.
+
+        Raises:
+            LossReductionError, NotAnOptimizerError, ClosureOptimizerError: before anything runs.
+            LossNotScalarError: `loss_fn` returned no single number that depends on the parameters.
+            LengthMismatchError: inputs and targets differ in length along the engine's dim.
+            BaseException: the first exception in time on any lane, after all have ended.
+        """
+        options = StepOptions(loss_fn, optimizer, loss_reduction, before_step, scaler, reduce_only)
+        options.check()
+        step = partial(self._trainer.step, inputs, targets, options, accumulate=self in _accumulating.get())
+        if self._adaptive is not None:
+            return await self._adaptive.train((inputs, targets), step)
+        return await step(self._num_lanes)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Let this task's `train_step` calls within the block only accumulate, not reduce or step.
+
+        The gradients stay on their lanes, not in `.grad`, until the next step outside of the block
+        adds them to its own; `discard_accumulated` drops them instead.
+        """
+        token = _accumulating.set((*_accumulating.get(), self))
+        try:
+            yield
+        finally:
+            _accumulating.reset(token)
+
+    def discard_accumulated(self) -> None:
+        """Forget the gradients of steps under `no_sync` that no later step has used."""
+        self._trainer.discard_accumulated()
+
     def refresh(self) -> None:
         """Notice changes made behind autograd's back (`parameter.data.add_(...)`) at the next call.
 
@@ -258,7 +261,13 @@ class DataParallel:
 
     def statistics(self) -> DataParallelStatistics:
         """A snapshot of the engine and its runtime."""
-        return DataParallelStatistics(self._num_passes, len(self._route.lanes), self.runtime.statistics())
+        return DataParallelStatistics(
+            num_passes=self._num_passes,
+            num_steps=self._trainer.num_steps,
+            num_lanes=len(self._route.lanes),
+            choices=() if self._adaptive is None else self._adaptive.choices(),
+            runtime=self.runtime.statistics(),
+        )
 
 
 def _check_num_lanes(num_lanes: int | str, available: int) -> int:

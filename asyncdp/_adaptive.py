@@ -1,0 +1,150 @@
+"""Calls and training steps on as many lanes as pay, without ever changing what they mean."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Awaitable, Callable, Hashable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from . import _tree
+from ._replica_set import ReplicaSet
+from ._route import Route
+from ._training import count_rows
+from ._tuner import LaneChoice, Tuner
+
+T = TypeVar("T")
+
+
+class Adaptive:
+    """Chooses the number of lanes of every call of one module.
+
+    Args:
+        module: whose calls these are.
+        route: the lanes there are.
+    """
+
+    def __init__(self, module: nn.Module, route: Route) -> None:
+        self._module = module
+        self._route = route
+        self._all = len(route.lanes)
+        self._tuner = Tuner(self._all)
+
+    def choices(self) -> tuple[LaneChoice, ...]:
+        """What was chosen so far, and why."""
+        return self._tuner.choices()
+
+    async def call(self, replicas: ReplicaSet, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run one batch."""
+        batch = (args, dict(kwargs))
+        key = self._key("call", batch)
+        is_trial = self._tuner.is_learning(key)
+        num_lanes = self._tuner.choose(key)
+        started = time.perf_counter()
+        result = await self._run(num_lanes, replicas, args, kwargs)
+        self._tuner.record(key, num_lanes, time.perf_counter() - started, _num_elements(batch))
+        if is_trial and not self._keeps_its_meaning(key, result, batch):
+            self._tuner.fix(key, "outputs are not made of rows of the batch")
+            if num_lanes != self._all:
+                return await self._run(self._all, replicas, args, kwargs)
+        return result
+
+    async def train(self, batch: Any, step: Callable[[int], Awaitable[T]]) -> T:
+        """Take one training step; `step` takes the number of lanes."""
+        key = self._key("train_step", batch)
+        num_lanes = self._tuner.choose(key)
+        started = time.perf_counter()
+        result = await step(num_lanes)
+        self._tuner.record(key, num_lanes, time.perf_counter() - started, _num_elements(batch))
+        return result
+
+    async def _run(
+        self, num_lanes: int, replicas: ReplicaSet, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        if num_lanes == 1:
+            return await self._route.run_whole(self._module, replicas, args, kwargs)
+        return await self._route.run(self._module, replicas, args, kwargs, num_lanes)
+
+    def _key(self, kind: str, batch: Any) -> Hashable:
+        """The workload of a call; one that may not be tuned is fixed here."""
+        reason = why_fixed(self._module)
+        key = Key((kind, "train" if self._module.training else "eval", _torch_mode(), *describe(batch)))
+        if reason is not None:
+            key = Key((*key, f"({reason})"))
+            self._tuner.fix(key, reason)
+        return key
+
+    def _keeps_its_meaning(self, key: Hashable, result: Any, batch: Any) -> bool:
+        num_rows = count_rows(batch, self._route.dim)
+        found = None if num_rows is None else growth(result, num_rows, self._route.dim)
+        return found is not None and self._tuner.agrees(key, found)
+
+
+class Key(tuple[Any, ...]):
+    """Names a workload; calls of about the same sizes share one."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return " ".join(str(part) for part in self if part is not None)
+
+
+def describe(tree: Any) -> tuple[Hashable, ...]:
+    """The dtypes and rough shapes of all tensors in a tree.
+
+    Lengths count in powers of two: batches of ever new lengths would otherwise never be done learning.
+    """
+    if isinstance(tree, Tensor):
+        return (_describe_tensor(tree),)
+    return tuple(_describe_tensor(leaf) for leaf in _tree.flatten(tree)[0] if isinstance(leaf, Tensor))
+
+
+def _describe_tensor(tensor: Tensor) -> str:
+    lengths = "x".join("0" if not length else f"~{2 ** round(math.log2(length))}" for length in tensor.shape)
+    return f"{str(tensor.dtype).removeprefix('torch.')}[{lengths}]"
+
+
+def _torch_mode() -> str:
+    """What of torch's state in this thread makes calls quicker or slower."""
+    records = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    mode = "grad" if records else "no_grad"
+    is_mixed = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+    return f"{mode} autocast" if is_mixed else mode
+
+
+def _num_elements(tree: Any) -> int:
+    return sum(leaf.numel() for leaf in _tree.flatten(tree)[0] if isinstance(leaf, Tensor))
+
+
+def why_fixed(module: nn.Module) -> str | None:
+    """Why a module's results may depend on how a batch is split, or None."""
+    if torch.are_deterministic_algorithms_enabled():
+        return "torch's deterministic mode is on"
+    for each in module.modules():
+        if isinstance(each, nn.modules.batchnorm._BatchNorm):
+            if each.training or each.running_mean is None:
+                return "batch statistics are computed per shard"
+        elif each._buffers and each.training:
+            return "a module in train mode has buffers, which may hold statistics of batches"
+    return None
+
+
+def growth(result: Any, num_rows: int, dim: int) -> tuple[int | None, ...] | None:
+    """How many rows of each output there are to a row of input; None if an output has no such ratio.
+
+    A result that has one, and the same on any number of lanes, does not depend on how many there were.
+    """
+    ratios: list[int | None] = []
+    for leaf in _tree.flatten(result)[0]:
+        if isinstance(leaf, Tensor):
+            if not -leaf.dim() <= dim < leaf.dim() or num_rows == 0 or leaf.shape[dim] % num_rows:
+                return None
+            ratios.append(leaf.shape[dim] // num_rows)
+        elif leaf is None or isinstance(leaf, (str, bool)):
+            ratios.append(None)
+        else:
+            return None
+    return tuple(ratios)

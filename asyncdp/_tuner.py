@@ -1,0 +1,160 @@
+"""How many lanes pay, learned from what calls take.
+
+Splitting a small batch costs more than it brings. For every workload the tuner times the first few
+calls on each number of lanes and stays with the quickest. It decides and counts; it reads no clock
+and runs nothing.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+NUM_TRIALS = 4
+"""Calls on each number of lanes before a choice; the first of them only warms up."""
+
+_MAX_WORKLOADS = 128
+# Fewer lanes leave room for other work and hold less memory: a tie goes to them.
+_TIE = 1.03
+# Learned anew after this many calls in a row that took longer or shorter by the factor.
+_WINDOW = 16
+_DRIFT = 1.6
+
+
+@dataclass(frozen=True)
+class LaneChoice:
+    """What the engine does with one kind of call, and why."""
+
+    workload: str
+    """The kind of call, its mode and its shapes."""
+    num_lanes: int
+    """Lanes it takes now."""
+    reason: str
+    costs: dict[int, float]
+    """Seconds a call took, for each number of lanes tried: the least of the trials."""
+    num_probes: int
+    """Calls that were used for learning."""
+    num_calls: int
+
+
+@dataclass
+class _Workload:
+    name: str
+    candidates: list[int]
+    trials: dict[int, list[float]] = field(default_factory=dict)
+    chosen: int | None = None
+    reason: str = "still learning"
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
+    num_probes: int = 0
+    num_calls: int = 0
+    patience: int = _WINDOW
+    calls_since_choice: int = 0
+    size: int | None = None
+    shape: Hashable = None
+
+    def next(self) -> int:
+        if self.chosen is not None:
+            return self.chosen
+        for count in self.candidates:
+            if len(self.trials.setdefault(count, [])) < NUM_TRIALS:
+                return count
+        raise AssertionError("a workload without open trials has a choice")
+
+    def costs(self) -> dict[int, float]:
+        return {count: min(times[1:]) for count, times in self.trials.items() if len(times) > 1}
+
+    def fix(self, num_lanes: int, reason: str) -> None:
+        self.chosen = num_lanes
+        self.reason = reason
+        self.trials = {}
+
+    def record(self, num_lanes: int, seconds: float, size: int) -> None:
+        self.num_calls += 1
+        # Calls of one workload differ a little in size: all are told as if they had the first one's.
+        self.size = self.size or size
+        seconds *= self.size / max(1, size)
+        if self.chosen is None:
+            self._record_trial(num_lanes, seconds)
+        elif num_lanes == self.chosen and self.trials:
+            self._watch(seconds)
+
+    def _record_trial(self, num_lanes: int, seconds: float) -> None:
+        self.num_probes += 1
+        self.trials.setdefault(num_lanes, []).append(seconds)
+        if all(len(self.trials.get(count, ())) >= NUM_TRIALS for count in self.candidates):
+            costs = self.costs()
+            best = min(costs.values())
+            self.chosen = min(count for count, cost in costs.items() if cost <= best * _TIE)
+            self.reason = (
+                "least time" if costs[self.chosen] == best else "fewer lanes in about the least time"
+            )
+            self.recent.clear()
+            self.calls_since_choice = 0
+
+    def _watch(self, seconds: float) -> None:
+        """Notice that calls have become slower or quicker than the choice was based on."""
+        assert self.chosen is not None
+        self.recent.append(seconds)
+        self.calls_since_choice += 1
+        if len(self.recent) < _WINDOW or self.calls_since_choice < self.patience:
+            return
+        expected = self.costs()[self.chosen]
+        if min(self.recent) > expected * _DRIFT or max(self.recent) < expected / _DRIFT:
+            # Ever rarer, so that a workload that never settles costs ever fewer probes.
+            self.patience = min(self.patience * 2, 4096)
+            self.chosen, self.trials = None, {}
+            self.reason = "learning again: calls take another time than before"
+
+
+class Tuner:
+    """Chooses how many lanes each workload takes.
+
+    Args:
+        num_lanes: the most there are.
+    """
+
+    def __init__(self, num_lanes: int) -> None:
+        # All first: only so does a call show what its results look like when split.
+        powers = [2**exponent for exponent in range(num_lanes.bit_length()) if 2**exponent < num_lanes]
+        self._candidates = [num_lanes, *powers]
+        self._workloads: OrderedDict[Hashable, _Workload] = OrderedDict()
+
+    def choose(self, key: Hashable) -> int:
+        """The number of lanes for the next call of a workload."""
+        return self._of(key).next()
+
+    def is_learning(self, key: Hashable) -> bool:
+        """Whether the next call is a trial."""
+        return self._of(key).chosen is None
+
+    def record(self, key: Hashable, num_lanes: int, seconds: float, size: int = 1) -> None:
+        """Note what a call of `size` elements took."""
+        self._of(key).record(num_lanes, seconds, size)
+
+    def agrees(self, key: Hashable, shape: Hashable) -> bool:
+        """Whether a result looks as those of the workload's first call, which sets what they look like."""
+        workload = self._of(key)
+        if workload.shape is None:
+            workload.shape = shape
+        return workload.shape == shape
+
+    def fix(self, key: Hashable, reason: str) -> None:
+        """Keep a workload on all lanes from now on."""
+        self._of(key).fix(self._candidates[0], reason)
+
+    def choices(self) -> tuple[LaneChoice, ...]:
+        """What was chosen so far, the latest workload last."""
+        return tuple(
+            LaneChoice(each.name, each.next(), each.reason, each.costs(), each.num_probes, each.num_calls)
+            for each in self._workloads.values()
+        )
+
+    def _of(self, key: Hashable) -> _Workload:
+        found = self._workloads.get(key)
+        if found is None:
+            found = self._workloads[key] = _Workload(str(key), self._candidates)
+            if len(self._workloads) > _MAX_WORKLOADS:
+                self._workloads.popitem(last=False)
+        self._workloads.move_to_end(key)
+        return found
