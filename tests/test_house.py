@@ -19,7 +19,7 @@ FLOORS = [
     {"_devices", "_kernels", "_runtime"},
     {"_autograd", "_buckets", "_tree"},
     {"_scatter", "_gather", "_replicate", "_replica_set", "_parallel_apply"},
-    {"_training", "_reducer", "_adaptive", "_serving", "_data_parallel"},
+    {"_route", "_tuner", "_training", "_reducer", "_adaptive", "_serving", "_data_parallel"},
     {"infer", "cli", "testing", "pytest_plugin"},
 ]
 

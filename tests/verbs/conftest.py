@@ -38,7 +38,7 @@ class Passes:
             return await asyncdp.data_parallel(module, args, f"cpu*{lanes}", module_kwargs=kwargs)
         key = (id(module), lanes)
         if key not in self._engines:
-            self._engines[key] = asyncdp.DataParallel(module, f"cpu*{lanes}")
+            self._engines[key] = asyncdp.DataParallel(module, f"cpu*{lanes}", num_lanes="all")
         return await self._engines[key](*args, **kwargs)
 
     def forget(self) -> None:
