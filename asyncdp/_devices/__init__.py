@@ -8,6 +8,7 @@ import torch
 
 from .base import LaneDevice
 from .spec import DeviceLike, Devices, parse_devices
+from .threads import forget_changes
 
 __all__ = ["DeviceLike", "Devices", "LaneDevice", "lane_device_for", "parse_devices"]
 
@@ -27,6 +28,7 @@ def lane_device_for(device: torch.device) -> LaneDevice:
 
 def forget_threads() -> None:
     """Forget threads that a fork did not copy into this child process."""
+    forget_changes()
     cuda = sys.modules.get(f"{__name__}.cuda")
     if cuda is not None:
         cuda.forget_waiters()

@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import torch
 
+_changing = threading.Lock()
+
 
 def set_intra_op_threads(num_threads: int) -> None:
     """Set the calling thread's intra-op thread count and leave every other thread's as it is.
@@ -16,10 +18,18 @@ def set_intra_op_threads(num_threads: int) -> None:
     """
     # A thread's first use of torch sets its count to the inherited one: have that behind us.
     torch.get_num_threads()
-    inherited = _inherited_num_threads()
-    torch.set_num_threads(num_threads)
-    if inherited != num_threads:
-        _run_in_thread(lambda: torch.set_num_threads(inherited))
+    # One at a time: two lanes would take each other's count for the default.
+    with _changing:
+        inherited = _inherited_num_threads()
+        torch.set_num_threads(num_threads)
+        if inherited != num_threads:
+            _run_in_thread(lambda: torch.set_num_threads(inherited))
+
+
+def forget_changes() -> None:
+    """Forget a change that was under way when this child process was forked."""
+    global _changing
+    _changing = threading.Lock()
 
 
 def _inherited_num_threads() -> int:
