@@ -208,6 +208,7 @@ class Job:
                 await pipeline.run(self._windows(output), abandon_reads=from_terminal)
             finally:
                 monitor.sample(engine)
+                reporter.progressed(self._estimate(), monitor)
                 reporter.finished()
             await anyio.to_thread.run_sync(output.journal.finish_input, self.inputs.num_records_read)
             group.cancel_scope.cancel()

@@ -1,0 +1,96 @@
+"""What a person, a log and a machine get to see."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from asyncdp.infer.monitor import Monitor, Sample
+from asyncdp.infer.reporters import JsonReporter, LineReporter, make_reporter, pace
+
+
+@pytest.fixture
+def monitor():
+    """A job that did 50 of 110 records in ten seconds, after ten that were done earlier."""
+    monitor = Monitor(num_earlier=10, num_done=50, num_bad=2)
+    monitor.samples = [Sample(0.0, 0, {"cpu:0": 1.0}), Sample(10.0, 50, {"cpu:0": 6.0})]
+    monitor.started -= 10.0
+    return monitor
+
+
+def test_pace_counts_this_run_only(monitor):
+    """Records done earlier change neither rate nor time left."""
+    rate, left = pace(110, monitor)
+    assert rate == pytest.approx(5.0, rel=0.01)
+    assert left == pytest.approx(10.0, rel=0.01)
+    assert pace(None, monitor)[1] is None
+
+
+def test_lane_load_is_a_part_of_the_time(monitor):
+    """A lane busy for five of ten seconds shows one half."""
+    assert monitor.busy_fractions() == {"cpu:0": pytest.approx(0.5)}
+
+
+def test_lines_are_paced_and_warnings_are_not(monitor, monkeypatch):
+    """A log gets a line every few seconds, but a warning at once and once."""
+    out = io.StringIO()
+    reporter = LineReporter(out)
+    reporter.started(110, monitor, ("cpu:0",))
+    monitor.warn_once("out of memory")
+    monitor.warn_once("out of memory")
+    reporter.progressed(110, monitor)
+    monkeypatch.setattr(reporter._paced, "_last", -1e9)
+    reporter.progressed(110, monitor)
+    reporter.finished()
+    assert out.getvalue().splitlines() == [
+        "running 110 records on cpu:0, 10 done earlier",
+        "warning: out of memory",
+        "60 of 110 records, 5.0/s, 0m10s left, 2 bad",
+    ]
+
+
+def test_json_events(monitor, monkeypatch):
+    """A machine gets one object per line."""
+    out = io.StringIO()
+    reporter = JsonReporter(out)
+    reporter.started(None, monitor, ("cpu:0",))
+    monitor.warn_once("careful")
+    monkeypatch.setattr(reporter._paced, "_last", -1e9)
+    reporter.progressed(110, monitor)
+    events = [json.loads(line) for line in out.getvalue().splitlines()]
+    assert [event["event"] for event in events] == ["started", "warning", "progress"]
+    assert (events[2]["done"], events[2]["num_bad"]) == (60, 2)
+
+
+def test_a_pipe_gets_lines():
+    """What is no terminal gets no bar."""
+    assert isinstance(make_reporter(as_json=False, out=io.StringIO()), LineReporter)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pseudo-terminals of POSIX")
+def test_a_terminal_gets_a_bar(tmp_path):
+    """On a terminal the progress is a bar with count, rate and lanes, and stdout stays clean."""
+    (tmp_path / "in.txt").write_text("x\n" * 30)
+    command = [sys.executable, "-m", "asyncdp.cli", "infer", "in.txt", "--model", "models_for_tests:Lengths"]
+    terminal, child = os.openpty()
+    job = subprocess.Popen(
+        [*command, "-o", "out", "--devices", "cpu"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), "TERM": "xterm", "COLUMNS": "120"},
+        stdout=subprocess.PIPE,
+        stderr=child,
+    )
+    output, _ = job.communicate(timeout=40)
+    os.close(child)
+    shown = os.read(terminal, 100_000).decode()
+    os.close(terminal)
+    assert job.returncode == 0
+    assert "30/30" in shown
+    assert "lanes" in shown
+    assert output.decode().startswith("30 records done")
