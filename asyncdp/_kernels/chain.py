@@ -18,7 +18,8 @@ from ..errors import KernelsUnavailableError
 Implementation = Literal["numba", "torch"]
 
 INSTALL_COMMAND = 'pip install "asyncdp[cuda]"'
-MINIMUM_CAPABILITY = (8, 0)
+# What the kernels' conversions need, and the newest device that toolkit 13.0 makes code for.
+MINIMUM_CAPABILITY, MAXIMUM_CAPABILITY = (8, 0), (12, 1)
 # A driver refuses code of a newer toolkit, so the toolkit of the wheels is also the oldest driver's.
 MINIMUM_DRIVER = (13, 0)
 DISTRIBUTIONS = {
@@ -115,6 +116,9 @@ def _missing_on(device: torch.device) -> list[tuple[str, str]]:
         found.append(
             (f"compute capability {capability[0]}.{capability[1]} is below 8.0", "use a newer device")
         )
+    if capability > MAXIMUM_CAPABILITY:
+        cause = f"compute capability {capability[0]}.{capability[1]} is newer than toolkit 13.0 knows"
+        found.append((cause, "use a release of asyncdp with a newer toolkit"))
     driver = _driver_version()
     if driver < MINIMUM_DRIVER:
         cause = f"the driver speaks CUDA {driver[0]}.{driver[1]}, but the kernels are built for 13.0"

@@ -66,6 +66,7 @@ def test_a_complete_chain_runs_numba(monkeypatch):
     [
         ({"missing": ("numba-cuda 0.30.4 is not installed",)}, "numba-cuda", 'pip install "asyncdp[cuda]"'),
         ({"capability": (7, 5)}, "compute capability 7.5 is below 8.0", "newer device"),
+        ({"capability": (13, 0)}, "compute capability 13.0 is newer", "release of asyncdp"),
         ({"driver": (12, 8)}, "CUDA 12.8", "driver to 580"),
     ],
 )
