@@ -7,9 +7,11 @@ entered it; fixtures and generators do not promise that.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import sys
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 
@@ -20,11 +22,12 @@ def spawn(function: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], obj
         function: the task; raises nothing but its own cancellation.
 
     Returns:
-        What cancels the task. Keep it: it keeps the task alive.
+        What cancels the task, callable from any thread. Keep it: it keeps the task alive.
     """
     trio = sys.modules.get("trio")
     if trio is None or not trio.lowlevel.in_trio_run():
-        return asyncio.get_running_loop().create_task(function()).cancel
+        loop = asyncio.get_running_loop()
+        return partial(_soon_on_asyncio, loop, loop.create_task(function()).cancel)
     scope = trio.CancelScope()
 
     async def run() -> None:
@@ -32,4 +35,15 @@ def spawn(function: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], obj
             await function()
 
     trio.lowlevel.spawn_system_task(run, context=contextvars.copy_context())
-    return scope.cancel  # type: ignore[no-any-return]
+    return partial(_soon_on_trio, trio.lowlevel.current_trio_token(), scope.cancel)
+
+
+def _soon_on_asyncio(loop: asyncio.AbstractEventLoop, function: Callable[[], object]) -> None:
+    # A loop that is closed has no task left to cancel.
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(function)
+
+
+def _soon_on_trio(token: Any, function: Callable[[], object]) -> None:
+    with contextlib.suppress(sys.modules["trio"].RunFinishedError):
+        token.run_sync_soon(function)
