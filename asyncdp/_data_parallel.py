@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
@@ -22,6 +22,9 @@ from ._training import Trainer
 from ._training_commit import StepOptions
 from ._tuner import LaneChoice
 from .errors import NotAModuleError
+
+if TYPE_CHECKING:
+    from ._serving.stream import BatchStream
 
 
 async def data_parallel(
@@ -184,6 +187,37 @@ class DataParallel:
         result = await self._route.run_on_one_lane(self.module, self._replicas, args, kwargs)
         self._num_passes += 1
         return result
+
+    def map(
+        self,
+        batches: Iterable[Any] | AsyncIterable[Any],
+        *,
+        ordered: bool = True,
+        max_in_flight: int | None = None,
+        on_error: Literal["raise", "skip", "return"] = "raise",
+    ) -> BatchStream:
+        """Run a stream of batches, each of them whole on one lane, several at the same time.
+
+        Grad and inference mode are those of this call, not of the loop over the results.
+
+        Args:
+            batches: as single arguments of `on_one_lane`; a tuple holds several. Sequences are read
+                on the loop, other iterables on a thread, async iterables by awaiting.
+            ordered: give results in the order of `batches`; else as they complete.
+            max_in_flight: batches read and not yet given back as results; two per lane if None.
+            on_error: what a batch that raises does: "raise" ends the stream, "skip" leaves it out,
+                "return" gives the exception in the result's place. The source's own errors are raised.
+
+        Returns:
+            An async iterator of results, also an async context manager. Leaving it early cancels
+            what is in flight and closes the source.
+
+        Raises:
+            TypeError, ValueError: an argument is none of the above.
+        """
+        from ._serving.stream import map_batches
+
+        return map_batches(self, batches, ordered=ordered, max_in_flight=max_in_flight, on_error=on_error)
 
     async def train_step(
         self,
