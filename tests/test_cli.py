@@ -151,6 +151,18 @@ def test_exit_code_130_when_interrupted(work, number):
     assert "--resume continues" in errors
 
 
+def test_standard_input(work):
+    """Records may come from a pipe; such a job cannot be resumed, and says so."""
+    command = [sys.executable, "-m", "asyncdp.cli", "infer", "-", "--input-format", "lines"]
+    command += ["--model", "models_for_tests:Lengths", "-o", "out", "--devices", "cpu"]
+    environment = {**os.environ, "PYTHONPATH": str(MODELS)}
+    subprocess.run(command, input=b"a\nbb\n", env=environment, check=True, capture_output=True)
+    table = pyarrow.dataset.dataset(work / "out", format="parquet").to_table()
+    assert table["output"].to_pylist() == [1, 2]
+    resumed = invoke(*command[3:], "--resume")
+    assert (resumed.exit_code, "second time" in resumed.stderr) == (2, True)
+
+
 def test_dry_run(work):
     """A dry run shows the plan and writes nothing."""
     result = infer("--dry-run")
@@ -163,6 +175,8 @@ def test_json_lines(work):
     """With --json every line of output is an object, the summary last."""
     events = [json.loads(line)["event"] for line in infer("--json").stdout.splitlines()]
     assert events == ["started", "summary"]
+    (error,) = map(json.loads, infer("--json").stdout.splitlines())
+    assert (error["event"], error["code"]) == ("error", 2)
 
 
 @pytest.mark.parametrize(("name", "head"), [("p.png", b"\x89PNG"), ("p.svg", b"<?xml")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import sys
 import warnings
@@ -84,7 +85,7 @@ def infer(
         options = InferOptions(**{**chosen, "inputs": tuple(inputs), "columns": tuple(column or ())})
         return run_infer(options, dry_run=dry_run, plot=plot, as_json=as_json)
 
-    _exit_with(run)
+    _exit_with(run, as_json=as_json)
 
 
 @app.command()
@@ -119,7 +120,7 @@ def devices(
     _exit_with(run)
 
 
-def _exit_with(run: Callable[[], int]) -> None:
+def _exit_with(run: Callable[[], int], *, as_json: bool = False) -> None:
     """Ends the process with the code of a command; errors of ours are told in one line."""
     # Raised by torch itself when it copies an exported program.
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
@@ -135,4 +136,6 @@ def _exit_with(run: Callable[[], int]) -> None:
     except AsyncDPError as error:
         print(f"error: {error}", file=sys.stderr)
         code = exit_code_of(0, error)
+        if as_json:
+            print(json.dumps({"event": "error", "code": code, "text": str(error)}))
     raise typer.Exit(code)
