@@ -33,7 +33,7 @@ class Core:
         self.closed_cause = "the runtime is closed"
         self.num_running = 0
         self.counts: Counter[PassState] = Counter()
-        self.lost: dict[int, AsyncDPError] = {}
+        self.lost: dict[int, str] = {}  # lanes, and what their devices were lost by
         self.to_wake: deque[Callable[[], None]] = deque()
         self._stopped = False
 
@@ -72,17 +72,17 @@ class Core:
     def proceed(self, one: Pass) -> AsyncDPError | None:
         """Take places for the next stage of an admitted pass, or say why that is impossible."""
         lane = self.schedule.proceed(one.lanes)
-        return None if lane is None else self.lost[lane]
+        return None if lane is None else self._lost_error(lane)
 
     def lose(self, lane: Lane, cause: BaseException | None) -> None:
         """Close every lane of a lost device and fail what is queued on them."""
         for other in self.lanes:
             if other.device != lane.device or self.schedule.state(other.index) is LaneState.LOST:
                 continue
-            self.lost[other.index] = DeviceLostError(other.name, str(cause).partition("\n")[0])
+            self.lost[other.index] = str(cause).partition("\n")[0]
             self.act(self.schedule.lose(other.index))
             for work in other.clear():
-                work.owner.drop(work, self.lost[other.index])
+                work.owner.drop(work, self._lost_error(other.index))
 
     def close(self) -> None:
         """Take nothing more; lanes stop once the last pass has ended."""
@@ -90,9 +90,13 @@ class Core:
             self.act(self.schedule.close())
             self._stop_if_idle()
 
+    def _lost_error(self, lane: int) -> DeviceLostError:
+        # Made anew for each pass: one that is kept would keep every traceback it was raised with.
+        return DeviceLostError(self.lanes[lane].name, self.lost[lane])
+
     def _refusal(self, action: Refuse) -> AsyncDPError:
         if action.lane is not None and action.lane in self.lost:
-            return self.lost[action.lane]
+            return self._lost_error(action.lane)
         return RuntimeClosedError(self.closed_cause)
 
     def _stop_if_idle(self) -> None:
