@@ -124,7 +124,7 @@ class _Chip:
 
     def __init__(self) -> None:
         self.lanes: list[FakeDevice] = []
-        self.error: FakeDeviceLost | None = None
+        self.lost = False
 
 
 class FakeDevice(LaneDevice):
@@ -169,7 +169,7 @@ class FakeDevice(LaneDevice):
         self._lock = threading.RLock()
 
     def __repr__(self) -> str:
-        state = "lost" if self._chip.error else "held" if self._held else "open"
+        state = "lost" if self._chip.lost else "held" if self._held else "open"
         return f"<FakeDevice {self.device}: {state}, {self._num_issued} issued, {self.num_pending} pending>"
 
     def sibling(self, *, faults: Mapping[int, Fault] | None = None) -> FakeDevice:
@@ -213,7 +213,7 @@ class FakeDevice(LaneDevice):
 
     def lose(self) -> None:
         """Lose the device: pending works of all its lanes fail, and so does every later one."""
-        self._chip.error = self._chip.error or FakeDeviceLost(f"fake device {self.device} was lost")
+        self._chip.lost = True
         for lane in self._chip.lanes:
             with lane._lock:
                 lane._complete_ready()
@@ -237,8 +237,8 @@ class FakeDevice(LaneDevice):
             fault = self._faults.get(self._num_started)
             self._num_started += 1
         try:
-            if self._chip.error is not None:
-                raise self._chip.error
+            if self._chip.lost:
+                raise self._lost_error()
             if fault is not None and fault.error is not None:
                 raise fault.error
             value = function()
@@ -276,7 +276,7 @@ class FakeDevice(LaneDevice):
             self._complete(self._pending.popleft())
 
     def _is_ready(self, pending: _Pending) -> bool:
-        if self._chip.error is not None:
+        if self._chip.lost:
             return True
         return not (self._held or pending.hangs or pending.ends_at > self._clock.now)
 
@@ -284,7 +284,10 @@ class FakeDevice(LaneDevice):
         # The callback refers to the work's tensors; it must not outlive the completion.
         callback, pending.callback = pending.callback, None
         assert callback is not None
-        callback(self._chip.error)
+        callback(self._lost_error() if self._chip.lost else None)
+
+    def _lost_error(self) -> FakeDeviceLost:
+        return FakeDeviceLost(f"fake device {self.device} was lost")
 
     def _count_issued(self) -> None:
         with self._lock:
