@@ -54,15 +54,24 @@ def report(device: torch.device | str) -> KernelReport:
     """Say which kernels `device` runs and why; looks at the machine, compiles and loads nothing.
 
     Raises:
-        KernelsUnavailableError: `ASYNCDP_KERNELS=numba` on a CUDA device whose chain is incomplete.
         ValueError: `ASYNCDP_KERNELS` is neither `numba` nor `torch`.
     """
     return _report(torch.device(device), _forced())
 
 
 def implementation(device: torch.device) -> Implementation:
-    """Return the implementation `report` would name, at the price of one dictionary look-up."""
-    return "torch" if device.type != "cuda" else _report(device, _forced()).implementation
+    """Return the implementation `report` would name, at the price of one dictionary look-up.
+
+    Raises:
+        KernelsUnavailableError: `ASYNCDP_KERNELS=numba` on a CUDA device whose chain is incomplete.
+    """
+    if device.type != "cuda":
+        return "torch"
+    forced = _forced()
+    found = _report(device, forced)
+    if forced == "numba" and found.missing:
+        raise KernelsUnavailableError(device, found.missing, found.remedy)
+    return found.implementation
 
 
 def missing_distributions() -> tuple[str, ...]:
@@ -83,9 +92,10 @@ def _report(device: torch.device, forced: str) -> KernelReport:
         [f"run: {INSTALL_COMMAND}"] * bool(packages) + [step for _, step in machine],
     )
     missing = packages + tuple(cause for cause, _ in machine)
+    reason = "the compiled kernels are incomplete"
     if forced == "numba":
-        raise KernelsUnavailableError(device, missing, remedy)
-    return KernelReport(device, "torch", "the compiled kernels are incomplete", missing, remedy)
+        reason = "ASYNCDP_KERNELS=numba forbids the plain torch kernels, so every call will fail"
+    return KernelReport(device, "torch", reason, missing, remedy)
 
 
 def _forced() -> str:
