@@ -42,9 +42,9 @@ async def wait_until(condition: object) -> None:
             await anyio.lowlevel.checkpoint()
 
 
-def lane_threads() -> int:
-    """Threads of lanes that are alive in this process."""
-    return sum(thread.name.startswith("asyncdp-") for thread in threading.enumerate())
+def lane_threads() -> set[threading.Thread]:
+    """The threads of lanes that are alive in this process."""
+    return {thread for thread in threading.enumerate() if thread.name.startswith("asyncdp-cpu")}
 
 
 def runtime(num_lanes: int = 2, max_queue: int = 1024) -> asyncdp.Runtime:

@@ -199,7 +199,7 @@ async def test_closing_drains_and_ends_the_threads() -> None:
             group.start_soon(call, rt)
             await latch.wait_entered()
             latch.open()
-        assert lane_threads() == before
+        assert lane_threads() <= before
     assert results == [7]
     with pytest.raises(RuntimeClosedError, match="the runtime is closed"):
         await rt.run(int)
@@ -279,7 +279,7 @@ def test_max_queue_is_checked() -> None:
     before = lane_threads()
     with pytest.raises(ValueError, match="max_queue must be 0 or more"):
         asyncdp.Runtime("cpu", max_queue=-1)
-    assert lane_threads() == before
+    assert lane_threads() <= before
 
 
 async def test_an_idle_lane_keeps_nothing_alive() -> None:

@@ -75,5 +75,5 @@ async def test_a_thousand_calls_at_once() -> None:
     assert counted["right"] == NUM_CALLS - counted["failed"] - counted["cancelled"]
     assert torch.equal(await asyncdp.data_parallel(module, torch.ones(4), "cpu*2"), torch.full((4,), 2.0))
     scopes.clear()
-    assert lane_threads() == threads
-    assert live_tensors() == tensors
+    assert lane_threads() <= threads
+    assert live_tensors() <= tensors
