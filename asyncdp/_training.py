@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 import torch
@@ -16,11 +16,14 @@ from . import _tree
 from ._parallel_apply import arguments
 from ._reducer import Reducer
 from ._runtime import Lane, Runtime, default_runtime
+from ._runtime.ambient import Ambient
 from ._runtime.passes import Stage
 from ._scatter import move, split
 from ._training_commit import Commit, Kept, StepOptions, threads_for
 from ._training_lanes import TrainingLane, TrainingLanes
 from .errors import LossNotScalarError
+
+T = TypeVar("T")
 
 
 async def backward(
@@ -88,6 +91,7 @@ class Trainer:
         self._dim = dim
         self._replicas = TrainingLanes(module, [lane.device for lane in lanes])
         self._kept = Kept(len(lanes))
+        self._device_types = tuple({"cpu": None, **{lane.device.type: None for lane in lanes}})
         self._one_at_a_time = anyio.Lock(fast_acquire=True)
         self.num_steps = 0
         """Optimizer steps taken, also those whose caller was cancelled too late to hold them up."""
@@ -102,16 +106,21 @@ class Trainer:
             shards, num_rows = shards[:1], [None]
         weights = _weights(num_rows) if options.loss_reduction == "mean" else [1.0] * len(shards)
         lanes = self._lanes[: len(shards)]
+        # A step that has to wait must not find the state that torch has by then.
+        ambient = Ambient(self._device_types) if self._one_at_a_time.locked() else None
         async with self._one_at_a_time:
             step = _Step(
                 self._module, self._replicas, self._kept, lanes, shards, weights, options, accumulate
             )
-            stage = [(lane, partial(step.run_lane, index)) for index, lane in enumerate(lanes)]
+            stage = [
+                (lane, _under(ambient, partial(step.run_lane, index), lane))
+                for index, lane in enumerate(lanes)
+            ]
 
             def last_stage(shares: list[Any], last: Lane) -> Stage:
                 # The lane that is awake already, if it can reach the first lane's tensors.
                 lane = last if last.device == lanes[0].device else lanes[0]
-                return [(lane, partial(self._finish, step, shares))]
+                return [(lane, _under(ambient, partial(self._finish, step, shares), lane))]
 
             share = self._runtime.thread_share(len(lanes))
             result = await self._runtime.run_pass(stage, [last_stage], num_threads=share)
@@ -210,6 +219,10 @@ class _Step:
             return None
         scale: Tensor = self.options.scaler.scale(torch.ones((), device=learning[0].device))
         return scale
+
+
+def _under(ambient: Ambient | None, function: Callable[[], T], lane: Lane) -> Callable[[], T]:
+    return function if ambient is None else partial(ambient.run, function, lane.device)
 
 
 def count_rows(tree: Any, dim: int) -> int | None:
