@@ -10,11 +10,12 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
+import torch
 
 from asyncdp._kernels import bodies, cuda, plan
 
 _DTYPES = {"int8": np.int8, "int16": np.int16, "int32": np.int32, "int64": np.int64}
-_DTYPES |= {"float16": np.float16, "float32": np.float32, "float64": np.float64}
+_DTYPES |= {"bfloat16": np.uint16, "float16": np.float16, "float32": np.float32, "float64": np.float64}
 
 
 class CpuMachine:
@@ -46,12 +47,26 @@ class CpuMachine:
 
         return (lambda address: self.view(address, dtype, count).astype(wide or dtype)), store
 
+    def bfloat16_access(self, count):
+        """Make a load and a store of bfloat16, which NumPy does not know; torch rounds them."""
+
+        def store(address, values):
+            rounded = torch.from_numpy(np.asarray(values)).to(torch.bfloat16)
+            self.view(address, np.int16, count)[:] = rounded.view(torch.int16).numpy()
+
+        def load(address):
+            return (self.view(address, np.uint16, count).astype(np.uint32) << 16).view(np.float32)
+
+        return load, store
+
     def operations(self, name: str) -> SimpleNamespace:
         """Return what `bodies` asks of a machine, for one dtype."""
         dtype = np.dtype(_DTYPES.get(name, np.uint8))
         wide = np.float32 if name == "float16" else None
         load, store = self.access(dtype.type, bodies.VECTOR_BYTES // dtype.itemsize, wide)
         load_one, store_one = self.access(dtype.type, 1, wide)
+        if name == "bfloat16":
+            (load, store), (load_one, store_one) = self.bfloat16_access(8), self.bfloat16_access(1)
         add = np.add
         return SimpleNamespace(
             device=lambda function: function,

@@ -10,7 +10,10 @@ from cpu_machine import install
 from asyncdp._kernels import bodies, cuda, plan, reference
 
 CPU = torch.device("cpu")
-DTYPES = ["float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8", "complex64"]
+DTYPES = [
+    *("float64", "float32", "float16", "bfloat16", "complex64", "complex128"),
+    *("int64", "int32", "int16", "int8", "uint8"),
+]
 
 
 @pytest.fixture
