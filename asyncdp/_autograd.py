@@ -151,7 +151,10 @@ def _own(tensor: Tensor, device: torch.device, copy: bool) -> Tensor:
 def _sum_groups(
     groups: Sequence[Sequence[Tensor]], destinations: Sequence[torch.device]
 ) -> list[Tensor | None]:
-    """Sum each group on its destination; an empty group gives None."""
+    """Sum each group on its destination; an empty group gives None.
+
+    Autograd has seen to it that every gradient has the size and dtype of its tensor.
+    """
     sums: list[Tensor | None] = [None] * len(groups)
     to_reduce: dict[torch.device, list[int]] = {}
     for position, (group, destination) in enumerate(zip(groups, destinations, strict=True)):
@@ -162,7 +165,6 @@ def _sum_groups(
         elif torch.is_grad_enabled():  # create_graph: the sum itself must be differentiable
             sums[position] = ReduceAdd.apply(destination, *group)
         else:
-            _check_alike(group)
             to_reduce.setdefault(destination, []).append(position)
     for destination, positions in to_reduce.items():
         totals = _kernels.reduce_add_many([groups[position] for position in positions], destination)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any, NamedTuple
@@ -243,9 +243,7 @@ class ReplicaSet:
         if not self._lock.acquire(blocking=False):
             return None
         try:
-            if self._is_quick(module, len(lanes)):
-                return self._prepare(module, lanes)
-            return None
+            return self._hand_out(module, lanes) if self._is_quick(module, len(lanes)) else None
         finally:
             self._lock.release()
 
@@ -260,21 +258,24 @@ class ReplicaSet:
             What each of `lanes` shall call.
         """
         with self._lock:
-            return self._prepare(module, lanes)
+            if not self._follows():
+                self._build(module)
+            if not self._are_buffers_current():
+                self._refresh_buffers()
+            return self._hand_out(module, lanes)
 
     def _is_quick(self, module: nn.Module, num_lanes: int) -> bool:
         if self._structure is None or len(self._structure) > _MAX_QUICK_MODULES:
             return False
-        if self._buffers and (not self._buffer_stamps or updates_buffers(module)):
+        if not self._follows() or not self._are_buffers_current():
+            return False
+        if self._buffers and updates_buffers(module):
             return False
         num_aliases = len(self._parameters) * num_lanes if torch.is_grad_enabled() else 0
         return num_aliases <= _MAX_QUICK_ALIASES
 
-    def _prepare(self, module: nn.Module, lanes: Sequence[int]) -> list[LaneModule]:
-        if not self._follows():
-            self._build(module)
+    def _hand_out(self, module: nn.Module, lanes: Sequence[int]) -> list[LaneModule]:
         owners = [each for each in module.modules() if each._buffers] if self._has_buffers else []
-        self._refresh_buffers()
         if any(each.training for each in owners):
             self._buffer_stamps = []
         return [
@@ -319,16 +320,21 @@ class ReplicaSet:
         own = [tensor for tensor in self._parameters if self._is_own(tensor, lane)]
         return stand_ins(own, own)
 
+    def _are_buffers_current(self) -> bool:
+        """Whether every lane's buffers are what the module's are."""
+        if not self._buffers:
+            return True
+        stamps = self._current_stamps()
+        return None not in stamps and stamps == self._buffer_stamps
+
+    def _current_stamps(self) -> list[_Stamp | None]:
+        return [_Stamp.of(tensor) for tensor in [*self._buffers, *self._lane_buffers]]
+
     def _refresh_buffers(self) -> None:
-        """Give each lane but the first new copies of the buffers if any of them changed.
+        """Give each lane but the first new copies of the buffers.
 
         New ones instead of writing into the old: a pass under way may still read those.
         """
-        if not self._buffers:
-            return
-        stamps = [_Stamp.of(tensor) for tensor in [*self._buffers, *self._lane_buffers]]
-        if None not in stamps and stamps == self._buffer_stamps:
-            return
         own = [buffer for buffer in self._buffers if self._is_own(buffer, 0)]
         self._shared[0] = {**self._shared[0], **stand_ins(own, own)}
         self._lane_buffers = []
@@ -336,7 +342,9 @@ class ReplicaSet:
             copies = _copied(self._buffers, device)
             self._lane_buffers += copies
             self._shared[lane] = {**self._shared[lane], **stand_ins(self._buffers, copies)}
-        self._buffer_stamps = [_Stamp.of(tensor) for tensor in [*self._buffers, *self._lane_buffers]]
+        # Made on one lane's stream, read on those of others.
+        _wait_issued({buffer.device for buffer in [*self._buffers, *self._lane_buffers]})
+        self._buffer_stamps = self._current_stamps()
 
     def _aliases(self, lanes: Sequence[int]) -> list[TensorMap]:
         """Each lane's own parameters for a pass that records gradients; empty maps for one that does not."""
@@ -403,3 +411,10 @@ def _copied(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     # Outside inference mode, whose tensors could not be used by a later pass that trains.
     with torch.inference_mode(False), torch.no_grad():
         return [tensor.detach().to(device, copy=True) for tensor in tensors]
+
+
+def _wait_issued(devices: Iterable[torch.device]) -> None:
+    """Block until everything this thread has issued on its current streams of `devices` is done."""
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()

@@ -5,7 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 from blockbuster import BlockBuster, blockbuster_ctx
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs more CUDA devices than there are."""
+    num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for mark, num_needed in (("gpu", 1), ("multi_device", 2)):
+        if num_devices < num_needed:
+            skip = pytest.mark.skip(reason=f"needs {num_needed} CUDA device(s), torch sees {num_devices}")
+            for item in items:
+                if item.get_closest_marker(mark) is not None:
+                    item.add_marker(skip)
 
 
 @pytest.fixture(params=["asyncio", "trio"])

@@ -105,7 +105,8 @@ class Hooked(nn.Module):
         self.gain = nn.Parameter(torch.tensor(2.0))
         self.layer.register_forward_hook(self.scale)
 
-    def scale(self, _layer: nn.Module, _args: Any, output: Tensor) -> Tensor:
+    def scale(self, layer: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        assert layer is self.layer
         return output * self.gain
 
     def forward(self, x: Tensor) -> Tensor:

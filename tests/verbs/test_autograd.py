@@ -125,14 +125,16 @@ def test_reduce_add_checks_its_inputs(other: Tensor, error: type[ValueError], wo
     assert isinstance(caught.value, ValueError)
 
 
+def penalty(output: Tensor, x: Tensor, parameters: list[Tensor]) -> None:
+    """Run the gradient of a sum of squared gradients."""
+    grads = torch.autograd.grad(output.square().sum(), [x, *parameters], create_graph=True)
+    torch.stack([grad.square().sum() for grad in grads]).sum().backward()
+
+
 def test_create_graph_through_a_pass(dp: Passes) -> None:
     """Contract 14: a gradient penalty, with its second backward, equals the plain module's."""
     module = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 1)).double()
     twin = copy.deepcopy(module)
-
-    def penalty(output: Tensor, x: Tensor, parameters: list[Tensor]) -> None:
-        grads = torch.autograd.grad(output.square().sum(), [x, *parameters], create_graph=True)
-        sum((grad.square().sum() for grad in grads), torch.zeros(())).backward()
 
     x = rows(3)().requires_grad_()
     y = x.detach().clone().requires_grad_()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 import asyncdp
 
 from .conftest import Passes
-from .models import MODULES
+from .models import MODULES, Fn
 
 
 def gradients(module: nn.Module) -> dict[str, Tensor | None]:
@@ -77,3 +78,24 @@ def test_replicas_stand_alone(name: str, detach: bool) -> None:
             assert tensor.requires_grad == (original.requires_grad and not detach)
             assert tensor.is_leaf == detach
         torch.testing.assert_close(replica(x), module(x))
+
+
+class Config:
+    """Holds what cannot be copied before what can."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.factor = 3.0
+
+
+def test_attributes_of_replicas() -> None:
+    """Plain attributes are the replica's own; what cannot be copied is shared, whole, by all who have it."""
+    config, notes = Config(), [1]
+    part = Fn(lambda m, x: x * m.config.factor, config=config, notes=notes)
+    module = Fn(lambda m, x: m.part(x) * m.config.factor, part=part, config=config, notes=notes)
+    for replica in asyncdp.replicate(module, "cpu*2"):
+        assert replica(torch.ones(1)) == 9
+        assert replica.config is replica.part.config is config
+        assert replica.notes == notes
+        assert replica.notes is replica.part.notes
+        assert replica.notes is not notes

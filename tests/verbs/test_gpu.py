@@ -1,0 +1,152 @@
+"""What only a CUDA device can show: placement, copies between devices, streams."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import asyncdp
+
+from .models import MODULES, Fn, Recurrent, numbered
+from .test_autograd import penalty
+from .test_modules import assert_same, gradients
+
+pytestmark = pytest.mark.gpu
+
+ONE = ["cuda:0", "cuda:0"]
+TWO = ["cuda:0", "cuda:1"]
+LANES = [
+    pytest.param(ONE, id="two lanes on one device"),
+    pytest.param(["cpu", "cuda:0"], id="CPU and device"),
+    pytest.param(TWO, id="two devices", marks=pytest.mark.multi_device),
+]
+
+
+def dp(module: nn.Module, x: Any, devices: Any, **kwargs: Any) -> Any:
+    """One pass."""
+    return asyncio.run(asyncdp.data_parallel(module, x, devices, **kwargs))
+
+
+@pytest.mark.parametrize("home", ["cpu", "cuda:0"])
+@pytest.mark.parametrize("devices", LANES)
+@pytest.mark.parametrize("name", [name for name in MODULES if "norm, old" not in name])
+def test_values_and_gradients(name: str, devices: list[str], home: str) -> None:
+    """Contract 4, 5, 7, 14: wherever the module lives and the lanes are, results are the plain module's."""
+    case = MODULES[name]
+    module = case.make().to(home)
+    module = module if name == "complex" else module.double()
+    twin = copy.deepcopy(module)
+    for _ in range(2):
+        x = case.batch().to(home).requires_grad_()
+        y = x.detach().clone().requires_grad_()
+        found, expected = dp(module, x, devices), twin(y)
+        assert found.device == torch.device(devices[0])
+        torch.testing.assert_close(found.to(home), expected)
+        found.abs().square().sum().backward()
+        expected.abs().square().sum().backward()
+        torch.testing.assert_close(x.grad, y.grad)
+    assert_same(gradients(module), gradients(twin))
+
+
+@pytest.mark.parametrize("devices", LANES)
+def test_second_derivatives(devices: list[str]) -> None:
+    """Contract 14: a gradient penalty through device lanes equals the plain module's."""
+    module = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 1)).double().cuda()
+    twin = copy.deepcopy(module)
+    x = torch.randn(4, 3, dtype=torch.float64, device="cuda", requires_grad=True)
+    y = x.detach().clone().requires_grad_()
+    penalty(dp(module, x, devices), x, list(module.parameters()))
+    penalty(twin(y), y, list(twin.parameters()))
+    torch.testing.assert_close(x.grad, y.grad)
+    assert_same(gradients(module), gradients(twin))
+
+
+@pytest.mark.parametrize("home", ["cpu", "cuda:0"])
+@pytest.mark.parametrize("devices", LANES)
+def test_statistics_survive(devices: list[str], home: str) -> None:
+    """Contract 8: lane 0's running statistics reach the module, wherever it lives."""
+    module = nn.BatchNorm1d(3).to(home)
+    twin = copy.deepcopy(module)
+    for _ in range(3):
+        x = torch.randn(8, 3, device=home) + 5
+        dp(module, x, devices)
+        twin(x[:4])
+        for own, other in zip(module.buffers(), twin.buffers(), strict=True):
+            torch.testing.assert_close(own, other)
+
+
+def test_placement() -> None:
+    """Contract 11, 12: default device in a forward, output device, and one device moving the module."""
+
+    def forward(_m: Any, x: Tensor) -> Tensor:
+        assert torch.empty(()).device == x.device == torch.device("cuda:0")
+        return x
+
+    module = Fn(forward, layer=nn.Linear(1, 1))
+    assert dp(module, numbered(4), ONE).device == torch.device("cuda:0")
+    assert dp(module, numbered(4), ONE, output_device="cpu").device.type == "cpu"
+    assert module.layer.weight.device.type == "cpu"
+    assert dp(module, numbered(4), "cuda:0", output_device="cpu").device.type == "cpu"
+    assert module.layer.weight.device == torch.device("cuda:0")
+
+
+def test_outputs_of_parallel_apply_follow_their_inputs() -> None:
+    """Contract 11: without devices an output is where its input was."""
+    x = torch.ones(2)
+    found = asyncio.run(asyncdp.parallel_apply([nn.Identity()] * 2, [x, x.cuda()]))
+    assert [each.device.type for each in found] == ["cpu", "cuda"]
+
+
+@pytest.mark.filterwarnings("error:RNN module weights")
+def test_recurrent_weights_stay_flat() -> None:
+    """Contract 18: `flatten_parameters` in a replica leaves one chunk of memory, and the original's alone."""
+    module = Recurrent().cuda()
+    address = module.rnn.weight_ih_l0.data_ptr()
+    x = torch.randn(4, 5, 3, device="cuda")
+    for replica in asyncdp.replicate(module, ONE, detach=True):
+        torch.testing.assert_close(replica(x), module(x))
+    for _ in range(2):
+        dp(module, x, ONE).sum().backward()
+    assert module.rnn.weight_ih_l0.data_ptr() == address
+
+
+def test_autocast_of_the_device() -> None:
+    """Contract 17: autocast for CUDA, with its dtype, reaches CUDA lanes."""
+    module = nn.Linear(3, 3).cuda()
+    with torch.autocast("cuda", torch.bfloat16):
+        assert dp(module, torch.randn(4, 3, device="cuda"), ONE).dtype == torch.bfloat16
+
+
+def test_inputs_still_being_made_are_awaited() -> None:
+    """A lane reads its input only after the caller's stream has written it, and the caller its result."""
+    module = nn.Identity()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        x = torch.zeros(1 << 20, device="cuda")
+        for _ in range(3):
+            torch.cuda._sleep(20_000_000)
+            x.add_(1)
+            assert torch.equal(dp(module, x, ONE), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_sums(dtype: torch.dtype) -> None:
+    """Contract 16: half sums accumulate in float32 on the device too."""
+    module = Fn(lambda m, x: x * m.w)
+    module.w = nn.Parameter(torch.ones(1, dtype=dtype, device="cuda"))
+    big = 2048.0 if dtype is torch.float16 else 256.0
+    x = torch.tensor([big, 1.0, 1.0, 1.0, 1.0], dtype=dtype, device="cuda")
+    dp(module, x, ["cuda:0"] * 5).sum().backward()
+    assert module.w.grad.item() == big + 4
+
+
+def test_sparse_gradients() -> None:
+    """Contract 15: sparse gradients are summed on the device."""
+    module = nn.Embedding(10, 3, sparse=True).cuda()
+    dp(module, torch.tensor([1, 2, 2, 9], device="cuda"), ONE).sum().backward()
+    assert module.weight.grad.is_sparse
+    assert module.weight.grad.to_dense()[:, 0].tolist() == [0, 1, 2, 0, 0, 0, 0, 0, 0, 1]
