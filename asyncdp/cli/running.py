@@ -11,7 +11,7 @@ import anyio
 from asyncdp.errors import JobUsageError, MissingExtraError
 from asyncdp.infer import InferOptions, Job, Reporter, Summary
 from asyncdp.infer.monitor import Monitor
-from asyncdp.infer.pipeline import plain_task_group
+from asyncdp.infer.task_groups import plain_task_group
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2

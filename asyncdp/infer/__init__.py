@@ -3,7 +3,8 @@
 `asyncdp infer` is its command line; from Python it is `InferOptions` and `Job`.
 """
 
-from asyncdp.infer.job import Job, Plan, Reporter, Summary
+from asyncdp.infer.job import Job
 from asyncdp.infer.options import InferOptions
+from asyncdp.infer.summary import Plan, Reporter, Summary
 
 __all__ = ["InferOptions", "Job", "Plan", "Reporter", "Summary"]

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from asyncdp.errors import MissingExtraError, ModelLoadError
+from asyncdp.infer.names import brief
 from asyncdp.infer.steps import Steps, same
 
 _DEFAULT_MAX_LENGTH = 512
@@ -62,7 +63,7 @@ def load_embedder(folder: Path) -> tuple[Embedder, tuple[Path, ...]]:
         )
     except Exception as error:
         raise ModelLoadError(
-            f"The folder {folder} holds no model that transformers can load: {_brief(error)}",
+            f"The folder {folder} holds no model that transformers can load: {brief(error)}",
             "It needs config.json and model.safetensors as save_pretrained writes them.",
         ) from error
     files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
@@ -88,7 +89,7 @@ def load_tokenizer(folder: Path) -> Any:
         )
     except Exception as error:
         raise ModelLoadError(
-            f"The folder {folder} holds no tokenizer: {_brief(error)}",
+            f"The folder {folder} holds no tokenizer: {brief(error)}",
             "Copy tokenizer.json and tokenizer_config.json of the model into it.",
         ) from error
 
@@ -141,10 +142,6 @@ def _check_pooling(folder: Path) -> None:
             f"The model in {folder} does not pool by the mean of its tokens",
             "Write a factory for it and name that as package.module:factory.",
         )
-
-
-def _brief(error: Exception) -> str:
-    return " ".join(str(error).split())[:400]
 
 
 def _json(path: Path) -> dict[str, Any]:

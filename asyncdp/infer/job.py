@@ -6,102 +6,28 @@ import dataclasses
 import json
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import anyio
 import anyio.to_thread
-import torch
 
-from asyncdp._devices import parse_devices
 from asyncdp.errors import JobUsageError
 from asyncdp.infer.batching import Window, cut_windows
 from asyncdp.infer.files import write_whole_bytes
 from asyncdp.infer.models import LoadedModel, load_model
 from asyncdp.infer.monitor import Monitor
-from asyncdp.infer.names import load_name
 from asyncdp.infer.options import InferOptions, fingerprint
 from asyncdp.infer.output import OutputFolder, check_output_free
-from asyncdp.infer.pipeline import ErrorPolicy, Limits, Pipeline, plain_task_group
-from asyncdp.infer.readers import STDIN, decode_image, open_inputs
+from asyncdp.infer.pipeline import ErrorPolicy, Limits, Pipeline
+from asyncdp.infer.readers import STDIN, open_inputs
 from asyncdp.infer.records import Columns, Failure, Rows
-from asyncdp.infer.steps import EachValue, Steps, default_collate, image_to_tensor, length_of, same
+from asyncdp.infer.setup import find_devices, make_steps
+from asyncdp.infer.summary import Plan, Reporter, SilentReporter, Summary, summarise
+from asyncdp.infer.task_groups import plain_task_group
 
 SUMMARY_NAME = "_summary.json"
 
 _TICK_SECONDS = 0.5
-
-
-@dataclasses.dataclass(frozen=True)
-class Summary:
-    """What a job did.
-
-    Attributes:
-        num_records: Records of this job's part that are done, earlier runs included.
-        num_earlier: Those of them that an earlier run had done.
-        num_bad: Those of them that were refused, earlier runs included.
-        seconds: Time this run took, loading not included.
-        rate: Records per second of this run.
-        padding: Part of the work that went into padding, 0 to 1.
-        stages: Seconds by stage, summed over its workers.
-        lanes: Part of the time each lane was busy, 0 to 1.
-        files: Shards in the output folder.
-    """
-
-    num_records: int
-    num_earlier: int
-    num_bad: int
-    seconds: float
-    rate: float
-    padding: float
-    stages: dict[str, float]
-    lanes: dict[str, float]
-    files: int
-    output: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What a job would do, found out without writing anything.
-
-    Attributes:
-        num_records: Records in the input, None when that is not known.
-        devices: Names of the lanes.
-        columns: Output columns of the first batch with type and shape, empty for an empty input.
-        num_tried: Records in the first batch.
-    """
-
-    input_format: str
-    num_files: int
-    num_records: int | None
-    devices: tuple[str, ...]
-    columns: dict[str, str]
-    num_tried: int
-
-
-class Reporter(Protocol):
-    """Tells a person or a machine how the job goes; called on the event loop."""
-
-    def started(self, num_records: int | None, monitor: Monitor, lanes: tuple[str, ...]) -> None:
-        """The model is loaded and the lanes are up."""
-
-    def progressed(self, num_records: int | None, monitor: Monitor) -> None:
-        """Some time has passed."""
-
-    def finished(self) -> None:
-        """The job has ended, well or not."""
-
-
-class SilentReporter:
-    """Tells nobody."""
-
-    def started(self, num_records: int | None, monitor: Monitor, lanes: tuple[str, ...]) -> None:
-        """Keeps quiet."""
-
-    def progressed(self, num_records: int | None, monitor: Monitor) -> None:
-        """Keeps quiet."""
-
-    def finished(self) -> None:
-        """Keeps quiet."""
 
 
 class Job:
@@ -117,7 +43,8 @@ class Job:
     def __init__(self, options: InferOptions) -> None:
         self.options = options
         check_output_free(options.output, resume=options.resume)
-        self.devices = _devices(options.devices)
+        _check_apart(options)
+        self.devices = find_devices(options.devices)
         self.inputs = open_inputs(options.inputs, options.input_format, options.selection)
         self.steps = make_steps(options, self.inputs.format_name)
         self.model: LoadedModel = load_model(options)
@@ -139,7 +66,7 @@ class Job:
             monitor.warnings += output.warnings
             if not self._is_complete(output):
                 await self._run_engine(output, reporter, monitor)
-            summary = _summarise(monitor, output)
+            summary = summarise(monitor, output)
             text = json.dumps(dataclasses.asdict(summary), indent=1).encode()
             await anyio.to_thread.run_sync(write_whole_bytes, output.path / SUMMARY_NAME, text)
         return summary
@@ -259,60 +186,15 @@ def count_in_part(num_records: int, block_size: int, part: tuple[int, int]) -> i
     return count + (rest if num_full % num_parts == index else 0)
 
 
-def make_steps(options: InferOptions, input_format: str) -> Steps:
-    """Puts together the functions around the model.
-
-    Raises:
-        JobUsageError: When a function that was named cannot be imported.
-    """
-    if options.task == "embed":
-        from asyncdp.infer.embed import embed_steps
-
-        steps = embed_steps(Path(options.model))
-    else:
-        prepare = image_to_tensor if input_format == "images" else same
-        steps = Steps(EachValue(prepare), default_collate, same, length_of)
-    own = {name: _function(options, name) for name in ("preprocess", "collate", "postprocess")}
-    if own["preprocess"]:
-        inner = EachValue(own["preprocess"])
-        own["preprocess"] = Chained(inner, steps.preprocess) if options.task == "embed" else inner
-    steps = dataclasses.replace(steps, **{name: function for name, function in own.items() if function})
-    if input_format == "images":
-        steps = dataclasses.replace(steps, preprocess=Chained(EachValue(decode_image), steps.preprocess))
-    return steps
-
-
-@dataclasses.dataclass(frozen=True)
-class Chained:
-    """Runs one function of many values after another."""
-
-    first: Any
-    then: Any
-
-    def __call__(self, values: list[Any]) -> list[Any]:
-        """Applies both to the values."""
-        chained: list[Any] = self.then(self.first(values))
-        return chained
-
-
-def _function(options: InferOptions, name: str) -> Any:
-    spec = getattr(options, name)
-    if spec is None:
-        return None
-    function = load_name(spec, f"--{name}")
-    if not callable(function):
-        raise JobUsageError(f"--{name} {spec} is no function", "Name a function as package.module:name.")
-    return function
-
-
-def _devices(spec: str | None) -> list[torch.device]:
-    try:
-        return parse_devices(spec)
-    except JobUsageError:
-        raise
-    except (ValueError, RuntimeError) as error:
-        cause = str(error).rstrip(".")
-        raise JobUsageError(f"--devices: {cause}", "See `asyncdp devices` for what there is.") from error
+def _check_apart(options: InferOptions) -> None:
+    output = options.output.resolve()
+    for spec in options.inputs:
+        folder = Path(spec).resolve()
+        if folder.is_dir() and output.is_relative_to(folder):
+            raise JobUsageError(
+                f"The output {options.output} lies inside the input folder {spec}",
+                "Name a folder elsewhere: a resumed job would read its own shards.",
+            )
 
 
 def _head(records: Iterator[Any], count: int) -> Iterator[Any]:
@@ -325,21 +207,3 @@ def _shapes(columns: Columns) -> dict[str, str]:
         return f"{values.dtype}{list(values.shape[1:])}" if hasattr(values, "dtype") else "objects"
 
     return {name: shape(values) for name, values in columns.items()}
-
-
-def _summarise(monitor: Monitor, output: OutputFolder) -> Summary:
-    seconds = monitor.seconds
-    busy = monitor.busy_fractions()
-    work = monitor.cost + monitor.padding
-    return Summary(
-        num_records=monitor.num_earlier + monitor.num_done,
-        num_earlier=monitor.num_earlier,
-        num_bad=monitor.num_earlier_bad + monitor.num_bad,
-        seconds=seconds,
-        rate=monitor.num_done / seconds if seconds else 0.0,
-        padding=monitor.padding / work if work else 0.0,
-        stages=dict(monitor.stages),
-        lanes=busy,
-        files=sum(len(block.files) for block in output.finished.values()),
-        output=str(output.path),
-    )

@@ -1,4 +1,4 @@
-"""Objects named on the command line as ``package.module:name``."""
+"""Names of objects on the command line, as ``package.module:name``, and of exceptions in errors."""
 
 from __future__ import annotations
 
@@ -54,3 +54,9 @@ def source_of(spec: str, option: str) -> Path | None:
     """Returns the file that the module of ``spec`` was loaded from, None for built-in ones."""
     path = import_module_of(spec, option).__file__
     return Path(path) if path else None
+
+
+def brief(error: Exception, limit: int = 600) -> str:
+    """Returns the text of an exception on one line, cut where it gets long."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= limit else text[:limit] + " ..."

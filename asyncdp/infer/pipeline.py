@@ -6,24 +6,24 @@ input.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any, Protocol
 
 import anyio
 import anyio.to_process
 import anyio.to_thread
 import torch
-from anyio.abc import TaskGroup
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
 from asyncdp.errors import AsyncDPError, RecordError, TooManyBadRecordsError
 from asyncdp.infer.batching import Window, padding, plan_batches
+from asyncdp.infer.blocks import Batch, OpenBlock
 from asyncdp.infer.monitor import Monitor
 from asyncdp.infer.records import Columns, Failure, Record, Rows
 from asyncdp.infer.steps import Steps, to_columns
+from asyncdp.infer.task_groups import plain_task_group
 
 # Two batches per lane: one runs while the next one waits right behind it.
 _BATCHES_PER_LANE = 2
@@ -63,28 +63,6 @@ class ErrorPolicy:
     max_errors: int | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class _Batch:
-    block: int
-    records: list[Record]
-    items: list[Any]
-    costs: list[int]
-
-    def half(self, indices: slice) -> _Batch:
-        return _Batch(self.block, self.records[indices], self.items[indices], self.costs[indices])
-
-
-@dataclasses.dataclass
-class _OpenBlock:
-    """A block that still misses records."""
-
-    index: int
-    size: int | None = None
-    num_done: int = 0
-    rows: list[Rows] = dataclasses.field(default_factory=list)
-    failures: list[Failure] = dataclasses.field(default_factory=list)
-
-
 Windows = Generator[Window, None, None]
 WriteBlock = Callable[[int, int, list[Rows], list[Failure]], None]
 
@@ -117,7 +95,7 @@ class Pipeline:
         self._write_block = write_block
         self._monitor = monitor
         self._batch_size = limits.batch_size
-        self._open: dict[int, _OpenBlock] = {}
+        self._open: dict[int, OpenBlock] = {}
         self._num_bad = monitor.num_earlier_bad
 
     async def run(self, windows: Windows, *, abandon_reads: bool = False) -> None:
@@ -135,8 +113,8 @@ class Pipeline:
         """
         limits = self._limits
         to_prepare, windows_in = anyio.create_memory_object_stream[Window](1)
-        to_run, batches_in = anyio.create_memory_object_stream[_Batch](limits.num_lanes)
-        self._to_write, blocks_in = anyio.create_memory_object_stream[_OpenBlock](1)
+        to_run, batches_in = anyio.create_memory_object_stream[Batch](limits.num_lanes)
+        self._to_write, blocks_in = anyio.create_memory_object_stream[OpenBlock](1)
         async with plain_task_group() as group:
             group.start_soon(self._read, windows, to_prepare, abandon_reads)
             group.start_soon(self._write, blocks_in)
@@ -165,12 +143,12 @@ class Pipeline:
             return next(windows, None)
 
     async def _prepare(
-        self, windows: MemoryObjectReceiveStream[Window], out: MemoryObjectSendStream[_Batch]
+        self, windows: MemoryObjectReceiveStream[Window], out: MemoryObjectSendStream[Batch]
     ) -> None:
         async with windows, out:
             async for window in windows:
                 batches, failures = await self._prepare_window(window)
-                block = self._open.setdefault(window.block, _OpenBlock(window.block))
+                block = self._open.setdefault(window.block, OpenBlock(window.block))
                 block.size = window.closes if window.closes is not None else block.size
                 for record, error in failures:
                     self._refuse(block, record, error)
@@ -178,7 +156,7 @@ class Pipeline:
                 for batch in batches:
                     await out.send(batch)
 
-    async def _prepare_window(self, window: Window) -> tuple[list[_Batch], list[tuple[Record, Exception]]]:
+    async def _prepare_window(self, window: Window) -> tuple[list[Batch], list[tuple[Record, Exception]]]:
         failures = [(record, record.error) for record in window.records if record.error is not None]
         good = [record for record in window.records if record.error is None]
         with self._monitor.timed("preprocess"):
@@ -187,7 +165,7 @@ class Pipeline:
         kept = [record for index, record in enumerate(good) if index not in refused]
         costs = [self._steps.cost(item) for item in items]
         plan = plan_batches(costs, self._batch_size, self._limits.max_batch_cost)
-        return [_batch(window.block, kept, items, costs, indices) for indices in plan], failures
+        return [Batch.of(window.block, kept, items, costs, indices) for indices in plan], failures
 
     async def _preprocess(self, values: list[Any]) -> tuple[list[Any], dict[int, Exception]]:
         """Prepares all values at once, or one by one when that fails, to find the culprits."""
@@ -216,12 +194,12 @@ class Pipeline:
             raise ValueError(f"preprocessing gave {len(items)} items for {len(values)} records")
         return items
 
-    async def _run_batches(self, batches: MemoryObjectReceiveStream[_Batch]) -> None:
+    async def _run_batches(self, batches: MemoryObjectReceiveStream[Batch]) -> None:
         async with batches:
             async for batch in batches:
                 await self._run_batch(batch)
 
-    async def _run_batch(self, batch: _Batch) -> None:
+    async def _run_batch(self, batch: Batch) -> None:
         """Runs a batch; one that fails is halved until the record at fault is alone."""
         if len(batch.items) > self._batch_size:
             return await self._run_halves(batch)
@@ -240,12 +218,12 @@ class Pipeline:
         self._learn(batch, failure)
         return await self._run_halves(batch)
 
-    async def _run_halves(self, batch: _Batch) -> None:
+    async def _run_halves(self, batch: Batch) -> None:
         middle = len(batch.items) // 2
-        await self._run_batch(batch.half(slice(None, middle)))
-        await self._run_batch(batch.half(slice(middle, None)))
+        await self._run_batch(batch.part(slice(None, middle)))
+        await self._run_batch(batch.part(slice(middle, None)))
 
-    def _learn(self, batch: _Batch, error: Exception) -> None:
+    def _learn(self, batch: Batch, error: Exception) -> None:
         size = len(batch.items)
         if not is_out_of_memory(error):
             name = type(error).__name__
@@ -254,7 +232,7 @@ class Pipeline:
             self._batch_size = size // 2
             self._monitor.warn_once(f"out of memory with {size} records: going on with {size // 2} per batch")
 
-    async def _forward(self, batch: _Batch) -> Columns:
+    async def _forward(self, batch: Batch) -> Columns:
         args, kwargs = await anyio.to_thread.run_sync(self._collate, batch.items)
         with self._monitor.timed("lanes"):
             output = await self._engine.on_one_lane(*args, **kwargs)
@@ -271,7 +249,7 @@ class Pipeline:
         with self._monitor.timed("postprocess"):
             return to_columns(self._steps.postprocess(output), num_records)
 
-    async def _keep(self, batch: _Batch, columns: Columns) -> None:
+    async def _keep(self, batch: Batch, columns: Columns) -> None:
         block = self._open[batch.block]
         ids = [record.id for record in batch.records]
         block.rows.append(Rows([record.position for record in batch.records], ids, columns))
@@ -283,7 +261,7 @@ class Pipeline:
         monitor.padding += padding(batch.costs)
         await self._finish_if_complete(block)
 
-    def _refuse(self, block: _OpenBlock, record: Record, error: Exception) -> None:
+    def _refuse(self, block: OpenBlock, record: Record, error: Exception) -> None:
         if self._policy.on_error == "stop":
             raise RecordError(record.position, record.where, error) from error
         failure = Failure.of(record, error)
@@ -297,30 +275,19 @@ class Pipeline:
         if limit is not None and self._num_bad > limit:
             raise TooManyBadRecordsError(self._num_bad, limit, failure.error)
 
-    async def _finish_if_complete(self, block: _OpenBlock) -> None:
+    async def _finish_if_complete(self, block: OpenBlock) -> None:
         if block.num_done == block.size and block.index in self._open:
             del self._open[block.index]
             await self._to_write.send(block)
 
-    async def _write(self, blocks: MemoryObjectReceiveStream[_OpenBlock]) -> None:
+    async def _write(self, blocks: MemoryObjectReceiveStream[OpenBlock]) -> None:
         async with blocks:
             async for block in blocks:
                 await anyio.to_thread.run_sync(self._write_one, block)
 
-    def _write_one(self, block: _OpenBlock) -> None:
+    def _write_one(self, block: OpenBlock) -> None:
         with self._monitor.timed("write"):
             self._write_block(block.index, block.num_done, block.rows, block.failures)
-
-
-@contextlib.asynccontextmanager
-async def plain_task_group() -> AsyncIterator[TaskGroup]:
-    """A task group that raises the first failure itself: the others follow from it."""
-    try:
-        async with anyio.create_task_group() as group:
-            yield group
-    except BaseExceptionGroup as failures:
-        error = _first(failures)
-        raise error from error.__cause__
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -329,26 +296,3 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and "not enough memory" in str(error)
     )
-
-
-def _batch(
-    block: int, records: list[Record], items: list[Any], costs: list[int], indices: list[int]
-) -> _Batch:
-    return _Batch(
-        block, [records[i] for i in indices], [items[i] for i in indices], [costs[i] for i in indices]
-    )
-
-
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    leaves = list(_leaves(group))
-    # A queue whose other end has failed complains too, sometimes sooner than the failure arrives.
-    causes = [error for error in leaves if not isinstance(error, anyio.BrokenResourceError)]
-    return (causes or leaves)[0]
-
-
-def _leaves(error: BaseException) -> Iterator[BaseException]:
-    if isinstance(error, BaseExceptionGroup):
-        for inner in error.exceptions:
-            yield from _leaves(inner)
-    else:
-        yield error

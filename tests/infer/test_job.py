@@ -300,6 +300,16 @@ def test_half_written_input_stops_the_job(run, work, numbers):
         run(path, on_error="skip")
 
 
+def test_output_inside_the_input_is_refused(run, work, numbers):
+    """A job never reads its own shards; files of bookkeeping in an input folder are passed over."""
+    (work / "data").mkdir()
+    numbers(3, name="data/numbers.jsonl")
+    with pytest.raises(JobUsageError, match="lies inside the input folder"):
+        run(("data",), output=work / "data" / "out")
+    (work / "data" / "_notes.jsonl").write_text("bookkeeping")
+    assert run(("data",)).num_records == 3
+
+
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [

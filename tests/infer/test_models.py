@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from asyncdp.errors import JobUsageError, ModelLoadError
-from asyncdp.infer.models import load_exported, load_weights
+from asyncdp.infer.exported import load_exported
+from asyncdp.infer.models import load_weights
 
 
 class Evil:

@@ -123,7 +123,7 @@ def _expand(spec: str) -> list[Path]:
     if spec == "-":
         return [STDIN]
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.is_file() and _known_suffix(p))
+        found = sorted(p for p in path.rglob("*") if p.is_file() and _is_data(p))
     elif path.exists():
         return [path]
     else:
@@ -133,6 +133,11 @@ def _expand(spec: str) -> list[Path]:
             f"There is no input at {spec}", "Name a file, a folder of known files, a pattern, or -."
         )
     return found
+
+
+def _is_data(path: Path) -> bool:
+    # Names that start so are bookkeeping, of this job's outputs too.
+    return not path.name.startswith((".", "_")) and _known_suffix(path) is not None
 
 
 def _known_suffix(path: Path) -> str | None:
