@@ -29,7 +29,9 @@ KEPT = "_asyncdp_replicas"
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 """Types of values that hold no reference to anything else."""
 
-_REGISTRIES = ("_parameters", "_buffers", "_modules")
+_COMPILED = "_compiled_call_impl"
+
+_SET_APART = ("_parameters", "_buffers", "_modules", _COMPILED, KEPT)
 
 
 def replicate(module: nn.Module, devices: Devices, *, detach: bool = False) -> list[nn.Module]:
@@ -163,10 +165,9 @@ class Replica:
             for name, child in original._modules.items()
         }
         # Compiled code of the original would run the original.
-        if "_compiled_call_impl" in namespace:
-            namespace["_compiled_call_impl"] = None
+        namespace.pop(_COMPILED, None)
         for name, value in original.__dict__.items():
-            if name in _REGISTRIES or name == KEPT:
+            if name in _SET_APART:
                 continue
             mapped = _substitute(value, self._modules)
             if _refers_to(mapped, tensor_ids):

@@ -137,6 +137,26 @@ def test_hook_beside_an_own_one_is_seen_and_forgotten(dp: Passes) -> None:
     torch.testing.assert_close(dp(module, x), before)
 
 
+def test_own_hook_put_in_later_is_rebound(dp: Passes) -> None:
+    """A method of the module that becomes a hook after a pass runs as each replica's, not the original's."""
+
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def check(self, layer: nn.Module, _args: Any) -> None:
+            assert layer is self.layer
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x)
+
+    module, x = Late().double(), rows(3)()
+    before = dp(module, x)
+    module.layer.register_forward_pre_hook(module.check)
+    torch.testing.assert_close(dp(module, x), before)
+
+
 def test_edited_list_of_parts_is_seen(dp: Passes) -> None:
     """A plain list of layers that is edited in place changes what replicas run."""
     first, second = nn.Linear(3, 3).double(), nn.Tanh()
@@ -220,9 +240,14 @@ def test_replicas_leave_no_trace_in_copies_and_files(dp: Passes) -> None:
     assert list(module.state_dict()) == keys
     buffer = io.BytesIO()
     torch.save(module, buffer)
+    assert b"_replica_set" not in buffer.getvalue(), "the file could be loaded only where asyncdp is"
     buffer.seek(0)
     for other in (copy.deepcopy(module), torch.load(buffer, weights_only=False)):
         torch.testing.assert_close(dp(other, x), expected)
+        with torch.no_grad():
+            other.a.bias.add_(1)
+        torch.testing.assert_close(dp(other, x), other(x))
+        torch.testing.assert_close(dp(module, x), expected)
         assert other.b.weight is other.a.weight
         assert other.a.weight is not module.a.weight
 
