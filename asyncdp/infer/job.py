@@ -90,9 +90,13 @@ class Job:
             await pipeline.run(windows)
             names = tuple(lane.name for lane in engine.runtime.lanes)
         inputs = self.inputs
-        num_records = inputs.estimate_num_records()
         return Plan(
-            inputs.format_name, len(inputs.files), num_records, names, shapes, inputs.num_records_read
+            inputs.format_name,
+            len(inputs.files),
+            inputs.count_records(),
+            names,
+            shapes,
+            inputs.num_records_read,
         )
 
     def _open_output(self) -> OutputFolder:

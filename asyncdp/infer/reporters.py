@@ -12,7 +12,7 @@ from typing import Any, TextIO
 from asyncdp.infer.monitor import Monitor
 from asyncdp.infer.summary import Plan, Reporter, Summary
 
-_LOG_SECONDS = 5.0
+_LOG_SECONDS = 30.0
 
 
 def make_reporter(*, as_json: bool, out: TextIO | None = None) -> Reporter:
@@ -46,7 +46,7 @@ class _Paced:
 
 
 class LineReporter:
-    """A plain line every few seconds."""
+    """A plain line now and then: a log should not drown in them."""
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
@@ -55,7 +55,8 @@ class LineReporter:
     def started(self, num_records: int | None, monitor: Monitor, lanes: tuple[str, ...]) -> None:
         """Says how much there is and what runs it."""
         earlier = f", {monitor.num_earlier:,} done earlier" if monitor.num_earlier else ""
-        self._say(f"running {_count(num_records)} records on {', '.join(lanes)}{earlier}")
+        records = "" if num_records is None else f" {num_records:,} records"
+        self._say(f"running{records} on {', '.join(lanes)}{earlier}")
         self._warn(monitor)
 
     def progressed(self, num_records: int | None, monitor: Monitor) -> None:
@@ -186,7 +187,8 @@ def tell_plan(plan: Plan, *, as_json: bool) -> str:
     return "\n".join(
         [
             "dry run: everything loads and the first batch runs; nothing was written",
-            f"  input    {_count(plan.num_records)} records in {plan.num_files} files, {plan.input_format}",
+            f"  input    {_count(plan.num_records)} records in {plan.num_files} {plan.input_format} files; "
+            f"the first {plan.num_tried} ran",
             f"  lanes    {', '.join(plan.devices)}",
             f"  output   id, {columns}",
         ]

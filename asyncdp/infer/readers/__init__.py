@@ -95,11 +95,15 @@ class Inputs:
                 position += 1
         self.num_records_read = position
 
+    def count_records(self) -> int | None:
+        """Returns the number of records where all files state it, else None."""
+        counts = [count for count in self._counts if count is not None]
+        return sum(counts) if len(counts) == len(self.files) else None
+
     def estimate_num_records(self) -> int | None:
         """Returns the number of records: exact where files state it, else by bytes read so far."""
-        counts = [count for count in self._counts if count is not None]
-        if len(counts) == len(self.files):
-            return sum(counts)
+        if (exact := self.count_records()) is not None:
+            return exact
         total = sum(file.num_bytes for file in self.files)
         done = sum(file.num_bytes_read for file in self.files)
         return int(self.num_records_read * total / done) if done and total else None
