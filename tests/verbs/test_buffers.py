@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from typing import Any
 
 import pytest
@@ -150,6 +152,33 @@ def test_sparse_buffer(dp: Passes) -> None:
     torch.testing.assert_close(dp(module, x), x)
     module.graph = module.graph * 2
     torch.testing.assert_close(dp(module, x), x * 2)
+
+
+def test_passes_under_way_see_the_buffers_of_those_before(dp: Passes) -> None:
+    """In train mode every lane of a pass has what lane 0 wrote in the pass before, though both run at once."""
+    gate = threading.Event()
+
+    def count(m: Any, x: Tensor) -> Tensor:
+        if x[0, 0] == 0:
+            assert gate.wait(20)
+        seen = m.counter.clone()
+        m.counter.add_(1)
+        return seen.expand(len(x), 1)
+
+    module = Fn(count)
+    module.register_buffer("counter", torch.zeros(1))
+    dp(module, numbered(4) + 10)
+
+    async def both() -> tuple[Tensor, Tensor]:
+        held = asyncio.ensure_future(dp.begin(module, numbered(4)))
+        behind = asyncio.ensure_future(dp.begin(module, numbered(4) + 10))
+        await asyncio.sleep(0)
+        gate.set()
+        return await held, await behind
+
+    held, behind = dp.runner.run(both())
+    assert held.tolist() == [[1.0]] * 4
+    assert behind.tolist() == [[2.0]] * 4
 
 
 # A device that is not the module's, for all that the replicas can tell, though torch has it too.
