@@ -7,6 +7,7 @@ shards are on the disk under their final names.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -135,10 +136,12 @@ def load_journal(folder: Path) -> JournalState:
         )
     state = JournalState(entries[0]["fingerprint"])
     for entry in filter(None, entries[1:]):
-        if "block" in entry:
-            state.blocks[entry["block"]] = Block.from_json(entry)
-        elif "end" in entry:
-            state.num_records = entry["end"]
+        # What passes its checksum but is no entry of ours counts as damaged too.
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            if "block" in entry:
+                state.blocks[int(entry["block"])] = Block.from_json(entry)
+            elif "end" in entry:
+                state.num_records = int(entry["end"])
     return state
 
 
