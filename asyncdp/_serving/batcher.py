@@ -94,6 +94,8 @@ class Batcher:
         timeout: seconds a call may take in all, unless it names its own; None for ever.
         size_of: length of a sample (tokens, pixels). Samples of like length are batched together.
         max_cost: most samples times longest of a batch, by `size_of`; a longer sample goes alone.
+        max_padding: most of a batch that may be padding, by `size_of`, from 0 to 1. Full batches of
+            unlike samples are slower than smaller batches of like ones.
         max_age: seconds after which a waiting call goes before every priority.
         pad: value that the default `collate` fills shorter tensors with.
         collate: makes a batch of samples, on a lane; the default stacks tensors.
@@ -117,6 +119,7 @@ class Batcher:
         timeout: float | None = None,
         size_of: Callable[[Any], float] | None = None,
         max_cost: float | None = None,
+        max_padding: float = 0.1,
         max_age: float = 1.0,
         pad: float | None = None,
         collate: Collate | None = None,
@@ -125,11 +128,13 @@ class Batcher:
         runtime: Runtime | None = None,
     ) -> None:
         _check_numbers(max_batch_size, max_wait, max_queue, max_in_flight, timeout)
+        if not 0 <= max_padding <= 1:
+            raise ValueError(f"max_padding is a share from 0 to 1, but got {max_padding}.")
         if max_cost is not None and size_of is None:
             raise ValueError("max_cost needs to know how long samples are. Pass size_of= too.")
         self._slots = open_slots(engine, collate or Stack(pad), split, runtime, max_in_flight)
         self._schedule: BatchSchedule[Call] = BatchSchedule(
-            max_batch_size, max_queue, max_wait, max_age, max_cost, sized=size_of is not None
+            max_batch_size, max_queue, max_wait, max_age, max_cost, max_padding, sized=size_of is not None
         )
         self._size_of = size_of
         self._timeout = timeout

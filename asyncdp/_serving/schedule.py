@@ -59,6 +59,7 @@ class BatchSchedule(Generic[ItemT]):
         max_wait: seconds an item may wait for its batch to fill.
         max_age: seconds after which an item goes before every priority.
         max_cost: most items times longest of a batch; an item larger than that goes alone.
+        max_padding: most of a batch that may be padding, from 0 to 1.
         sized: whether sizes matter.
     """
 
@@ -67,6 +68,7 @@ class BatchSchedule(Generic[ItemT]):
     max_wait: float = 0.0
     max_age: float = 1.0
     max_cost: float | None = None
+    max_padding: float = 1.0
     sized: bool = False
     closing: bool = False
     """Nothing more will come: a batch need not wait to fill."""
@@ -215,19 +217,26 @@ class BatchSchedule(Generic[ItemT]):
         overdue = oldest.arrived + self.max_age <= now
         leader = oldest if overdue else self._levels[self._ranks[0]].oldest
         batch = [leader]
-        longest = leader.size
+        total = longest = leader.size
         for rank in self._ranks:
             for item in _nearest_first(self._levels[rank].by_size, leader.size):
                 if len(batch) == limit:
                     return batch
-                if item is leader or self._costs_too_much(len(batch) + 1, max(longest, item.size)):
+                if item is leader or not self._fits(
+                    len(batch) + 1, total + item.size, max(longest, item.size)
+                ):
                     continue
                 batch.append(item)
+                total += item.size
                 longest = max(longest, item.size)
         return batch
 
-    def _costs_too_much(self, num_items: int, longest: float) -> bool:
-        return self.max_cost is not None and num_items * longest > self.max_cost
+    def _fits(self, num_items: int, total: float, longest: float) -> bool:
+        """Whether a batch of these sizes keeps within cost and padding."""
+        padded = num_items * longest
+        if self.max_cost is not None and padded > self.max_cost:
+            return False
+        return total >= padded * (1 - self.max_padding)
 
 
 def _nearest_first(by_size: list[tuple[float, int, ItemT]], size: float) -> Iterator[ItemT]:

@@ -22,13 +22,20 @@ class ScheduleMachine(RuleBasedStateMachine):
         max_queue=st.integers(1, 6),
         max_wait=st.sampled_from([0.0, 3.0]),
         max_cost=st.sampled_from([None, 8.0]),
+        max_padding=st.sampled_from([1.0, 0.25, 0.0]),
         sized=st.booleans(),
     )
     def start(
-        self, max_batch_size: int, max_queue: int, max_wait: float, max_cost: float | None, sized: bool
+        self,
+        max_batch_size: int,
+        max_queue: int,
+        max_wait: float,
+        max_cost: float | None,
+        max_padding: float,
+        sized: bool,
     ) -> None:
         self.schedule: BatchSchedule[Item] = BatchSchedule(
-            max_batch_size, max_queue, max_wait, MAX_AGE, max_cost if sized else None, sized
+            max_batch_size, max_queue, max_wait, MAX_AGE, max_cost if sized else None, max_padding, sized
         )
         self.now = 0.0
         self.waiting: list[Item] = []
@@ -85,16 +92,20 @@ class ScheduleMachine(RuleBasedStateMachine):
             assert batch == urgent[:limit]
             return
         assert len(batch) <= limit
-        longest = max(item.size for item in batch)
-        cost = schedule.max_cost
-        assert len(batch) == 1 or cost is None or len(batch) * longest <= cost
-        if len(batch) < limit:
+        assert len(batch) == 1 or self.is_within_limits(batch)
+        # A sample that padding kept out may fit again once the batch has grown; cost only rises.
+        if len(batch) < limit and schedule.max_padding == 1.0:
             left = [item for item in queued if item not in batch]
-            assert all(
-                cost is not None and (len(batch) + 1) * max(longest, item.size) > cost for item in left
-            )
-        if cost is None:
+            assert not any(self.is_within_limits([*batch, item]) for item in left)
+        if schedule.max_cost is None and schedule.max_padding == 1.0:
             self.check_nearest(batch, queued)
+
+    def is_within_limits(self, batch: list[Item]) -> bool:
+        """Whether cost and padding of a batch are what the schedule allows."""
+        total = sum(item.size for item in batch)
+        padded = len(batch) * max(item.size for item in batch)
+        cost = self.schedule.max_cost
+        return (cost is None or padded <= cost) and total >= padded * (1 - self.schedule.max_padding)
 
     def check_nearest(self, batch: list[Item], queued: list[Item]) -> None:
         """No item was passed over for one of its own priority that is less like the leader."""
@@ -155,6 +166,13 @@ def test_cost_limits_a_batch() -> None:
     assert schedule.take(0.0) == items[:2]
     assert schedule.take(0.0) == [items[2]]
     assert schedule.take(0.0) == [items[3]]
+
+
+def test_padding_limits_a_batch() -> None:
+    """Samples too unlike each other wait for another batch, even if this one is not full."""
+    schedule, items = make([10, 30, 9, 29], sized=True, max_padding=0.1)
+    assert schedule.take(0.0) == [items[0], items[2]]
+    assert schedule.take(0.0) == [items[1], items[3]]
 
 
 def test_what_waits_is_shared_out() -> None:

@@ -133,7 +133,7 @@ async def test_lengths_are_padded_and_counted() -> None:
     """`pad` fills shorter samples; statistics tell how much of the batches was padding."""
     async with (
         Runtime("cpu") as runtime,
-        Batcher(lambda x: x.sum(1), pad=0.0, size_of=len, runtime=runtime) as batcher,
+        Batcher(lambda x: x.sum(1), pad=0.0, size_of=len, max_padding=1.0, runtime=runtime) as batcher,
     ):
         first = batcher.call_nowait(torch.ones(1))
         second = batcher.call_nowait(torch.ones(3))
@@ -442,6 +442,7 @@ async def test_results_are_not_kept() -> None:
         (lambda: Batcher(double, max_batch_size=0), ValueError, "max_batch_size must be 1"),
         (lambda: Batcher(double, max_wait=-1), ValueError, "max_wait"),
         (lambda: Batcher(double, max_cost=5), ValueError, "size_of"),
+        (lambda: Batcher(double, max_padding=2), ValueError, "from 0 to 1"),
         (lambda: Batcher(7), NotServableError, "but got int"),
         (lambda: Batcher(double).call_nowait(1), BatcherClosedError, "batcher is new"),
     ],
