@@ -155,7 +155,7 @@ def test_sparse_buffer(dp: Passes) -> None:
 
 
 def test_passes_under_way_see_the_buffers_of_those_before(dp: Passes) -> None:
-    """In train mode every lane of a pass has what lane 0 wrote in the pass before, though both run at once."""
+    """In train mode each lane of a pass has what lane 0 wrote in the pass before, though both are under way."""
     gate = threading.Event()
 
     def count(m: Any, x: Tensor) -> Tensor:
@@ -169,16 +169,19 @@ def test_passes_under_way_see_the_buffers_of_those_before(dp: Passes) -> None:
     module.register_buffer("counter", torch.zeros(1))
     dp(module, numbered(4) + 10)
 
-    async def both() -> tuple[Tensor, Tensor]:
-        held = asyncio.ensure_future(dp.begin(module, numbered(4)))
-        behind = asyncio.ensure_future(dp.begin(module, numbered(4) + 10))
+    async def both(num_rows: int) -> tuple[Tensor, Tensor]:
+        held = asyncio.ensure_future(dp.begin(module, numbered(num_rows)))
+        behind = asyncio.ensure_future(dp.begin(module, numbered(num_rows) + 10))
         await asyncio.sleep(0)
         gate.set()
         return await held, await behind
 
-    held, behind = dp.runner.run(both())
+    held, behind = dp.runner.run(both(4))
     assert held.tolist() == [[1.0]] * 4
     assert behind.tolist() == [[2.0]] * 4
+    gate.clear()
+    held, behind = dp.runner.run(both(1))  # the second would find lane 1 free, but its count would be lost
+    assert (held.item(), behind.item(), module.counter.item()) == (3.0, 4.0, 5.0)
 
 
 # A device that is not the module's, for all that the replicas can tell, though torch has it too.
