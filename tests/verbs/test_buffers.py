@@ -155,7 +155,7 @@ def test_sparse_buffer(dp: Passes) -> None:
 
 
 def test_passes_under_way_see_the_buffers_of_those_before(dp: Passes) -> None:
-    """In train mode each lane of a pass has what lane 0 wrote in the pass before, though both are under way."""
+    """In train mode each lane has what lane 0 wrote in the pass before, though both passes are under way."""
     gate = threading.Event()
 
     def count(m: Any, x: Tensor) -> Tensor:
