@@ -93,10 +93,10 @@ class _Structure:
         return None if None in modules else modules  # type: ignore[return-value]
 
     def _current_ids(self) -> list[int] | None:
-        modules = self._modules()
-        if modules is None:
+        try:
+            ids = [id(value) for owner in self._owners for value in owner().__dict__.values()]
+        except AttributeError:  # one of the modules is gone
             return None
-        ids = [id(value) for module in modules for value in module.__dict__.values()]
         ids += [id(value) for values in self._values for value in values]
         return ids
 

@@ -65,9 +65,9 @@ class Route:
     async def run_on_one_lane(
         self, module: nn.Module, replicas: ReplicaSet, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
-        """Run a whole batch on the least busy lane."""
-        lane = self.runtime.least_busy(self.lanes)[0]
-        position = self.lanes.index(lane)
+        """Run a whole batch on the least busy lane, or on lane 0 where buffers change."""
+        position = self._positions(1, module)[0]
+        lane = self.lanes[position]
 
         def whole() -> Any:
             each = replicas.prepare(module, [position])[0]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import asyncdp
 from asyncdp._replica_set import ReplicaSet
 
 from .conftest import Passes
@@ -182,6 +183,25 @@ def test_passes_under_way_see_the_buffers_of_those_before(dp: Passes) -> None:
     gate.clear()
     held, behind = dp.runner.run(both(1))  # the second would find lane 1 free, but its count would be lost
     assert (held.item(), behind.item(), module.counter.item()) == (3.0, 4.0, 5.0)
+
+
+def test_batches_on_one_lane_each() -> None:
+    """Whole batches on whichever lane is free are right; where buffers change, none of them is lost."""
+
+    def count(m: Any, x: Tensor) -> Tensor:
+        m.counter.add_(1)
+        return x * 2
+
+    module = Fn(count)
+    module.register_buffer("counter", torch.zeros(1))
+
+    async def several() -> list[Tensor]:
+        async with asyncdp.DataParallel(module, "cpu*2") as engine:
+            return await asyncio.gather(*(engine.on_one_lane(numbered(rows)) for rows in range(1, 9)))
+
+    for rows, found in enumerate(asyncio.run(several()), start=1):
+        assert torch.equal(found, numbered(rows) * 2)
+    assert module.counter == 8
 
 
 # A device that is not the module's, for all that the replicas can tell, though torch has it too.
