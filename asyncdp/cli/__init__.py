@@ -32,6 +32,6 @@ def main() -> None:
     if missing:
         sys.exit(f"The command line needs {', '.join(missing)}. Install it: pip install 'asyncdp[cli]'")
     _keep_memory_flat()
-    from asyncdp.cli.app import app
+    from .app import app
 
     app(prog_name="asyncdp")

@@ -13,9 +13,9 @@ from typing import Annotated
 
 import typer
 
-from asyncdp.cli.running import EXIT_INTERRUPTED, Interrupted, exit_code_of
-from asyncdp.errors import AsyncDPError
-from asyncdp.infer import InferOptions
+from ..errors import AsyncDPError
+from ..infer import InferOptions
+from .running import EXIT_INTERRUPTED, Interrupted, exit_code_of
 
 _WIDTH = 100
 
@@ -79,7 +79,7 @@ def infer(
     fields = {field.name for field in dataclasses.fields(InferOptions)}
 
     def run() -> int:
-        from asyncdp.cli.running import run_infer
+        from .running import run_infer
 
         chosen = {name: value for name, value in given.items() if name in fields}
         options = InferOptions(**{**chosen, "inputs": tuple(inputs), "columns": tuple(column or ())})
@@ -96,7 +96,7 @@ def merge(
     """Join the outputs of infer --shard i/n, and check that nothing is missing."""
 
     def run() -> int:
-        from asyncdp.infer.merge import merge_parts
+        from ..infer.merge import merge_parts
 
         merged = merge_parts(parts, output)
         print(f"{merged.num_records:,} records, {merged.num_bad:,} of them bad, in {output}")
@@ -112,7 +112,7 @@ def devices(
     """Show the lanes, their memory, peer access and kernels."""
 
     def run() -> int:
-        from asyncdp.cli.devices import describe_devices
+        from .devices import describe_devices
 
         print(describe_devices(spec))
         return 0

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from asyncdp._devices import parse_devices
-from asyncdp._kernels import report
-from asyncdp.errors import JobUsageError
+from .._devices import parse_devices
+from .._kernels import report
+from ..errors import JobUsageError
 
 
 def describe_devices(spec: str | None) -> str:

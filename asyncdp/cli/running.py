@@ -8,10 +8,10 @@ from pathlib import Path
 
 import anyio
 
-from asyncdp.errors import JobUsageError, MissingExtraError
-from asyncdp.infer import InferOptions, Job, Reporter, Summary
-from asyncdp.infer.monitor import Monitor
-from asyncdp.infer.task_groups import plain_task_group
+from ..errors import JobUsageError, MissingExtraError
+from ..infer import InferOptions, Job, Reporter, Summary
+from ..infer.monitor import Monitor
+from ..infer.task_groups import plain_task_group
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -32,8 +32,8 @@ def exit_code_of(num_bad: int, error: Exception | None = None) -> int:
 
 def run_infer(options: InferOptions, *, dry_run: bool, plot: Path | None, as_json: bool) -> int:
     """Runs ``asyncdp infer`` and returns its exit code."""
-    from asyncdp.infer.plot import check_plot, draw_plot
-    from asyncdp.infer.reporters import make_reporter, tell_plan, tell_summary
+    from ..infer.plot import check_plot, draw_plot
+    from ..infer.reporters import make_reporter, tell_plan, tell_summary
 
     if plot is not None:
         check_plot(plot)

@@ -3,8 +3,8 @@
 `asyncdp infer` is its command line; from Python it is `InferOptions` and `Job`.
 """
 
-from asyncdp.infer.job import Job
-from asyncdp.infer.options import InferOptions
-from asyncdp.infer.summary import Plan, Reporter, Summary
+from .job import Job
+from .options import InferOptions
+from .summary import Plan, Reporter, Summary
 
 __all__ = ["InferOptions", "Job", "Plan", "Reporter", "Summary"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Generator, Iterator, Sequence
 
-from asyncdp.infer.records import Record
+from .records import Record
 
 
 @dataclasses.dataclass(frozen=True)

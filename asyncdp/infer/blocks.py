@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from asyncdp.infer.records import Failure, Record, Rows
+from .records import Failure, Record, Rows
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from asyncdp.errors import MissingExtraError, ModelLoadError
-from asyncdp.infer.names import brief
-from asyncdp.infer.steps import Steps, same
+from ..errors import MissingExtraError, ModelLoadError
+from .names import brief
+from .steps import Steps, same
 
 _DEFAULT_MAX_LENGTH = 512
 _WITH_POOLER = ("bert", "roberta", "xlm-roberta")

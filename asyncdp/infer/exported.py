@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from asyncdp.errors import ModelLoadError
-from asyncdp.infer.names import brief
+from ..errors import ModelLoadError
+from .names import brief
 
 
 def load_exported(path: Path, *, allow_pickle: bool) -> nn.Module:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-from asyncdp.errors import OutputError
+from ..errors import OutputError
 
 TEMPORARY_PREFIX = ".tmp-"
 

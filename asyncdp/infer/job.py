@@ -11,19 +11,20 @@ from typing import Any
 import anyio
 import anyio.to_thread
 
-from asyncdp.errors import JobUsageError
-from asyncdp.infer.batching import Window, cut_windows
-from asyncdp.infer.files import write_whole_bytes
-from asyncdp.infer.models import LoadedModel, load_model
-from asyncdp.infer.monitor import Monitor
-from asyncdp.infer.options import InferOptions, fingerprint
-from asyncdp.infer.output import OutputFolder, check_output_free
-from asyncdp.infer.pipeline import ErrorPolicy, Limits, Pipeline
-from asyncdp.infer.readers import STDIN, open_inputs
-from asyncdp.infer.records import Columns, Failure, Rows
-from asyncdp.infer.setup import find_devices, make_steps
-from asyncdp.infer.summary import Plan, Reporter, SilentReporter, Summary, summarise
-from asyncdp.infer.task_groups import plain_task_group
+from .._data_parallel import DataParallel
+from ..errors import JobUsageError
+from .batching import Window, cut_windows
+from .files import write_whole_bytes
+from .models import LoadedModel, load_model
+from .monitor import Monitor
+from .options import InferOptions, fingerprint
+from .output import OutputFolder, check_output_free
+from .pipeline import ErrorPolicy, Limits, Pipeline
+from .readers import STDIN, open_inputs
+from .records import Columns, Failure, Rows
+from .setup import find_devices, make_steps
+from .summary import Plan, Reporter, SilentReporter, Summary, summarise
+from .task_groups import plain_task_group
 
 SUMMARY_NAME = "_summary.json"
 
@@ -110,9 +111,6 @@ class Job:
         )
 
     def _engine(self) -> Any:
-        # Imported here, so that reading --help does not wait for it.
-        from asyncdp import DataParallel
-
         return DataParallel(self.model.module, self.devices, output_device="cpu")
 
     def _pipeline(self, engine: Any, policy: ErrorPolicy, write_block: Any, monitor: Monitor) -> Pipeline:

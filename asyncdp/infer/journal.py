@@ -16,8 +16,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from asyncdp.errors import ResumeRefusedError
-from asyncdp.infer.files import digest_file, write_failed, write_whole_bytes
+from ..errors import ResumeRefusedError
+from .files import digest_file, write_failed, write_whole_bytes
 
 JOURNAL_NAME = "_journal.jsonl"
 

@@ -8,10 +8,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from asyncdp.errors import JobUsageError, ResumeRefusedError
-from asyncdp.infer.files import write_whole
-from asyncdp.infer.journal import Block, JournalState, load_journal
-from asyncdp.infer.output import OutputFolder, check_output_free, explain_changes
+from ..errors import JobUsageError, ResumeRefusedError
+from .files import write_whole
+from .journal import Block, JournalState, load_journal
+from .output import OutputFolder, check_output_free, explain_changes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from asyncdp.errors import ModelLoadError
-from asyncdp.infer.exported import load_exported
-from asyncdp.infer.names import brief, load_name, source_of
+from ..errors import ModelLoadError
+from .exported import load_exported
+from .names import brief, load_name, source_of
 
 if TYPE_CHECKING:
-    from asyncdp.infer.options import InferOptions
+    from .options import InferOptions
 
 DTYPES = {
     "float32": torch.float32,
@@ -86,7 +86,7 @@ def load_model(options: InferOptions) -> LoadedModel:
     spec = options.model
     module: nn.Module
     if Path(spec).is_dir():
-        from asyncdp.infer.embed import load_embedder
+        from .embed import load_embedder
 
         module, files = load_embedder(Path(spec))
     elif spec.endswith(".pt2"):

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from asyncdp.errors import JobUsageError
+from ..errors import JobUsageError
 
 
 def load_name(spec: str, option: str) -> Any:

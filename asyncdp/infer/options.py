@@ -8,12 +8,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from asyncdp.errors import JobUsageError
-from asyncdp.infer.files import digest_large_file
-from asyncdp.infer.models import DTYPES
-from asyncdp.infer.names import source_of
-from asyncdp.infer.readers import FORMATS, STDIN, Inputs, Selection
-from asyncdp.infer.writers import WRITERS
+from ..errors import JobUsageError
+from .files import digest_large_file
+from .models import DTYPES
+from .names import source_of
+from .readers import FORMATS, STDIN, Inputs, Selection
+from .writers import WRITERS
 
 ON_ERROR = ("stop", "skip", "record")
 ORDERS = ("input", "completion")

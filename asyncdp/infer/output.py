@@ -11,11 +11,11 @@ from typing import IO, Any
 
 import numpy as np
 
-from asyncdp.errors import JobError, JobUsageError, OutputExistsError, ResumeRefusedError
-from asyncdp.infer.files import TEMPORARY_PREFIX, write_failed, write_whole
-from asyncdp.infer.journal import JOURNAL_NAME, Block, Journal, JournalState, StoredFile, load_journal
-from asyncdp.infer.records import Columns, Failure, Rows
-from asyncdp.infer.writers import WRITERS
+from ..errors import JobError, JobUsageError, OutputExistsError, ResumeRefusedError
+from .files import TEMPORARY_PREFIX, write_failed, write_whole
+from .journal import JOURNAL_NAME, Block, Journal, JournalState, StoredFile, load_journal
+from .records import Columns, Failure, Rows
+from .writers import WRITERS
 
 LOCK_NAME = ".lock"
 

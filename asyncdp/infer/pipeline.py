@@ -17,13 +17,13 @@ import anyio.to_thread
 import torch
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
-from asyncdp.errors import AsyncDPError, RecordError, TooManyBadRecordsError
-from asyncdp.infer.batching import Window, padding, plan_batches
-from asyncdp.infer.blocks import Batch, OpenBlock
-from asyncdp.infer.monitor import Monitor
-from asyncdp.infer.records import Columns, Failure, Record, Rows
-from asyncdp.infer.steps import Steps, to_columns
-from asyncdp.infer.task_groups import plain_task_group
+from ..errors import AsyncDPError, RecordError, TooManyBadRecordsError
+from .batching import Window, padding, plan_batches
+from .blocks import Batch, OpenBlock
+from .monitor import Monitor
+from .records import Columns, Failure, Record, Rows
+from .steps import Steps, to_columns
+from .task_groups import plain_task_group
 
 # Two batches per lane: one runs while the next one waits right behind it.
 _BATCHES_PER_LANE = 2

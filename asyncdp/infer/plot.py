@@ -8,9 +8,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from asyncdp.errors import JobUsageError, MissingExtraError
-from asyncdp.infer.files import write_whole
-from asyncdp.infer.monitor import Sample
+from ..errors import JobUsageError, MissingExtraError
+from .files import write_whole
+from .monitor import Sample
 
 
 def check_plot(path: Path) -> None:

@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable
 from typing import Any, TextIO
 
-from asyncdp.infer.monitor import Monitor
-from asyncdp.infer.summary import Plan, Reporter, Summary
+from .monitor import Monitor
+from .summary import Plan, Reporter, Summary
 
 _LOG_SECONDS = 30.0
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from asyncdp._devices import parse_devices
-from asyncdp.errors import JobUsageError
-from asyncdp.infer.names import load_name
-from asyncdp.infer.options import InferOptions
-from asyncdp.infer.readers import decode_image
-from asyncdp.infer.steps import EachValue, Steps, default_collate, image_to_tensor, length_of, same
+from .._devices import parse_devices
+from ..errors import JobUsageError
+from .names import load_name
+from .options import InferOptions
+from .readers import decode_image
+from .steps import EachValue, Steps, default_collate, image_to_tensor, length_of, same
 
 
 def make_steps(options: InferOptions, input_format: str) -> Steps:
@@ -23,7 +23,7 @@ def make_steps(options: InferOptions, input_format: str) -> Steps:
         JobUsageError: When a function that was named cannot be imported.
     """
     if options.task == "embed":
-        from asyncdp.infer.embed import embed_steps
+        from .embed import embed_steps
 
         steps = embed_steps(Path(options.model))
     else:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from asyncdp.errors import JobError
-from asyncdp.infer.records import Columns
+from ..errors import JobError
+from .records import Columns
 
 Collate = Callable[[list[Any]], Any]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Protocol
 
-from asyncdp.infer.monitor import Monitor
-from asyncdp.infer.output import OutputFolder
+from .monitor import Monitor
+from .output import OutputFolder
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from asyncdp.errors import JobError
-from asyncdp.infer.records import Columns
+from ..errors import JobError
+from .records import Columns
 
 Encoder = Callable[[IO[bytes], Sequence[Any], Columns], None]
 

@@ -6,11 +6,11 @@ import glob
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from asyncdp.errors import InputError
-from asyncdp.infer.readers import arrays, images, parquet, text
-from asyncdp.infer.readers.base import STDIN, InputFile, Reader, Selection
-from asyncdp.infer.readers.images import decode_image
-from asyncdp.infer.records import Record, Row
+from ...errors import InputError
+from ..records import Record, Row
+from . import arrays, images, parquet, text
+from .base import STDIN, InputFile, Reader, Selection
+from .images import decode_image
 
 __all__ = ["FORMATS", "STDIN", "Inputs", "Selection", "decode_image", "open_inputs"]
 

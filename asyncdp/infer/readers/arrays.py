@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from asyncdp.infer.readers.base import InputFile, Selection
-from asyncdp.infer.records import Row
+from ..records import Row
+from .base import InputFile, Selection
 
 _CHUNK = 256
 

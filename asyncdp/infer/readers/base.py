@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Protocol, cast
 
-from asyncdp.errors import DamagedInputError
-from asyncdp.infer.records import Row
+from ...errors import DamagedInputError
+from ..records import Row
 
 STDIN = Path("-")
 

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from asyncdp.errors import MissingExtraError
-from asyncdp.infer.readers.base import InputFile, Selection
-from asyncdp.infer.records import Row
+from ...errors import MissingExtraError
+from ..records import Row
+from .base import InputFile, Selection
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from asyncdp.errors import InputError
-from asyncdp.infer.readers.base import InputFile, Selection
-from asyncdp.infer.records import Row
+from ...errors import InputError
+from ..records import Row
+from .base import InputFile, Selection
 
 _CHUNK = 1024
 

@@ -7,8 +7,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from asyncdp.infer.readers.base import InputFile, Selection
-from asyncdp.infer.records import Row
+from ..records import Row
+from .base import InputFile, Selection
 
 _MAX_FIELD = 16 << 20
 
