@@ -1,6 +1,7 @@
 """Services: batches of many callers' samples, and streams of batches."""
 
+from ..errors import QueueFullError as QueueFull
 from .batcher import Batcher, BatcherState
 from .statistics import BatcherStatistics, Percentiles
 
-__all__ = ["Batcher", "BatcherState", "BatcherStatistics", "Percentiles"]
+__all__ = ["Batcher", "BatcherState", "BatcherStatistics", "Percentiles", "QueueFull"]
