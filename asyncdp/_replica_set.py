@@ -385,8 +385,12 @@ def updates_buffers(module: nn.Module) -> bool:
 class Kept(dict[tuple[torch.device, ...], ReplicaSet]):
     """A module's replica sets by their devices. Copies and pickles of the module go without them."""
 
-    def __deepcopy__(self, memo: object) -> Kept:
-        return Kept()
+    def __init__(self, owner: nn.Module) -> None:
+        super().__init__()
+        self.owner = weakref.ref(owner)  # a shallow copy of the module has this too, but does not own it
+
+    def __deepcopy__(self, memo: object) -> dict[Any, Any]:
+        return {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return dict, ()
@@ -399,8 +403,8 @@ def replica_set_of(module: nn.Module, devices: Sequence[torch.device]) -> Replic
     hooks, which the replicas share, refer to.
     """
     kept = module.__dict__.get(KEPT)
-    if not isinstance(kept, Kept):
-        kept = module.__dict__[KEPT] = Kept()
+    if not isinstance(kept, Kept) or kept.owner() is not module:
+        kept = module.__dict__[KEPT] = Kept(module)
     key = tuple(devices)
     if key not in kept:
         kept[key] = ReplicaSet(module, devices)

@@ -252,6 +252,16 @@ def test_replicas_leave_no_trace_in_copies_and_files(dp: Passes) -> None:
         assert other.a.weight is not module.a.weight
 
 
+def test_shallow_copy_has_replicas_of_its_own(dp: Passes) -> None:
+    """`copy.copy` of a module that was passed through lanes is a module of its own."""
+    module, x = nn.Dropout(1.0), torch.ones(4, 1)
+    dp(module, x)
+    other = copy.copy(module)
+    other.eval()
+    assert dp(other, x).sum() == 4
+    assert dp(module, x).sum() == 0
+
+
 def test_replicas_can_be_saved(tmp_path: Any) -> None:
     """Contract 18: a replica, attached or not, goes through torch.save and comes back equal."""
     module, x = Tied(), torch.randn(4, 3)
