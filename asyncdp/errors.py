@@ -413,3 +413,13 @@ class NotServableError(AsyncDPError, TypeError):
             f"expected a DataParallel engine or something to call, but got {type(got).__qualname__}. "
             "Wrap a module in DataParallel, or pass a function of one batch."
         )
+
+
+class TraceFileError(AsyncDPError, ValueError):
+    """A file is no trace that asyncdp recorded."""
+
+    def __init__(self, path: object, cause: BaseException) -> None:
+        super().__init__(
+            f"cannot read {path} as a trace: {type(cause).__name__}: {cause}. "
+            "Name a file that `async with asyncdp.TraceRecorder(path)` wrote."
+        )
