@@ -4,5 +4,14 @@ from .default import default_runtime
 from .lane import Lane
 from .runtime import LaneStatistics, Runtime, RuntimeStatistics
 from .schedule import LaneState
+from .trace import TraceRecorder
 
-__all__ = ["Lane", "LaneState", "LaneStatistics", "Runtime", "RuntimeStatistics", "default_runtime"]
+__all__ = [
+    "Lane",
+    "LaneState",
+    "LaneStatistics",
+    "Runtime",
+    "RuntimeStatistics",
+    "TraceRecorder",
+    "default_runtime",
+]

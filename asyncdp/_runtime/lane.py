@@ -12,6 +12,7 @@ import torch
 
 from .._devices.base import LaneDevice
 from .._devices.threads import set_intra_op_threads
+from . import trace
 from .schedule import LaneState
 
 if TYPE_CHECKING:
@@ -93,6 +94,8 @@ class Lane:
             self._queue.appendleft(work)
         else:
             self._queue.append(work)
+        if trace.recorder is not None:
+            trace.recorder.queued(work)
         self._rouse()
 
     def remove(self, work: Work) -> bool:
@@ -163,7 +166,10 @@ class Lane:
         if work.num_threads != self._num_threads:
             set_intra_op_threads(work.num_threads)
             self._num_threads = work.num_threads
+        issued = None if trace.recorder is None else trace.recorder.started(work)
         ended = work.owner.perform(work)
+        if issued is not None:
+            issued(ended)
         self.num_done += 1
         self.busy_seconds += time.perf_counter() - started
         return ended

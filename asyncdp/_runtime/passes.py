@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import AsyncDPError, StopIterationInLaneError
+from . import trace
 from .ambient import Ambient
 from .completion import new_completion
 from .lane import Lane, Work
@@ -171,6 +172,8 @@ class Pass:
         if error is not None:
             work.error = error
             work.lost = work.lane.driver.lost(error)
+        if trace.recorder is not None:
+            trace.recorder.completed(work)
         with self._core.lock:
             self.ended(work)
         self._core.wake()

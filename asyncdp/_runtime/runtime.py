@@ -179,7 +179,7 @@ class Runtime:
         """
         if lane is None:
             lane = self.least_busy(self._core.lanes)[0]
-        stage = [(lane, lambda: function(*args))]
+        stage = [(lane, partial(function, *args))]
         return (await self.run_pass(stage, num_threads=num_threads))[0]  # type: ignore[no-any-return]
 
     async def run_pass(
