@@ -12,7 +12,14 @@ if TYPE_CHECKING:
     from ._gather import gather
     from ._parallel_apply import parallel_apply
     from ._replicate import replicate
-    from ._runtime import LaneState, LaneStatistics, Runtime, RuntimeStatistics, default_runtime
+    from ._runtime import (
+        LaneState,
+        LaneStatistics,
+        Runtime,
+        RuntimeStatistics,
+        TraceRecorder,
+        default_runtime,
+    )
     from ._scatter import scatter
     from ._serving import Batcher, BatcherStatistics, QueueFull
     from ._training import backward
@@ -31,6 +38,7 @@ __all__ = [
     "QueueFull",
     "Runtime",
     "RuntimeStatistics",
+    "TraceRecorder",
     "backward",
     "data_parallel",
     "default_runtime",
