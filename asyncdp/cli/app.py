@@ -120,6 +120,25 @@ def devices(
     _exit_with(run)
 
 
+trace_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at recorded traces.")
+app.add_typer(trace_app, name="trace")
+
+
+@trace_app.command("summary")
+def trace_summary(
+    file: Annotated[Path, typer.Argument(help="A file that asyncdp.TraceRecorder wrote.")],
+) -> None:
+    """Show, per lane and kind of work, counts, times and shares of a trace."""
+
+    def run() -> int:
+        from asyncdp.trace_summary import summarize
+
+        print(summarize(file))
+        return 0
+
+    _exit_with(run)
+
+
 def _exit_with(run: Callable[[], int], *, as_json: bool = False) -> None:
     """Ends the process with the code of a command; errors of ours are told in one line."""
     # Raised by torch itself when it copies an exported program.
