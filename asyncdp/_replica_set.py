@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ._autograd import Broadcast
+from ._autograd import broadcast_first
 from ._buckets import DEFAULT_BUCKET_BYTES, buckets
 from ._replicate import KEPT, PLAIN, AttributeMap, Replica, TensorMap, check_module, stand_ins
 
@@ -238,12 +238,12 @@ class ReplicaSet:
     def prepare_nowait(self, module: nn.Module, lanes: Sequence[int]) -> list[LaneModule] | None:
         """As `prepare` if that takes microseconds, else None: then prepare on a lane.
 
-        A train-mode module's buffers may be in use on lane 0; its preparation queues behind that.
+        After a pass in train mode lane 0 may be changing buffers; the next preparation queues behind it.
         """
         if not self._lock.acquire(blocking=False):
             return None
         try:
-            return self._hand_out(module, lanes) if self._is_quick(module, len(lanes)) else None
+            return self._hand_out(module, lanes) if self._is_quick(len(lanes)) else None
         finally:
             self._lock.release()
 
@@ -264,12 +264,10 @@ class ReplicaSet:
                 self._refresh_buffers()
             return self._hand_out(module, lanes)
 
-    def _is_quick(self, module: nn.Module, num_lanes: int) -> bool:
+    def _is_quick(self, num_lanes: int) -> bool:
         if self._structure is None or len(self._structure) > _MAX_QUICK_MODULES:
             return False
         if not self._follows() or not self._are_buffers_current():
-            return False
-        if self._buffers and updates_buffers(module):
             return False
         num_aliases = len(self._parameters) * num_lanes if torch.is_grad_enabled() else 0
         return num_aliases <= _MAX_QUICK_ALIASES
@@ -354,7 +352,7 @@ class ReplicaSet:
         learning = [tensor for tensor in [*self._parameters, *self._buffers] if tensor.requires_grad]
         devices = [self._devices[lane] for lane in lanes]
         for bucket in buckets(learning, self._bucket_bytes):
-            outputs = Broadcast.apply(devices, False, *bucket)
+            outputs = broadcast_first(devices, bucket)
             for position, own in enumerate(aliases):
                 share = outputs[position * len(bucket) : (position + 1) * len(bucket)]
                 own.update(stand_ins(bucket, share))
