@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _kernels
-from ._buckets import buckets
+from ._buckets import buckets as divide
 
 # Smaller than a broadcast's: a bucket is summed while the processor's cache still holds part of it,
 # and the gradients of a second lane live only until their bucket is complete.
@@ -27,6 +27,7 @@ class Reducer:
 
     Args:
         tensors: what the gradients belong to; sums go to each one's device.
+        buckets: which tensors, by position, are summed together; see `bucket_positions`.
         num_lanes: how many lanes will report.
         kept: gradients of earlier batches to be added; never written to.
         overlap: sum a bucket on the thread that completes it. Only right where a gradient is
@@ -34,12 +35,18 @@ class Reducer:
     """
 
     def __init__(
-        self, tensors: Sequence[Tensor], num_lanes: int, kept: Sequence[Gradients], *, overlap: bool
+        self,
+        tensors: Sequence[Tensor],
+        buckets: Sequence[Sequence[int]],
+        num_lanes: int,
+        kept: Sequence[Gradients],
+        *,
+        overlap: bool,
     ) -> None:
         self._tensors = tensors
         self._kept = kept
         self._overlap = overlap
-        self._buckets = bucket_positions(tensors)
+        self._buckets = buckets
         self._bucket_of = {place: number for number, bucket in enumerate(self._buckets) for place in bucket}
         self._missing = [[set(bucket) for bucket in self._buckets] for _ in range(num_lanes)]
         self._lanes_left = [num_lanes] * len(self._buckets)
@@ -73,9 +80,15 @@ class Reducer:
 
     def sums(self) -> Gradients:
         """The sums over lanes and kept gradients, after every lane has ended."""
+        if len(self.gradients) == 1 and not self._kept and self._are_in_place(self.gradients[0]):
+            return self.gradients[0]
         for bucket in range(len(self._buckets)):
             self._sum(bucket)
         return self._sums
+
+    def _are_in_place(self, gradients: Gradients) -> bool:
+        pairs = zip(gradients, self._tensors, strict=True)
+        return all(gradient is None or gradient.device == tensor.device for gradient, tensor in pairs)
 
     def _leave(self, bucket: int, lane: int) -> bool:
         """Count a lane out of a bucket, once; tell whether it was the last and the sum is due."""
@@ -109,7 +122,7 @@ _LEFT: set[int] = set()
 def bucket_positions(tensors: Sequence[Tensor]) -> list[list[int]]:
     """Which tensors, by position, are summed together, in the order a backward meets them."""
     positions = {id(tensor): position for position, tensor in enumerate(tensors)}
-    return [[positions[id(tensor)] for tensor in bucket] for bucket in buckets(tensors, BUCKET_BYTES)]
+    return [[positions[id(tensor)] for tensor in bucket] for bucket in divide(tensors, BUCKET_BYTES)]
 
 
 def add_up(
@@ -125,30 +138,39 @@ def add_up(
     Returns:
         One sum per group, which shares memory with no summand of the second kind.
     """
-    sums: Gradients = []
+    sums: Gradients = [None] * len(groups)
     firsts: list[list[Tensor]] = []
     others: list[list[Tensor]] = []
-    for (free, fixed), device in zip(groups, devices, strict=True):
+    launches: dict[torch.device, list[int]] = {}
+    summands = [[each for each in (*free, *fixed) if each is not None] for free, fixed in groups]
+    for position, ((free, _), device) in enumerate(zip(groups, devices, strict=True)):
         own = [tensor for tensor in free if tensor is not None]
-        summands = own + [tensor for tensor in fixed if tensor is not None]
-        if not summands:
-            sums.append(None)
-        elif not own or not _can_add_in_place(summands, device):
-            lone = len(summands) == 1 and bool(own) and own[0].device == device
-            sums.append(own[0] if lone else _kernels.reduce_add(summands, device))
-        else:
-            sums.append(own[0])
-            firsts.append(summands[:1])
-            others.append(summands[1:])
+        if own and len(summands[position]) == 1 and own[0].device == device:
+            sums[position] = own[0]
+        elif own and _can_add_in_place(summands[position], device):
+            sums[position] = own[0]
+            firsts.append(summands[position][:1])
+            others.append(summands[position][1:])
+        elif summands[position]:
+            launches.setdefault(device, []).append(position)
     _add_in_place(firsts, others)
+    for device, positions in launches.items():
+        totals = _kernels.reduce_add_many([summands[position] for position in positions], device)
+        for position, total in zip(positions, totals, strict=True):
+            sums[position] = total
     return sums
 
 
 def _can_add_in_place(summands: Sequence[Tensor], device: torch.device) -> bool:
+    """On the CPU this saves a tensor; on CUDA one launch for the whole bucket is worth more."""
     dtype = summands[0].dtype
-    return dtype in _IN_PLACE_DTYPES and all(
-        tensor.device == device and tensor.layout is torch.strided and tensor.dtype == dtype
-        for tensor in summands
+    return (
+        device.type == "cpu"
+        and dtype in _IN_PLACE_DTYPES
+        and all(
+            tensor.device == device and tensor.layout is torch.strided and tensor.dtype == dtype
+            for tensor in summands
+        )
     )
 
 
