@@ -183,7 +183,8 @@ class _Step:
             _backward(share if scale is None else share * scale.to(device))
             if alone:
                 reducer.gradients[0] = lanes[0].collect()
-            reducer.end(index)
+            else:
+                reducer.end(index)
             return share.detach()
 
     def keep(self) -> None:
@@ -210,7 +211,7 @@ class _Step:
                 learning = self._replicas.learning
                 overlap = not self.accumulate and all(lane.device.type == "cpu" for lane in self._lanes)
                 kept = [] if self.accumulate else self._kept.of(learning)
-                reducer = Reducer(learning, num_lanes, kept, overlap=overlap)
+                reducer = Reducer(learning, self._replicas.buckets, num_lanes, kept, overlap=overlap)
                 self._prepared = lanes, reducer, self._scale(learning)
             return self._prepared
 

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -38,9 +39,14 @@ class StepOptions:
             return
         if not callable(getattr(self.optimizer, "step", None)) or not hasattr(self.optimizer, "zero_grad"):
             raise NotAnOptimizerError(self.optimizer)
-        closure = inspect.signature(self.optimizer.step).parameters.get("closure")
-        if closure is not None and closure.default is inspect.Parameter.empty:
+        if _needs_closure(self.optimizer.__class__):
             raise ClosureOptimizerError(self.optimizer)
+
+
+@lru_cache(maxsize=64)
+def _needs_closure(kind: type) -> bool:
+    closure = inspect.signature(kind.step).parameters.get("closure")  # type: ignore[attr-defined]
+    return closure is not None and closure.default is inspect.Parameter.empty
 
 
 class Kept:

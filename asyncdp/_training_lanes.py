@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from ._reducer import Gradients
+from ._reducer import Gradients, bucket_positions
 from ._replica_set import ReplicaSet
 from ._replicate import Replica, stand_ins
 
@@ -49,8 +50,7 @@ class TrainingLane:
         # Leaves on the module's device need no copy: they share its storage.
         self._copies = [pair for pair in pairs if pair[0].data_ptr() != pair[1].data_ptr()]
         self._report: Report | None = None
-        for position, leaf in enumerate(self._leaves):
-            leaf.register_post_accumulate_grad_hook(_hook(weakref.ref(self), position))
+        self._hooks: list[RemovableHandle] = []
 
     def module(self, report: Report | None) -> nn.Module:
         """The replica, ready for one forward and backward.
@@ -60,7 +60,7 @@ class TrainingLane:
         """
         for leaf in self._leaves:
             leaf.grad = None  # of a step that failed
-        self._report = report
+        self._report_to(report)
         if self._copies:
             # Always: no version tells of changes through `.data`, nor of batch norm's to its buffers.
             with torch.inference_mode(False), torch.no_grad():
@@ -74,6 +74,19 @@ class TrainingLane:
         if self._report is not None and leaf.grad is not None:
             gradient, leaf.grad = leaf.grad, None
             self._report(position, gradient)
+
+    def _report_to(self, report: Report | None) -> None:
+        """Hook up the leaves only while someone wants to know: a hook costs every backward its call."""
+        self._report = report
+        if report is not None and not self._hooks:
+            self._hooks = [
+                leaf.register_post_accumulate_grad_hook(_hook(weakref.ref(self), position))
+                for position, leaf in enumerate(self._leaves)
+            ]
+        elif report is None:
+            for hook in self._hooks:
+                hook.remove()
+            self._hooks = []
 
     def collect(self) -> Gradients:
         """Take the gradients that nobody was told of."""
@@ -128,6 +141,8 @@ class TrainingLanes(ReplicaSet):
         self._key: list[Any] = []
         self.learning: list[Tensor] = []
         """The module's tensors that require gradients, as of the last `prepare_training`."""
+        self.buckets: list[list[int]] = []
+        """Which of them are reduced together."""
 
     def prepare_training(self, module: nn.Module, num_lanes: int) -> list[TrainingLane]:
         """Make the first `num_lanes` lanes ready for one step of `module` as it is now.
@@ -143,6 +158,7 @@ class TrainingLanes(ReplicaSet):
             self._key = key
             self._made = [None] * len(self._devices)
             self.learning = [tensor for tensor in tensors if tensor.requires_grad]
+            self.buckets = bucket_positions(self.learning)
         return [self._lane(position) for position in range(num_lanes)]
 
     def _lane(self, position: int) -> TrainingLane:
