@@ -21,7 +21,13 @@ if TYPE_CHECKING:
         default_runtime,
     )
     from ._scatter import scatter
-    from ._serving import Batcher, BatcherStatistics, QueueFull
+    from ._serving import (
+        Batcher,
+        BatcherStatistics,
+        QueueFull,
+        export_opentelemetry,
+        export_prometheus,
+    )
     from ._training import backward
     from ._tuner import LaneChoice
 
@@ -43,6 +49,8 @@ __all__ = [
     "data_parallel",
     "default_runtime",
     "errors",
+    "export_opentelemetry",
+    "export_prometheus",
     "gather",
     "parallel_apply",
     "parse_devices",

@@ -2,6 +2,15 @@
 
 from ..errors import QueueFullError as QueueFull
 from .batcher import Batcher, BatcherState
+from .export import export_opentelemetry, export_prometheus
 from .statistics import BatcherStatistics, Percentiles
 
-__all__ = ["Batcher", "BatcherState", "BatcherStatistics", "Percentiles", "QueueFull"]
+__all__ = [
+    "Batcher",
+    "BatcherState",
+    "BatcherStatistics",
+    "Percentiles",
+    "QueueFull",
+    "export_opentelemetry",
+    "export_prometheus",
+]
