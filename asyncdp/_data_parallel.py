@@ -16,6 +16,7 @@ from ._adaptive import Adaptive
 from ._devices import DeviceLike, Devices, parse_devices
 from ._parallel_apply import arguments
 from ._replica_set import ReplicaSet, replica_set_of
+from ._replicate import check_module
 from ._route import Route
 from ._runtime import Lane, Runtime, RuntimeStatistics, default_runtime
 from ._training import Trainer
@@ -123,8 +124,7 @@ class DataParallel:
         num_lanes: int | str = "auto",
         runtime: Runtime | None = None,
     ) -> None:
-        if not isinstance(module, nn.Module):
-            raise NotAModuleError(module)
+        check_module(module)
         output = None if output_device is None else parse_devices(output_device)[0]
         self._owns_runtime = runtime is None
         self.runtime = Runtime(devices) if runtime is None else runtime

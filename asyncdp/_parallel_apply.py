@@ -54,7 +54,8 @@ async def parallel_apply(
             lanes, modules, inputs, every_kwargs, targets, strict=True
         )
     ]
-    return await runtime.run_pass(stage, num_threads=runtime.thread_share(len(set(lanes))))
+    num_threads = runtime.thread_share(len(set(lanes)))
+    return await runtime.run_pass(stage, num_threads=num_threads, replica_stage=0)
 
 
 def arguments(inputs: Any) -> tuple[Any, ...]:

@@ -53,14 +53,17 @@ class Route:
             return [(self._gather_lane(last), partial(gather_to, outputs, self.output, self.dim))]
 
         num_threads = self.runtime.thread_share(len(positions))
+        following: list[NextStage] = [gather_stage]
         ready = replicas.prepare_nowait(module, positions)
         if ready is not None:
-            following: list[NextStage] = [gather_stage]
             stage = apply_stage(ready)
         else:
-            following = [lambda results, _: apply_stage(results[0]), gather_stage]
             stage = [(self.lanes[0], partial(replicas.prepare, module, positions))]
-        return (await self.runtime.run_pass(stage, following, num_threads=num_threads))[0]
+            following.insert(0, lambda results, _: apply_stage(results[0]))
+        outputs = await self.runtime.run_pass(
+            stage, following, num_threads=num_threads, replica_stage=len(following) - 1
+        )
+        return outputs[0]
 
     async def run_on_one_lane(
         self, module: nn.Module, replicas: ReplicaSet, args: tuple[Any, ...], kwargs: Mapping[str, Any]

@@ -12,7 +12,7 @@ from . import _tree
 from ._autograd import Scatter
 from ._devices import Devices, parse_devices
 from ._runtime.schedule import split_sizes
-from .errors import LengthMismatchError
+from .errors import LengthMismatchError, UnsplittableError
 
 
 def scatter(inputs: Any, devices: Devices, *, dim: int = 0) -> list[Any]:
@@ -43,6 +43,9 @@ def scatter(inputs: Any, devices: Devices, *, dim: int = 0) -> list[Any]:
 def split(inputs: Any, num_lanes: int, dim: int) -> list[Any]:
     """Split nested inputs into at most `num_lanes` shards, without moving them to another device."""
     leaves, spec = _tree.flatten(inputs)
+    for leaf in leaves:
+        if isinstance(leaf, _tree.Packed):
+            raise UnsplittableError(leaf.sequence)
     num_rows = _common_length(leaves, spec, dim)
     if num_rows is None:
         return [inputs] * num_lanes
@@ -74,12 +77,15 @@ def move(tree: Any, device: torch.device) -> Any:
     if isinstance(tree, Tensor):
         return _move_tensor(tree, device)
     leaves, spec = _tree.flatten(tree)
-    if all(not isinstance(leaf, Tensor) or leaf.device == device for leaf in leaves):
+    moved = [_move_tensor(leaf, device) for leaf in leaves]
+    if all(one is other for one, other in zip(leaves, moved, strict=True)):
         return tree
-    return _tree.unflatten(spec, [_move_tensor(leaf, device) for leaf in leaves])
+    return _tree.unflatten(spec, moved)
 
 
 def _move_tensor(leaf: Any, device: torch.device) -> Any:
+    if isinstance(leaf, _tree.Packed) and leaf.sequence.data.device != device:
+        return _tree.Packed(leaf.sequence.to(device))
     if not isinstance(leaf, Tensor) or leaf.device == device:
         return leaf
     # Only towards CUDA: the other way the copy might be read on the host before it has arrived.

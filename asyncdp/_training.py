@@ -123,7 +123,7 @@ class Trainer:
                 return [(lane, _under(ambient, partial(self._finish, step, shares), lane))]
 
             share = self._runtime.thread_share(len(lanes))
-            result = await self._runtime.run_pass(stage, [last_stage], num_threads=share)
+            result = await self._runtime.run_pass(stage, [last_stage], num_threads=share, replica_stage=0)
             return result[0]  # type: ignore[no-any-return]
 
     def discard_accumulated(self) -> None:

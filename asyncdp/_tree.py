@@ -18,8 +18,6 @@ import optree
 import torch
 from torch.nn.utils.rnn import PackedSequence
 
-from .errors import UnsplittableError
-
 NAMESPACE = "asyncdp"
 
 _registering = threading.Lock()
@@ -121,11 +119,22 @@ def _unflatten_sequence(cls: Any, children: Any) -> Any:
     return cls(children) if cls is torch.Size else tuple.__new__(cls, children)
 
 
-def _refuse(value: Any) -> Any:
-    raise UnsplittableError(value)
+class Packed:
+    """The one leaf of a packed sequence, which moves as a whole and cannot be split."""
+
+    def __init__(self, sequence: Any) -> None:
+        self.sequence = sequence
+
+    def __repr__(self) -> str:
+        return "PackedSequence(...)"
 
 
 # A named tuple by its looks, but its rows do not lie along any dimension of its parts.
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # that named tuples are known already is the point
-    optree.register_pytree_node(PackedSequence, _refuse, _unflatten_sequence, namespace=NAMESPACE)
+    optree.register_pytree_node(
+        PackedSequence,
+        lambda sequence: ([Packed(sequence)], None),
+        lambda _, leaves: next(iter(leaves)).sequence,
+        namespace=NAMESPACE,
+    )

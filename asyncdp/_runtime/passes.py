@@ -49,9 +49,23 @@ class Pass:
     no further stage begins, and the pass ends when what runs has drained.
 
     The fields below are guarded by the runtime's lock while works are under way.
+
+    Args:
+        core: the runtime's.
+        stage: the first stage.
+        following: makes each of the others.
+        num_threads: intra-op threads of each work on a CPU lane.
+        replica_stage: which stage's works are replicas, for the notes on exceptions; None if none's.
     """
 
-    def __init__(self, core: Core, stage: Stage, following: Sequence[NextStage], num_threads: int) -> None:
+    def __init__(
+        self,
+        core: Core,
+        stage: Stage,
+        following: Sequence[NextStage],
+        num_threads: int,
+        replica_stage: int | None,
+    ) -> None:
         self._core = core
         self._num_threads = num_threads
         self._following = list(following) if following else []
@@ -60,7 +74,8 @@ class Pass:
             {lane.device: lane.driver.capture() for lane, _ in stage} if core.captures else _NOTHING
         )
         self._completion = new_completion(self._on_cancel)
-        self._failures: list[tuple[int, Lane | None, BaseException]] = []
+        self._failures: list[tuple[str | None, BaseException]] = []  # where, if on a lane, and what
+        self._to_replicas = replica_stage  # stages until then, negative once past it
         self._cancelled = False
         self.state = PassState.WAITING
         self._prepare(stage)
@@ -105,14 +120,14 @@ class Pass:
 
     def refuse(self, error: AsyncDPError) -> None:
         """End a pass that was never admitted."""
-        self._failures.append((0, None, error))
+        self._failures.append((None, error))
         self._finish()
 
     def drop(self, work: Work, error: BaseException | None = None) -> None:
         """Count a work that left its lane's queue unstarted, because of `error` or a cancellation."""
         work.function = None
         if error is not None:
-            self._failures.append((work.index, work.lane, error))
+            self._failures.append((self._place(work), error))
         self._num_left -= 1
         self._core.act(self._core.schedule.finish(work.lane.index))
         if self._num_left == 0:
@@ -150,7 +165,7 @@ class Pass:
         if error is None:
             self._results[work.index] = value
         else:
-            self._failures.append((work.index, work.lane, error))
+            self._failures.append((self._place(work), error))
         self._num_left -= 1
         if work.lost:
             core.lose(work.lane, error)
@@ -178,15 +193,21 @@ class Pass:
             self.ended(work)
         self._core.wake()
 
+    def _place(self, work: Work) -> str:
+        lane = f"lane {work.lane.name}"
+        return f"replica {work.index} on {lane}" if self._to_replicas == 0 else lane
+
     def _advance(self, lane: Lane) -> None:
         """Begin the next stage, or end the pass."""
         if self._failures or self._cancelled or not self._following:
             self._finish()
             return
+        if self._to_replicas is not None:
+            self._to_replicas -= 1
         try:
             stage = self._following.pop(0)(self._results, lane)
         except BaseException as error:
-            self._failures.append((0, lane, error))
+            self._failures.append((f"lane {lane.name}", error))
             self._finish()
             return
         self._prepare(stage)
@@ -226,18 +247,18 @@ class Pass:
         self._core.finished(self, self._completion)
 
 
-def _first_failure(failures: list[tuple[int, Lane | None, BaseException]]) -> BaseException:
+def _first_failure(failures: list[tuple[str | None, BaseException]]) -> BaseException:
     """The first failure in time, told where it happened and what else failed."""
-    index, lane, error = failures[0]
+    place, error = failures[0]
     if isinstance(error, StopIteration):
         wrapped = StopIterationInLaneError()
         wrapped.__cause__ = error
         error = wrapped
-    if lane is not None:
-        _add_note(error, f"in replica {index} on lane {lane.name}")
-    for other_index, other_lane, other in failures[1:]:
-        if other_lane is not None and other is not error:
-            _add_note(error, f"also failed: replica {other_index} on lane {other_lane.name}: {other!r}")
+    if place is not None:
+        _add_note(error, f"in {place}" if place.startswith("replica") else f"on {place}")
+    for other_place, other in failures[1:]:
+        if other_place is not None and other is not error:
+            _add_note(error, f"also failed: {other_place}: {other!r}")
     return error
 
 

@@ -188,13 +188,16 @@ class Runtime:
         following: Sequence[NextStage] = (),
         *,
         num_threads: int | None = None,
+        replica_stage: int | None = None,
     ) -> list[Any]:
         """Run stages of work, each after all of the one before, and return the last one's results.
 
-        The first stage waits in order of arrival for room in its lanes' queues.
+        The first stage waits in order of arrival for room in its lanes' queues. `replica_stage` tells
+        which of the stages runs replicas, for the notes on exceptions.
         """
         self._refuse_nested()
-        one = Pass(self._core, stage, following, num_threads or self.num_intra_op_threads)
+        num_threads = num_threads or self.num_intra_op_threads
+        one = Pass(self._core, stage, following, num_threads, replica_stage)
         return await one.run()
 
     async def run_pass_nowait(self, stage: Stage, following: Sequence[NextStage] = ()) -> list[Any]:

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import threading
 import weakref
+from functools import partial
 
 import anyio
 import pytest
@@ -55,7 +56,7 @@ async def test_the_very_exception_comes_out_with_a_note() -> None:
         with pytest.raises(KeyError) as caught:
             await rt.run(fail, lane=rt.lanes[1])
         assert caught.value is error
-        assert error.__notes__ == ["in replica 0 on lane cpu:1"]
+        assert error.__notes__ == ["on lane cpu:1"]
         assert "fail" in [entry.name for entry in caught.traceback]
         with pytest.raises(KeyError):
             await rt.run(fail, lane=rt.lanes[1])
@@ -79,11 +80,30 @@ async def test_the_first_failure_in_time_wins() -> None:
 
     async with runtime() as rt:
         with pytest.raises((OSError, ValueError)) as caught:
-            await rt.run_pass([(rt.lanes[0], late), (rt.lanes[1], early)])
+            await rt.run_pass([(rt.lanes[0], late), (rt.lanes[1], early)], replica_stage=0)
         first, *others = caught.value.__notes__
     assert "in replica" in first
     assert len(others) == 1
     assert "also failed: replica" in others[0]
+
+
+async def test_only_replicas_are_called_so() -> None:
+    """Failures before and after the replicas' stage are told by their lane alone."""
+
+    def fail(what: str) -> None:
+        raise ValueError(what)
+
+    async with runtime() as rt:
+        for failing, note in enumerate(["on lane cpu:0", "in replica 0 on lane cpu:0", "on lane cpu:0"]):
+            stages = [
+                [(rt.lanes[0], partial(fail, "x") if number == failing else int)] for number in range(3)
+            ]
+            first, *following = stages
+            with pytest.raises(ValueError, match="x") as caught:
+                await rt.run_pass(
+                    first, [lambda *_, stage=stage: stage for stage in following], replica_stage=1
+                )
+            assert caught.value.__notes__ == [note]
 
 
 async def test_stop_iteration_is_wrapped() -> None:

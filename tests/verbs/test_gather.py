@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import warnings
 from collections import OrderedDict
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
 import asyncdp
@@ -107,3 +108,15 @@ def test_dimension(dim: int) -> None:
         warnings.simplefilter("error")
         found = asyncdp.gather([torch.zeros(2, 1), torch.ones(2, 3)], "cpu", dim=dim)
     assert found.tolist() == [[0, 1, 1, 1]] * 2
+
+
+def test_packed_inputs_reach_their_modules() -> None:
+    """parallel_apply splits nothing, so it hands a PackedSequence over as it is."""
+    packed = pack_sequence([torch.ones(3, 2), torch.ones(2, 2)])
+
+    async def main() -> list[Any]:
+        return await asyncdp.parallel_apply([nn.LSTM(2, 4), nn.Identity()], [packed, packed])
+
+    outputs = asyncio.run(main())
+    assert outputs[0][0].data.shape == (5, 4)
+    assert torch.equal(outputs[1].data, packed.data)
