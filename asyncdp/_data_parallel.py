@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor, nn
 
 from ._adaptive import Adaptive
+from ._buckets import DEFAULT_BUCKET_BYTES
 from ._devices import DeviceLike, Devices, parse_devices
 from ._parallel_apply import arguments
 from ._replica_set import ReplicaSet, replica_set_of
@@ -107,6 +108,7 @@ class DataParallel:
             depends on it: where it could (batch statistics in train mode, outputs that are not rows of
             the batch, torch's deterministic mode), "auto" stays on all lanes.
         runtime: run on these lanes instead of on own ones. It is not closed with the engine.
+        bucket_bytes: gradients that one reduce-add covers in a backward of the caller's own.
 
     Raises:
         NotAModuleError, LazyModuleError, UnsupportedModuleError: the module cannot be replicated.
@@ -123,6 +125,7 @@ class DataParallel:
         *,
         num_lanes: int | str = "auto",
         runtime: Runtime | None = None,
+        bucket_bytes: int = DEFAULT_BUCKET_BYTES,
     ) -> None:
         check_module(module)
         output = None if output_device is None else parse_devices(output_device)[0]
@@ -132,7 +135,7 @@ class DataParallel:
         self.module = module
         self._num_lanes = _check_num_lanes(num_lanes, len(lanes))
         self._route = Route(self.runtime, lanes, lanes[0].device if output is None else output, dim)
-        self._replicas = ReplicaSet(module, [lane.device for lane in lanes])
+        self._replicas = ReplicaSet(module, [lane.device for lane in lanes], bucket_bytes)
         self._trainer = Trainer(module, self.runtime, lanes, self._route.output, dim)
         adapts = num_lanes == "auto" and len(lanes) > 1
         self._adaptive = Adaptive(module, self._route) if adapts else None
