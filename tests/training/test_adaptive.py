@@ -1,0 +1,177 @@
+"""Choosing the number of lanes never changes what a result means."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import asyncdp
+
+from .helpers import batch, distance, mlp, serial_step
+
+pytestmark = pytest.mark.anyio
+
+
+class Counting(nn.Module):
+    """Notes how many rows each forward got; returns what `function` makes of them."""
+
+    def __init__(self, function: Callable[[Tensor], Any] = lambda x: x * 2) -> None:
+        super().__init__()
+        self.function = function
+        self.rows: list[int] = []
+
+    def forward(self, x: Tensor) -> Any:
+        self.rows.append(len(x))
+        return self.function(x)
+
+
+def adaptive(module: nn.Module) -> asyncdp.DataParallel:
+    """An engine on three lanes that chooses by itself."""
+    return asyncdp.DataParallel(module, "cpu*3")
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+async def test_it_tries_one_to_all_lanes_and_settles() -> None:
+    """The first calls are on all, one and two lanes; then it stays with one number, and tells which."""
+    module = Counting()
+    x = torch.arange(6.0).reshape(6, 1)
+    async with adaptive(module) as one:
+        for _ in range(12):
+            assert torch.equal(await one(x), x * 2)
+        tried = set(module.rows)
+        choice = one.statistics().choices[0]
+        module.rows.clear()
+        for _ in range(3):
+            assert torch.equal(await one(x), x * 2)
+    assert tried == {2, 6, 3}
+    assert set(choice.costs) == {1, 2, 3}
+    assert choice.num_probes == 12
+    assert choice.reason
+    assert choice.workload.startswith("call train grad float32")
+    assert module.rows == [6 // choice.num_lanes] * 3 * choice.num_lanes
+
+
+@pytest.mark.filterwarnings("ignore:Was asked to gather")
+@pytest.mark.parametrize(
+    ("function", "num_rows"),
+    [
+        (torch.mean, 6),
+        (torch.mean, 3),
+        (lambda x: x.sum(0), 6),
+        (lambda x: (x, x.new_ones(1)), 3),
+        (lambda x: x.new_ones(2, 4), 6),
+    ],
+    ids=["scalar", "scalar from one row", "one row for all", "one element each", "as long as a shard"],
+)
+async def test_outputs_per_replica_stay_on_all_lanes(function: Any, num_rows: int) -> None:
+    """Where each lane gives something of its own, every call gives as many as there are lanes."""
+    x = torch.arange(float(num_rows * 4)).reshape(num_rows, 4)
+    async with adaptive(Counting(function)) as one:
+        first = await one(x)
+        for _ in range(14):
+            again = await one(x)
+            pairs = zip(first, again, strict=True) if isinstance(first, tuple) else [(first, again)]
+            for mine, other in pairs:
+                assert torch.equal(mine, other)
+        assert one.statistics().choices[0].num_lanes == 3
+
+
+async def test_batch_statistics_fix_the_choice() -> None:
+    """A batch norm in train mode always sees the shards of all lanes; in eval mode it need not."""
+    module = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4))
+    x = torch.randn(6, 5)
+    async with adaptive(module) as one:
+        for _ in range(14):
+            await one(x)
+        fixed = one.statistics().choices[0]
+        module.eval()
+        for _ in range(14):
+            await one(x)
+        free = one.statistics().choices[1]
+    assert (fixed.num_lanes, fixed.num_probes) == (3, 0)
+    assert "batch statistics" in fixed.reason
+    assert free.num_probes == 12
+
+
+async def test_deterministic_mode_fixes_the_choice() -> None:
+    """In torch's deterministic mode calls and steps never depend on what was measured."""
+    module = mlp()
+    x, y = batch(6)
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    async with adaptive(module) as one:
+        with deterministic():
+            for _ in range(5):
+                await one(x)
+                await one.train_step(x, y, functional.cross_entropy, optimizer)
+        choices = one.statistics().choices
+    assert [choice.num_lanes for choice in choices] == [3, 3]
+    assert all("deterministic" in choice.reason for choice in choices)
+
+
+async def test_shapes_and_modes_are_workloads_of_their_own() -> None:
+    """Another length, another mode of the module and training steps are learned separately."""
+    module = mlp()
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    async with adaptive(module) as one:
+        for num_rows in (4, 4, 32):
+            x, y = batch(num_rows)
+            await one(x)
+        module.eval()
+        await one(x)
+        await one.train_step(x, y, functional.cross_entropy, optimizer)
+        assert len(one.statistics().choices) == 4
+
+
+async def test_training_adapts_and_stays_equal() -> None:
+    """While a step is tried on one, two and three lanes the weights follow the serial run."""
+    torch.manual_seed(0)
+    module = mlp()
+    serial = copy.deepcopy(module)
+    optimizer, serial_optimizer = (torch.optim.Adam(each.parameters(), 0.01) for each in (module, serial))
+    async with adaptive(module) as one:
+        for _ in range(20):
+            x, y = batch(10)
+            await one.train_step(x, y, functional.cross_entropy, optimizer)
+            serial_step(serial, serial_optimizer, x, y, functional.cross_entropy)
+        assert one.statistics().choices[0].num_probes >= 12
+    assert distance(module, serial) < 1e-10
+
+
+async def test_gradients_on_any_number_of_lanes() -> None:
+    """Whatever number of lanes a call took, its backward gives the same gradients."""
+    torch.manual_seed(0)
+    module = mlp()
+    x, _ = batch(10)
+    module(x).square().mean().backward()
+    expected = [each.grad for each in module.parameters()]
+    async with adaptive(module) as one:
+        for _ in range(13):
+            module.zero_grad()
+            await asyncdp.backward((await one(x)).square().mean())
+            torch.testing.assert_close([each.grad for each in module.parameters()], expected)
+
+
+@pytest.mark.parametrize("num_lanes", [1, 2, "all"])
+async def test_a_number_forces(num_lanes: Any) -> None:
+    """A number, or "all", is what every call takes, and nothing is learned."""
+    module = Counting()
+    async with asyncdp.DataParallel(module, "cpu*3", num_lanes=num_lanes) as one:
+        for _ in range(8):
+            await one(torch.zeros(6, 1))
+        assert one.statistics().choices == ()
+    assert set(module.rows) == {6 // (3 if num_lanes == "all" else num_lanes)}
