@@ -42,6 +42,7 @@ async def test_the_loop_goes_on_while_a_lane_works() -> None:
     async with runtime(1) as rt, anyio.create_task_group() as group:
         group.start_soon(rt.run, latch.hold)
         await latch.wait_entered()
+        assert rt.statistics().num_running == 1, "the lane is held while this task goes on"
         latch.open()
 
 
