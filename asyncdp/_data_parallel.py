@@ -109,6 +109,8 @@ class DataParallel:
             the batch, torch's deterministic mode), "auto" stays on all lanes.
         runtime: run on these lanes instead of on own ones. It is not closed with the engine.
         bucket_bytes: gradients that one reduce-add covers in a backward of the caller's own.
+        checksum: read all weights at every pass that has copies of them on another device, so as to
+            notice changes made behind autograd's back without a `refresh`.
 
     Raises:
         NotAModuleError, LazyModuleError, UnsupportedModuleError: the module cannot be replicated.
@@ -126,6 +128,7 @@ class DataParallel:
         num_lanes: int | str = "auto",
         runtime: Runtime | None = None,
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+        checksum: bool = False,
     ) -> None:
         check_module(module)
         output = None if output_device is None else parse_devices(output_device)[0]
@@ -135,7 +138,7 @@ class DataParallel:
         self.module = module
         self._num_lanes = _check_num_lanes(num_lanes, len(lanes))
         self._route = Route(self.runtime, lanes, lanes[0].device if output is None else output, dim)
-        self._replicas = ReplicaSet(module, [lane.device for lane in lanes], bucket_bytes)
+        self._replicas = ReplicaSet(module, [lane.device for lane in lanes], bucket_bytes, checksum)
         self._trainer = Trainer(module, self.runtime, lanes, self._route.output, dim)
         adapts = num_lanes == "auto" and len(lanes) > 1
         self._adaptive = Adaptive(module, self._route) if adapts else None

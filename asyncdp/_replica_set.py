@@ -11,33 +11,20 @@ import threading
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ._autograd import broadcast_first
 from ._buckets import DEFAULT_BUCKET_BYTES, buckets
+from ._copies import Stamp, copies_on
 from ._replicate import KEPT, AttributeMap, Replica, TensorMap, check_module, stand_ins
 from ._structure import Structure
 
 # Preparing more than this costs more than a detour over a lane, and would hold up the event loop.
 _MAX_QUICK_MODULES = 256
 _MAX_QUICK_ALIASES = 32
-
-
-class _Stamp(NamedTuple):
-    """Tells whether a tensor's values may have changed."""
-
-    version: int
-    address: int
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> _Stamp | None:
-        """None for inference tensors, which count no versions: they always may have changed."""
-        if tensor.is_inference():
-            return None
-        return cls(tensor._version, tensor.data_ptr() if tensor.layout is torch.strided else 0)
 
 
 @dataclass(slots=True)
@@ -56,13 +43,13 @@ class LaneModule:
         self.replica.install(tensors, self.changes)
         before = {}
         if self.buffer_owners and self.source is not None:
-            before = {id(tensor): _Stamp.of(tensor) for tensor in tensors.values()}
+            before = {id(tensor): Stamp.of(tensor) for tensor in tensors.values()}
         output = self.replica.module(*args, **kwargs)
         for owner in self.buffer_owners:
             self._write_back(owner, tensors, before)
         return output
 
-    def _write_back(self, owner: nn.Module, installed: TensorMap, before: dict[int, _Stamp | None]) -> None:
+    def _write_back(self, owner: nn.Module, installed: TensorMap, before: dict[int, Stamp | None]) -> None:
         """Let this lane's buffer updates survive: carry them into the module's own buffers."""
         copies = self.replica.buffers_of(owner)
         for name, own in list(owner._buffers.items()):
@@ -72,7 +59,7 @@ class LaneModule:
             if own is None or updated is None or updated is not installed.get(id(own)):
                 # Forward put another tensor in the buffer's place.
                 owner._buffers[name] = _brought_back(updated, own)
-            elif self._is_copied(own) and (owner.training or before.get(id(updated)) != _Stamp.of(updated)):
+            elif self._is_copied(own) and (owner.training or before.get(id(updated)) != Stamp.of(updated)):
                 # Asked for the mode too: batch norm changes its statistics without counting a version.
                 with torch.no_grad():
                     own.copy_(updated)
@@ -90,10 +77,11 @@ def _brought_back(updated: Tensor | None, own: Tensor | None) -> Tensor | None:
 class _Copies:
     """One lane's copies of tensors that live on another device."""
 
-    def __init__(self, originals: Sequence[Tensor], device: torch.device) -> None:
+    def __init__(self, originals: Sequence[Tensor], device: torch.device, checksum: bool) -> None:
         self._originals = originals
         self._device = device
-        self._stamps: dict[int, _Stamp | None] = {}
+        self._checksum = checksum
+        self._stamps: dict[int, Stamp | None] = {}
         self._copies: TensorMap = {}
 
     def has(self, tensor: Tensor) -> bool:
@@ -105,14 +93,15 @@ class _Copies:
 
     def up_to_date(self, tensors: TensorMap) -> TensorMap:
         """Complete `tensors` by copies of all it lacks; copy anew only what changed."""
+        stamps = {id(tensor): Stamp.of(tensor, checksum=self._checksum) for tensor in self._originals}
         changed = [
             tensor
             for tensor in self._originals
-            if (stamp := _Stamp.of(tensor)) is None or self._stamps.get(id(tensor)) != stamp
+            if stamps[id(tensor)] is None or self._stamps.get(id(tensor)) != stamps[id(tensor)]
         ]
         if changed:
-            self._stamps = {**self._stamps, **{id(tensor): _Stamp.of(tensor) for tensor in changed}}
-            fresh = _copied(changed, self._device)
+            self._stamps = stamps
+            fresh = copies_on(changed, self._device)
             self._copies = {**self._copies, **stand_ins(changed, fresh)}
         return {**self._copies, **tensors} if tensors else self._copies
 
@@ -124,6 +113,7 @@ class ReplicaSet:
         module: what to replicate; only referred to weakly, and given again to `prepare`.
         devices: one per lane.
         bucket_bytes: size of what one reduce-add of gradients covers.
+        checksum: read the values of everything copied at every pass, to find changes of any kind.
     """
 
     def __init__(
@@ -131,13 +121,15 @@ class ReplicaSet:
         module: nn.Module,
         devices: Sequence[torch.device],
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+        checksum: bool = False,
     ) -> None:
         check_module(module)
         self._devices = list(devices)
         self._bucket_bytes = bucket_bytes
+        self._checksum = checksum
         self._lock = threading.Lock()
         self._structure: Structure | None = None  # until the first pass builds the replicas
-        self._buffer_stamps: list[_Stamp | None] = []  # empty if buffers may change without a trace
+        self._buffer_stamps: list[Stamp | None] = []  # empty if buffers may change without a trace
 
     def refresh(self) -> None:
         """Copy everything anew for the next pass, also what was changed behind autograd's back."""
@@ -177,6 +169,8 @@ class ReplicaSet:
 
     def _is_quick(self, num_lanes: int) -> bool:
         if self._structure is None or len(self._structure) > _MAX_QUICK_MODULES:
+            return False
+        if self._checksum and self._buffers:
             return False
         if not self._follows() or not self._are_buffers_current():
             return False
@@ -223,7 +217,7 @@ class ReplicaSet:
             for tensor in self._parameters + (self._buffers if lane == 0 else [])
             if not self._is_own(tensor, lane)
         ]
-        return _Copies(foreign, self._devices[lane]) if foreign else None
+        return _Copies(foreign, self._devices[lane], self._checksum) if foreign else None
 
     def _own_parameters(self, lane: int) -> TensorMap:
         own = [tensor for tensor in self._parameters if self._is_own(tensor, lane)]
@@ -236,8 +230,8 @@ class ReplicaSet:
         stamps = self._current_stamps()
         return None not in stamps and stamps == self._buffer_stamps
 
-    def _current_stamps(self) -> list[_Stamp | None]:
-        return [_Stamp.of(tensor) for tensor in [*self._buffers, *self._lane_buffers]]
+    def _current_stamps(self) -> list[Stamp | None]:
+        return [Stamp.of(tensor, checksum=self._checksum) for tensor in [*self._buffers, *self._lane_buffers]]
 
     def _refresh_buffers(self) -> None:
         """Give each lane but the first new copies of the buffers.
@@ -248,7 +242,7 @@ class ReplicaSet:
         self._shared[0] = {**self._shared[0], **stand_ins(own, own)}
         self._lane_buffers = []
         for lane, device in enumerate(self._devices[1:], start=1):
-            copies = _copied(self._buffers, device)
+            copies = copies_on(self._buffers, device)
             self._lane_buffers += copies
             self._shared[lane] = {**self._shared[lane], **stand_ins(self._buffers, copies)}
         # Made on one lane's stream, read on those of others.
@@ -318,12 +312,6 @@ def replica_set_of(module: nn.Module, devices: Sequence[torch.device]) -> Replic
     if key not in kept:
         kept[key] = ReplicaSet(module, devices)
     return kept[key]
-
-
-def _copied(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    # Outside inference mode, whose tensors could not be used by a later pass that trains.
-    with torch.inference_mode(False), torch.no_grad():
-        return [tensor.detach().to(device, copy=True) for tensor in tensors]
 
 
 def _wait_issued(devices: Iterable[torch.device]) -> None:

@@ -1,0 +1,86 @@
+"""Copies on another device are made in few transfers, and follow every change they can see."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import asyncdp
+from asyncdp._copies import Stamp, copies_on, flat_copies
+from asyncdp._replica_set import _Copies
+
+CPU = torch.device("cpu")
+
+
+def test_flat_copies_are_copies() -> None:
+    """Tensors that travelled together have their values and shapes, and lives of their own."""
+    tensors = [torch.randn(3, 4), torch.randn(()), torch.randn(0, 2), torch.randn(5)]
+    copies = flat_copies(tensors, CPU)
+    for copied, tensor in zip(copies, tensors, strict=True):
+        assert torch.equal(copied, tensor)
+        assert copied.is_contiguous()
+    copies[0].zero_()
+    assert torch.equal(copies[3], tensors[3])
+    assert copies[3]._version == 0
+    assert not torch.equal(tensors[0], copies[0])
+
+
+def test_everything_is_copied_to_another_device() -> None:
+    """Mixed dtypes, strides and frozen parameters all arrive, in their order."""
+    tensors = [
+        torch.randn(3, 4),
+        torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
+        torch.ones(3, dtype=torch.int64),
+        nn.Parameter(torch.randn(2)),
+        torch.randn(6)[::2],
+    ]
+    copies = copies_on(tensors, torch.device("meta"))
+    for copied, tensor in zip(copies, tensors, strict=True):
+        assert copied.device.type == "meta"
+        assert (copied.shape, copied.dtype) == (tensor.shape, tensor.dtype)
+        assert not copied.requires_grad
+    assert copies[1].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("checksum", [False, True])
+def test_what_a_copy_notices(checksum: bool) -> None:
+    """Only what changed is copied anew; a change through .data is seen by its checksum, or after forget."""
+    weight, bias = torch.ones(3), torch.ones(2)
+    copies = _Copies([weight, bias], CPU, checksum)
+    first = copies.up_to_date({})
+    assert copies.up_to_date({})[id(weight)] is first[id(weight)]
+    weight.add_(1)
+    second = copies.up_to_date({})
+    assert torch.equal(second[id(weight)], weight)
+    assert second[id(bias)] is first[id(bias)]
+    bias.data.add_(1)
+    assert torch.equal(copies.up_to_date({})[id(bias)], bias) == checksum
+    copies.forget()
+    assert torch.equal(copies.up_to_date({})[id(bias)], bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.complex64])
+def test_checksums_of_any_dtype(dtype: torch.dtype) -> None:
+    """A checksum reads every byte of every kind of tensor, whatever its strides."""
+    tensor = torch.zeros(4, 6, dtype=dtype)[:, ::2]
+    before = Stamp.of(tensor, checksum=True)
+    tensor.data[3, 2] = 1
+    assert Stamp.of(tensor) == Stamp.of(tensor)
+    assert Stamp.of(tensor, checksum=True) != before
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("checksum", [False, True])
+async def test_changed_buffers_behind_autograds_back(checksum: bool) -> None:
+    """With checksum=True the lanes' copies of buffers follow a change through .data at the next call."""
+    module = nn.BatchNorm1d(2).eval()
+    x = torch.ones(4, 2)
+    async with asyncdp.DataParallel(module, "cpu*2", num_lanes="all", checksum=checksum) as engine:
+        await engine(x)
+        assert module.running_mean is not None
+        module.running_mean.data.fill_(1.0)
+        again = await engine(x)
+        assert torch.allclose(again[2:], module(x)[2:]) == checksum
+        engine.refresh()
+        assert torch.allclose(await engine(x), module(x))
