@@ -19,7 +19,7 @@ from ._runtime import Lane, Runtime, default_runtime
 from ._runtime.ambient import Ambient
 from ._runtime.passes import Stage
 from ._scatter import move, split
-from ._training_commit import Commit, Kept, StepOptions, threads_for
+from ._training_commit import Accumulated, Commit, StepOptions, threads_for
 from ._training_lanes import TrainingLane, TrainingLanes
 from .errors import LossNotScalarError
 
@@ -90,7 +90,7 @@ class Trainer:
         self._output = output
         self._dim = dim
         self._replicas = TrainingLanes(module, [lane.device for lane in lanes])
-        self._kept = Kept(len(lanes))
+        self._kept = Accumulated(len(lanes))
         self._device_types = tuple({"cpu": None, **{lane.device.type: None for lane in lanes}})
         self._one_at_a_time = anyio.Lock(fast_acquire=True)
         self.num_steps = 0
@@ -151,7 +151,7 @@ class _Step:
         self,
         module: nn.Module,
         replicas: TrainingLanes,
-        kept: Kept,
+        kept: Accumulated,
         lanes: Sequence[Lane],
         shards: Sequence[Any],
         weights: Sequence[float],

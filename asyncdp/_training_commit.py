@@ -49,7 +49,7 @@ def _needs_closure(kind: type) -> bool:
     return closure is not None and closure.default is inspect.Parameter.empty
 
 
-class Kept:
+class Accumulated:
     """Gradients that lanes hold back until a step reduces them.
 
     Args:
