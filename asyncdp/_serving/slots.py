@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from .._parallel_apply import apply, arguments
+from .._parallel_apply import apply_and_move, arguments
 from .._runtime import Lane, LaneState, Runtime, default_runtime
-from .._scatter import move
 from ..errors import NotServableError
 from .steps import Collate, Split
 
@@ -134,7 +133,7 @@ def run_whole(engine: DataParallel, position: int, *args: Any) -> Any:
         module: Callable[..., Any] = engine.module.to(device)
     else:
         module = engine._replicas.prepare(engine.module, [position])[0]
-    return move(apply(module, args, {}, device), route.output)
+    return apply_and_move(module, args, {}, device, route.output)
 
 
 def _repeated(lanes: Sequence[Lane], count: int | None) -> list[Lane]:

@@ -223,8 +223,8 @@ async def _run(
     shared: _Shared, engine: DataParallel, index: int, batch: Any, modes: tuple[bool, bool]
 ) -> None:
     route = engine._route
-    lane = route.runtime.least_busy(route.lanes)[0]
-    position = route.lanes.index(lane)
+    position = route._positions(1, engine.module)[0]
+    lane = route.lanes[position]
     num_threads = route.runtime.thread_share(len(route.lanes))
     work = partial(_under, modes, engine, position, arguments(batch))
     try:
