@@ -249,7 +249,8 @@ class DataParallel:
         Steps of one engine run one after the other.
 
         Args:
-            inputs: a tuple holds positional arguments, anything else is the only one.
+            inputs: a tuple holds positional arguments, anything else is the only one. They are data:
+                no gradient leads back to them.
             targets: what `loss_fn` compares with; split like the inputs. May be None.
             loss_fn: called on every lane with its outputs and its targets; returns one number.
             optimizer: of torch.optim, over the module's parameters. None only with `reduce_only`.

@@ -100,7 +100,7 @@ class Trainer:
         self, inputs: Any, targets: Any, options: StepOptions, num_lanes: int, *, accumulate: bool
     ) -> Tensor:
         """Take one step; see `DataParallel.train_step`."""
-        shards = split((arguments(inputs), targets), num_lanes, self._dim)
+        shards = split(_as_data((arguments(inputs), targets)), num_lanes, self._dim)
         num_rows = [count_rows(shard, self._dim) for shard in shards]
         if None in num_rows:  # nothing to split: every lane would do the whole work
             shards, num_rows = shards[:1], [None]
@@ -220,6 +220,14 @@ class _Step:
             return None
         scale: Tensor = self.options.scaler.scale(torch.ones((), device=learning[0].device))
         return scale
+
+
+def _as_data(batch: Any) -> Any:
+    """A batch that no gradient leads back to: the lanes' backwards would race for it."""
+    leaves, spec = _tree.flatten(batch)
+    if not any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
+        return batch
+    return _tree.unflatten(spec, [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves])
 
 
 def _under(ambient: Ambient | None, function: Callable[[], T], lane: Lane) -> Callable[[], T]:

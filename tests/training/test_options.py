@@ -275,6 +275,18 @@ async def test_targets_may_be_nested_and_inputs_many() -> None:
     assert distance(module, serial) < 1e-12
 
 
+async def test_inputs_are_data() -> None:
+    """No gradient leads back to inputs or targets, which all lanes would add to at once."""
+    module, serial = pair()
+    x, y = batch(9)
+    x.requires_grad_()
+    async with engine(module) as one:
+        await one.train_step(x, y, functional.cross_entropy, sgd(module))
+    assert x.grad is None
+    serial_step(serial, sgd(serial), x, y, functional.cross_entropy)
+    assert distance(module, serial) < 1e-12
+
+
 async def test_mistakes_are_refused_before_anything_runs() -> None:
     """Reductions, optimizers and lengths that cannot work raise, and nothing has run."""
     module = mlp()
