@@ -14,6 +14,7 @@ import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,9 +39,10 @@ class Contender:
     def __init__(self, name: str, python: Path) -> None:
         self.name = name
         self.rounds: dict[int, list[dict[str, float]]] = {}
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  lives as long as the process
         command = [str(python), str(HERE / "serving_contender.py"), name, MODEL]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
         )
         self.works = self._answer() == "ready"
 
@@ -64,7 +66,11 @@ class Contender:
     def _answer(self) -> Any:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
-        return json.loads(line) if line else None
+        if line:
+            return json.loads(line)
+        self._log.seek(0)
+        print(f"{self.name} ended:", *self._log.readlines()[-5:], sep="\n", file=sys.stderr)
+        return None
 
 
 def bench_clients(counts: list[int], num_rounds: int, num_sentences: int) -> dict[str, Any]:
@@ -80,11 +86,13 @@ def bench_clients(counts: list[int], num_rounds: int, num_sentences: int) -> dic
             texts = chance.sample(sentences, num_sentences)
             chance.shuffle(contenders)
             for each in contenders:
-                each.run(count, texts)
+                if each.works:
+                    each.run(count, texts)
                 if number == 0:
                     each.rounds.pop(count, None)  # the first round warms up
     for each in contenders:
         each.stop()
+    contenders = [each for each in contenders if each.works]
     contenders.sort(key=lambda each: each.name)
     return {each.name: {str(count): _medians(each.rounds[count]) for count in counts} for each in contenders}
 

@@ -75,14 +75,21 @@ async def open_http(command: list[str], port: int) -> AsyncIterator[Call]:
     free: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
 
     async def call(text: str) -> object:
-        reader, writer = free.pop() if free else await asyncio.open_connection("127.0.0.1", port)
+        while free:
+            # The server may have closed a connection that was idle while others had their turn.
+            with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+                return await call_over(free.pop(), text)
+        return await call_over(await asyncio.open_connection("127.0.0.1", port), text)
+
+    async def call_over(connection: tuple[asyncio.StreamReader, asyncio.StreamWriter], text: str) -> object:
+        reader, writer = connection
         body = json.dumps({"texts": [text]}).encode()
         head = "POST /embed HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         answer = await reader.readuntil(b"\r\n\r\n")
         length = int(answer.lower().split(b"content-length:")[1].split(b"\r\n")[0])
         content = await reader.readexactly(length)
-        free.append((reader, writer))
+        free.append(connection)
         assert answer.startswith(b"HTTP/1.1 200"), answer
         return json.loads(content)["vectors"][0]
 
