@@ -16,7 +16,7 @@ PACKAGE = Path(asyncdp.__file__).parent
 # What a room may import; each room also itself, and what stands before it.
 FLOORS = [
     {"errors"},
-    {"_devices", "_kernels", "_runtime"},
+    {"_devices", "_kernels", "_runtime", "trace_summary"},
     {"_autograd", "_buckets", "_copies", "_tree"},
     {"_scatter", "_gather", "_replicate", "_replica_set", "_structure", "_parallel_apply"},
     {"_route", "_tuner", "_training", "_reducer", "_adaptive", "_serving", "_data_parallel"},
