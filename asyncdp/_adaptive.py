@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Awaitable, Callable, Hashable, Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -92,19 +91,25 @@ class Key(tuple[Any, ...]):
         return " ".join(str(part) for part in self if part is not None)
 
 
-def describe(tree: Any) -> tuple[Hashable, ...]:
-    """The dtypes and rough shapes of all tensors in a tree.
+class Rough(NamedTuple):
+    """The dtype of a tensor, and of each length its number of bits.
 
-    Lengths count in powers of two: batches of ever new lengths would otherwise never be done learning.
+    So lengths count in powers of two: batches of ever new lengths would otherwise never be done learning.
     """
-    if isinstance(tree, Tensor):
-        return (_describe_tensor(tree),)
-    return tuple(_describe_tensor(leaf) for leaf in _tree.flatten(tree)[0] if isinstance(leaf, Tensor))
+
+    dtype: torch.dtype
+    bits: tuple[int, ...]
+
+    def __str__(self) -> str:
+        lengths = "x".join(f"~{2 ** (bits - 1)}" if bits else "0" for bits in self.bits)
+        return f"{str(self.dtype).removeprefix('torch.')}[{lengths}]"
 
 
-def _describe_tensor(tensor: Tensor) -> str:
-    lengths = "x".join("0" if not length else f"~{2 ** round(math.log2(length))}" for length in tensor.shape)
-    return f"{str(tensor.dtype).removeprefix('torch.')}[{lengths}]"
+def describe(tree: Any) -> tuple[Rough, ...]:
+    """The dtypes and rough shapes of all tensors in a tree."""
+    leaves = (tree,) if isinstance(tree, Tensor) else _tree.flatten(tree)[0]
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    return tuple(Rough(leaf.dtype, tuple(map(int.bit_length, leaf.shape))) for leaf in tensors)
 
 
 def _torch_mode() -> str:
