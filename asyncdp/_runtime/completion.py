@@ -53,11 +53,12 @@ def new_completion(on_cancel: Callable[[], None]) -> Completion:
 class _DrainingFuture(asyncio.Future[None]):
     """A future whose cancellation takes effect when it is finished, not before."""
 
+    _cancelling = False
+    _message: Any = None
+
     def __init__(self, loop: asyncio.AbstractEventLoop, on_cancel: Callable[[], None]) -> None:
         super().__init__(loop=loop)
         self._on_cancel = on_cancel
-        self._cancelling = False
-        self._message: Any = None
 
     def cancel(self, msg: Any = None) -> bool:
         if self.done():
@@ -140,7 +141,25 @@ def _open_eventfd() -> int | None:
 _wakers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _LoopWaker] = weakref.WeakKeyDictionary()
 
 
+class _Latest(threading.local):
+    """The loop this thread asked about last, which is nearly always the one it asks about next."""
+
+    loop: weakref.ref[asyncio.AbstractEventLoop] | None = None
+    waker: _LoopWaker
+
+
+_latest = _Latest()
+
+
 def _waker_of(loop: asyncio.AbstractEventLoop) -> _LoopWaker:
+    if _latest.loop is not None and _latest.loop() is loop:
+        return _latest.waker
+    _latest.waker = waker = _find_waker(loop)
+    _latest.loop = weakref.ref(loop)
+    return waker
+
+
+def _find_waker(loop: asyncio.AbstractEventLoop) -> _LoopWaker:
     waker = _wakers.get(loop)
     if waker is None:
         waker = _LoopWaker(loop)

@@ -179,8 +179,10 @@ class Runtime:
         """
         if lane is None:
             lane = self.least_busy(self._core.lanes)[0]
-        stage = [(lane, partial(function, *args))]
-        return (await self.run_pass(stage, num_threads=num_threads))[0]  # type: ignore[no-any-return]
+        self._refuse_nested()
+        stage = [(lane, partial(function, *args) if args else function)]
+        one = Pass(self._core, stage, (), num_threads or self.num_intra_op_threads, None)
+        return (await one.run())[0]  # type: ignore[no-any-return]
 
     async def run_pass(
         self,
