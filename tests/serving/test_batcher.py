@@ -191,7 +191,9 @@ async def test_one_poison_of_eight() -> None:
         assert isinstance(poisoned, ValueError)
         assert outcomes == [0, 2, 4, 8, 10, 12, 14]
         told = batcher.statistics()
-        assert (told.num_failed, told.num_done, told.num_retried) == (1, 7, 1)
+        assert (told.num_failed, told.num_done) == (1, 7)
+        # Trio starts tasks in any order: the bad sample may have been the one that went ahead alone.
+        assert told.num_retried <= 1
         assert await call_all(batcher, [8]) == [16]
 
 
