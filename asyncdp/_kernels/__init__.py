@@ -4,7 +4,8 @@ Importing this package imports neither Numba nor cuda.core; the first CUDA call 
 """
 
 from .chain import KernelReport, report
-from .dispatch import gather, reduce_add, reduce_add_many, split_copy, warm_up
+from .dispatch import gather, reduce_add, reduce_add_many, split_copy
+from .first_use import warm_up
 from .transfer import PathStatistics, statistics
 
 __all__ = [

@@ -56,7 +56,7 @@ def report(device: torch.device | str) -> KernelReport:
     Raises:
         ValueError: `ASYNCDP_KERNELS` is neither `numba` nor `torch`.
     """
-    return _report(torch.device(device), _forced())
+    return _report(torch.device(device), forced())
 
 
 def implementation(device: torch.device) -> Implementation:
@@ -67,9 +67,9 @@ def implementation(device: torch.device) -> Implementation:
     """
     if device.type != "cuda":
         return "torch"
-    forced = _forced()
-    found = _report(device, forced)
-    if forced == "numba" and found.missing:
+    choice = forced()
+    found = _report(device, choice)
+    if choice == "numba" and found.missing:
         raise KernelsUnavailableError(device, found.missing, found.remedy)
     return found.implementation
 
@@ -79,11 +79,26 @@ def missing_distributions() -> tuple[str, ...]:
     return tuple(text for name, prefix in DISTRIBUTIONS.items() if (text := _missing(name, prefix)))
 
 
+def forced() -> str:
+    """Return what `ASYNCDP_KERNELS` asks for: `"numba"`, `"torch"`, or nothing."""
+    choice = os.environ.get("ASYNCDP_KERNELS", "")
+    if choice not in ("", "numba", "torch"):
+        raise ValueError(
+            f"ASYNCDP_KERNELS is {choice!r}. Set it to numba or torch, or unset it to take the best there is."
+        )
+    return choice
+
+
+def with_index(device: torch.device) -> torch.device:
+    """Return a CUDA device by its number; without one it means this thread's current device."""
+    return device if device.index is not None else torch.device(device.type, torch.cuda.current_device())
+
+
 @cache
-def _report(device: torch.device, forced: str) -> KernelReport:
+def _report(device: torch.device, choice: str) -> KernelReport:
     if device.type != "cuda":
         return KernelReport(device, "torch", f"{device.type} devices run the plain torch kernels")
-    if forced == "torch":
+    if choice == "torch":
         return KernelReport(device, "torch", "ASYNCDP_KERNELS=torch asks for the plain torch kernels")
     packages, machine = missing_distributions(), _missing_on(device)
     if not packages and not machine:
@@ -93,18 +108,9 @@ def _report(device: torch.device, forced: str) -> KernelReport:
     )
     missing = packages + tuple(cause for cause, _ in machine)
     reason = "the compiled kernels are incomplete"
-    if forced == "numba":
+    if choice == "numba":
         reason = "ASYNCDP_KERNELS=numba forbids the plain torch kernels, so every call will fail"
     return KernelReport(device, "torch", reason, missing, remedy)
-
-
-def _forced() -> str:
-    forced = os.environ.get("ASYNCDP_KERNELS", "")
-    if forced not in ("", "numba", "torch"):
-        raise ValueError(
-            f"ASYNCDP_KERNELS is {forced!r}. Set it to numba or torch, or unset it to take the best there is."
-        )
-    return forced
 
 
 def _missing(name: str, prefix: str) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import launch, plan, reference, transfer
 from .build import SUMMED_DTYPES
+from .chain import with_index
 from .plan import Copy, Table
 
 
@@ -59,7 +60,7 @@ def reduce_add_many(groups: Sequence[Sequence[Tensor]], destination: torch.devic
     """Sum every group as `reference.reduce_add_many`, with one launch for each dtype and number of inputs."""
     for group in groups:
         reference.check_summable(group[0].dtype)
-    destination = _with_index(destination)
+    destination = with_index(destination)
     batches: dict[tuple[_Sum, int], _Batch] = defaultdict(_Batch)
     totals = []
     with _current(destination):
@@ -83,7 +84,7 @@ def gather(tensors: Sequence[Tensor], dim: int, destination: torch.device) -> Te
     """Concatenate as `reference.gather`, in one launch."""
     if not _has_copy_kernel(tensors, dim):
         return reference.gather(tensors, dim, destination)
-    destination = _with_index(destination)
+    destination = with_index(destination)
     order = _memory_order(tensors)
     axis = order.index(dim % len(order))
     with _current(destination):
@@ -124,10 +125,6 @@ def _run(kernel: str, destination: torch.device, table: Table, *arguments: int) 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device)
-
-
-def _with_index(device: torch.device) -> torch.device:
-    return device if device.index is not None else torch.device(device.type, torch.cuda.current_device())
 
 
 def _has_copy_kernel(tensors: Sequence[Tensor], dim: int) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .chain import implementation
+from .first_use import compiled
 
 
 def reduce_add(tensors: Sequence[Tensor], destination: torch.device) -> Tensor:
@@ -22,7 +22,7 @@ def reduce_add(tensors: Sequence[Tensor], destination: torch.device) -> Tensor:
     Raises:
         UnsupportedDtypeError: for a dtype that has no sum, such as bool.
     """
-    if implementation(destination) == "torch":
+    if not compiled(destination):
         return reference.reduce_add(tensors, destination)
     from . import cuda
 
@@ -35,7 +35,7 @@ def reduce_add_many(groups: Sequence[Sequence[Tensor]], destination: torch.devic
     Returns:
         One new tensor for each group, in their order.
     """
-    if implementation(destination) == "torch":
+    if not compiled(destination):
         return reference.reduce_add_many(groups, destination)
     from . import cuda
 
@@ -44,7 +44,7 @@ def reduce_add_many(groups: Sequence[Sequence[Tensor]], destination: torch.devic
 
 def gather(tensors: Sequence[Tensor], dim: int, destination: torch.device) -> Tensor:
     """Concatenate tensors along `dim` into a new tensor on `destination`; streams as in `reduce_add`."""
-    if implementation(destination) == "torch":
+    if not compiled(destination):
         return reference.gather(tensors, dim, destination)
     from . import cuda
 
@@ -53,19 +53,8 @@ def gather(tensors: Sequence[Tensor], dim: int, destination: torch.device) -> Te
 
 def split_copy(tensor: Tensor, sizes: Sequence[int], dim: int) -> list[Tensor]:
     """Copy the pieces of `tensor` along `dim` into tensors of their own; the dual of `gather`."""
-    if implementation(tensor.device) == "torch":
+    if not compiled(tensor.device):
         return reference.split_copy(tensor, sizes, dim)
     from . import cuda
 
     return cuda.split_copy(tensor, sizes, dim)
-
-
-def warm_up(device: torch.device) -> None:
-    """Build and load every kernel of `device`, so that no later call compiles; takes seconds when not cached.
-
-    Call it on a lane's thread, never on the loop's. Does nothing where the plain torch kernels run.
-    """
-    if implementation(device) == "numba":
-        from . import launch
-
-        launch.load_all(device)

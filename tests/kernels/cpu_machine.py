@@ -132,5 +132,5 @@ def install(monkeypatch) -> CpuMachine:
     monkeypatch.setattr(plan, "copy_table", watched_copy_table)
     monkeypatch.setattr(cuda, "_run", run)
     monkeypatch.setattr(cuda, "_current", lambda device: nullcontext())
-    monkeypatch.setattr(cuda, "_with_index", lambda device: device)
+    monkeypatch.setattr(cuda, "with_index", lambda device: device)
     return machine

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from asyncdp import _kernels as kernels
-from asyncdp._kernels import chain, dispatch, transfer
+from asyncdp._kernels import chain, first_use, transfer
 from asyncdp.errors import KernelsUnavailableError
 
 CUDA = torch.device("cuda", 0)
@@ -77,7 +77,7 @@ def test_forcing_numba_raises_where_it_cannot_run(monkeypatch):
     with pytest.raises(
         KernelsUnavailableError, match=r"the driver speaks CUDA 12.8.*update the NVIDIA driver"
     ):
-        dispatch.implementation(CUDA)
+        chain.implementation(CUDA)
     assert "every call will fail" in kernels.report(CUDA).reason
 
 
@@ -167,6 +167,7 @@ def test_calls_go_to_the_kernels_of_the_destination(monkeypatch):
 
     monkeypatch.setattr(cuda, "reduce_add_many", lambda groups, destination: [("sum", len(groups))])
     monkeypatch.setattr(cuda, "gather", lambda tensors, dim, destination: ("gather", dim))
+    monkeypatch.setattr(first_use, "_loaded", set())
     loaded = []
     monkeypatch.setattr(launch, "load_all", loaded.append)
     tensors = [torch.ones(2)] * 2
