@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
+from itertools import chain
+from operator import is_
 from types import MethodType
 from typing import Any
 
@@ -15,8 +17,8 @@ from ._replicate import KEPT, PLAIN
 class Structure:
     """What a module looked like when its replicas were made; tells cheaply whether it still does.
 
-    Everything a module consists of is a value in one of its dictionaries, so one pass over the ids of
-    all those values finds any change.
+    Everything a module consists of is a value in one of its dictionaries, so one pass over all those
+    values finds any change.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -42,51 +44,58 @@ class Structure:
         parts = [value for namespace in namespaces for value in namespace.values() if _holds_parts(value)]
         # Views and lists, all of them live. A hook's key is never used again, so keys tell all of hooks.
         self._values = [_values_of(each) for each in (*registries, *parts)]
-        self._names = [each.keys() for each in (*registries, *hooks)]
+        self._names = [each.keys() for each in (*registries, *hooks) if each]
+        self._empty = [each for each in (*registries, *hooks) if not each]
         self._attribute_names = [list(namespace) for namespace in namespaces]
-        self._ids = self._current_ids()
-        self._noted_names = self._current_names()
-        # So that the ids stay theirs.
-        self._kept = [
-            *(value for each in namespaces for name, value in each.items() if name != KEPT),
-            *(value for values in self._values for value in values),
-        ]
+        self._noted_names = list(chain.from_iterable(self._names))
+        # The root's may hold this very object by its replicas, so of them all but those are kept.
+        self._root_ids = [id(value) for value in namespaces[0].values()] if namespaces else []
+        self._root = [value for name, value in namespaces[0].items() if name != KEPT] if namespaces else []
+        self._noted = [value for each in self._containers(namespaces) for value in each]
 
     def is_same(self) -> bool:
         """Whether nothing at all was replaced, added or removed."""
-        return self._current_ids() == self._ids and self._current_names() == self._noted_names
+        try:
+            namespaces = [owner().__dict__ for owner in self._owners]
+        except AttributeError:  # one of the modules is gone
+            return False
+        containers = self._containers(namespaces)
+        return (
+            [id(value) for value in namespaces[0].values()] == self._root_ids
+            and sum(map(len, containers)) == len(self._noted)
+            and all(map(is_, chain.from_iterable(containers), self._noted))
+            and self._has_same_names()
+        )
 
     def plain_changes(self) -> dict[tuple[int, str], Any] | None:
         """The attributes that changed, or None if anything else than plain values did."""
         modules = self._modules()
-        if modules is None or self._current_names() != self._noted_names:
+        if modules is None or not self._has_same_names():
             return None
-        before = iter(self._ids or ())
-        changes = {}
-        for module, names in zip(modules, self._attribute_names, strict=True):
-            if list(module.__dict__) != names:
-                return None
-            for (name, value), old in zip(module.__dict__.items(), before, strict=False):
-                if id(value) != old:
-                    changes[id(module), name] = value
-        unchanged = [id(value) for values in self._values for value in values] == list(before)
+        if [list(each.__dict__) for each in modules] != self._attribute_names:
+            return None
+        before = chain(self._root, self._noted)
+        changes = {
+            (id(module), name): value
+            for module in modules
+            for name, value in module.__dict__.items()
+            if (name != KEPT or module is not modules[0]) and value is not next(before)
+        }
+        unchanged = [*map(id, chain.from_iterable(self._values))] == [*map(id, before)]
         return changes if unchanged and all(isinstance(each, PLAIN) for each in changes.values()) else None
+
+    def _containers(self, namespaces: list[dict[str, Any]]) -> list[Any]:
+        """All that holds values, but for the root's namespace."""
+        return [each.values() for each in namespaces[1:]] + self._values
 
     def _modules(self) -> list[nn.Module] | None:
         """All modules, or None if one of them is gone."""
         modules = [owner() for owner in self._owners]
         return None if None in modules else modules  # type: ignore[return-value]
 
-    def _current_ids(self) -> list[int] | None:
-        try:
-            ids = [id(value) for owner in self._owners for value in owner().__dict__.values()]
-        except AttributeError:  # one of the modules is gone
-            return None
-        ids += [id(value) for values in self._values for value in values]
-        return ids
-
-    def _current_names(self) -> list[Any]:
-        return [name for names in self._names for name in names]
+    def _has_same_names(self) -> bool:
+        # Most dictionaries of most modules are empty, which is asked for much faster than their names.
+        return not any(self._empty) and list(chain.from_iterable(self._names)) == self._noted_names
 
 
 def _values_of(container: Any) -> Any:
