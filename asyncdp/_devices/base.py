@@ -7,6 +7,12 @@ from typing import Any
 
 import torch
 
+DeviceTimes = Callable[[], tuple[float, float] | None]
+"""Tells when a work began and ended on its device, by the host's `time.perf_counter`, in seconds.
+
+Called once the work is complete; gives None if the work failed.
+"""
+
 
 class LaneDevice:
     """What one lane needs to know of its device; one object serves exactly one lane.
@@ -33,6 +39,13 @@ class LaneDevice:
 
     def capture(self) -> Any:
         """Note, on the submitting thread, what must be done before new work may read its inputs."""
+        return None
+
+    def time_next(self) -> DeviceTimes | None:
+        """Have the device's own clock time the next work issued; None if the host's is all there is.
+
+        A recorder of traces asks for it. Never raises: what ails the device is told by `issue`.
+        """
         return None
 
     def issue(self, captured: Any, function: Callable[[], Any]) -> tuple[Any, Any]:

@@ -14,6 +14,7 @@ import optree
 import torch
 
 from .base import LaneDevice
+from .cuda_clock import Timing, clock_of
 
 _POLL_SECONDS = 50e-6
 
@@ -111,6 +112,7 @@ class CudaLane(LaneDevice):
 
     _stream: torch.cuda.Stream
     _waiter: _EventWaiter
+    _timing: Timing | None = None  # of the next work
 
     def open(self) -> None:
         """Bind the thread to the device: a fresh thread has no current context and would use device 0."""
@@ -127,10 +129,19 @@ class CudaLane(LaneDevice):
         event.record(stream)
         return _Captured(stream, event)
 
+    def time_next(self) -> Timing | None:
+        """Have two timed events recorded around the next work; otherwise none are."""
+        with contextlib.suppress(RuntimeError):
+            self._timing = Timing(clock_of(self.device).reference())
+        return self._timing
+
     def issue(self, captured: _Captured | None, function: Callable[[], Any]) -> tuple[Any, Any]:
         """Call `function` on the lane's stream and mark its end with a blocking-sync event."""
         if captured is not None:
             self._stream.wait_event(captured.event)
+        timing, self._timing = self._timing, None
+        if timing is not None:
+            timing.begin(self._stream)
         try:
             with torch.cuda.stream(self._stream):
                 value = function()
@@ -142,8 +153,10 @@ class CudaLane(LaneDevice):
             raise
         if captured is not None:
             self._lend(value, captured.stream)
-        event = torch.cuda.Event(blocking=True)
+        event = torch.cuda.Event(enable_timing=timing is not None, blocking=True)
         event.record(self._stream)
+        if timing is not None:
+            timing.end_by(event)
         return value, None if event.query() else event
 
     def _lend(self, value: Any, stream: torch.cuda.Stream) -> None:

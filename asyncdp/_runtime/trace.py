@@ -11,9 +11,11 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import anyio.to_thread
+
+from .._devices.base import DeviceTimes
 
 if TYPE_CHECKING:
     from .lane import Lane, Work
@@ -22,24 +24,37 @@ if TYPE_CHECKING:
 recorder: TraceRecorder | None = None
 """The one that records now. Lanes look here at each work, which is all that tracing costs when off."""
 
+# What a person calls the package's own works; a user's function keeps its name.
 _NAMES = {
     "apply": "run",
     "apply_and_move": "run",
+    "whole": "run",
+    "on_lane": "run",
+    "run_batch": "run",
     "run_lane": "train",
     "_finish": "reduce",
     "gather_to": "gather",
     "prepare": "replicate",
 }
 
-_QUEUED, _ISSUED, _COMPLETE = "queued", "on lane", "on device"
+_QUEUED, _ISSUED, _COMPLETE, _TIMED = "queued", "on lane", "on device", "device time"
+
+
+class _Issued(NamedTuple):
+    """A work under way."""
+
+    name: str
+    since: float
+    times: DeviceTimes | None
 
 
 class TraceRecorder:
     """Records every pass from `async with` to its end, then writes the file.
 
     Each lane is a row with a span for each work it ran; the time a work was queued, and the time its
-    device still took after the call had returned, are spans of their own beside the row. Works carry
-    the number of their pass and shard.
+    device still took after the call had returned, are spans of their own beside the row. On CUDA so is
+    the time the work took on its stream, by the device's own clock. Works carry the number of their
+    pass and shard.
 
     Args:
         path: the file to write, JSON; open it at ui.perfetto.dev, or with `asyncdp trace summary`.
@@ -56,7 +71,8 @@ class TraceRecorder:
         self._events: list[dict[str, Any]] = []
         self._started = time.perf_counter()
         self._queued: dict[Work, float] = {}
-        self._issued: dict[Work, tuple[str, float]] = {}
+        self._issued: dict[Work, _Issued] = {}
+        self._timed_until: dict[Lane, float] = {}
         self._rows: dict[str, int] = {}
         self._passes: weakref.WeakKeyDictionary[Pass, int] = weakref.WeakKeyDictionary()
         self._ordinals = itertools.count()
@@ -94,25 +110,36 @@ class TraceRecorder:
         """A lane begins a work; the result is called when it has, with whether the work has ended."""
         assert work.function is not None
         name = _name_of(work.function)
+        times = work.lane.driver.time_next()
         begun = time.perf_counter()
-        self._issued[work] = (name, begun)
+        self._issued[work] = _Issued(name, begun, times)
         self._add(work, _QUEUED, name, self._queued.pop(work, begun), begun)
 
         def issued(ended: bool) -> None:
             now = time.perf_counter()
             self._add(work, _ISSUED, name, begun, now)
             if ended:
-                del self._issued[work]
+                self._issued.pop(work, None)
+                self._add_timed(work, name, times)
             elif work in self._issued:  # else the device was quicker than this thread
-                self._issued[work] = (name, now)
+                self._issued[work] = _Issued(name, now, times)
 
         return issued
 
     def completed(self, work: Work) -> None:
         """The device is done with a work whose call returned earlier."""
         now = time.perf_counter()
-        name, issued = self._issued.pop(work, (_COMPLETE, now))
+        name, issued, times = self._issued.pop(work, _Issued(_COMPLETE, now, None))
         self._add(work, _COMPLETE, name, min(issued, now), now)
+        self._add_timed(work, name, times)
+
+    def _add_timed(self, work: Work, name: str, times: DeviceTimes | None) -> None:
+        span = None if times is None else times()
+        if span is not None:
+            # Works of a lane follow each other; the mapping of clocks is not so exact.
+            begin = max(span[0], self._timed_until.get(work.lane, 0.0))
+            end = self._timed_until[work.lane] = max(begin, span[1])
+            self._add(work, _TIMED, name, begin, end)
 
     def _add(self, work: Work, kind: str, name: str, begin: float, end: float) -> None:
         with self._lock:
@@ -149,6 +176,7 @@ class TraceRecorder:
                 {"ph": "M", "name": "thread_name", "pid": 1, "tid": row, "args": {"name": name}}
                 for name, row in self._rows.items()
             ]
+            self._issued.clear()  # here, since events of a device may take their time to go
             told = {"num_dropped": self.num_dropped}
             self.path.write_text(json.dumps({"traceEvents": rows + self._events, "otherData": told}))
 
@@ -160,4 +188,5 @@ def _name_of(function: Callable[..., Any]) -> str:
         # Training carries the caller's ambient state itself: Ambient.run(function, device).
         function = function.args[0] if carried and function.args else function.func
     name = getattr(function, "__name__", type(function).__name__)
-    return _NAMES.get(name, name)
+    is_own = (getattr(function, "__module__", None) or "").startswith("asyncdp.")
+    return _NAMES.get(name, name) if is_own else name

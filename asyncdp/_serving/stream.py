@@ -220,7 +220,7 @@ async def _run(
     position = route._positions(1, engine.module)[0]
     lane = route.lanes[position]
     num_threads = route.runtime.thread_share(len(route.lanes))
-    work = partial(_under, modes, engine, position, arguments(batch))
+    work = partial(run_batch, modes, engine, position, arguments(batch))
     try:
         outcome = _Outcome(await route.runtime.run(work, lane=lane, num_threads=num_threads))
     except (anyio.get_cancelled_exc_class(), GeneratorExit):
@@ -230,7 +230,7 @@ async def _run(
     shared.put(index, outcome)
 
 
-def _under(modes: tuple[bool, bool], engine: DataParallel, position: int, args: tuple[Any, ...]) -> Any:
+def run_batch(modes: tuple[bool, bool], engine: DataParallel, position: int, args: tuple[Any, ...]) -> Any:
     grad, inference = modes
     with torch.inference_mode(inference), torch.set_grad_enabled(grad):
         return run_whole(engine, position, *args)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -150,3 +152,25 @@ def test_sparse_gradients() -> None:
     dp(module, torch.tensor([1, 2, 2, 9], device="cuda"), ONE).sum().backward()
     assert module.weight.grad.is_sparse
     assert module.weight.grad.to_dense()[:, 0].tolist() == [0, 1, 2, 0, 0, 0, 0, 0, 0, 1]
+
+
+def test_device_times_in_a_trace(tmp_path: Path) -> None:
+    """A recorded work's time by the device's clock covers its kernels, wherever the host's clock was then."""
+
+    async def record() -> None:
+        async with asyncdp.Runtime(["cuda:0"]) as runtime:
+            await runtime.run(torch.zeros, 1)
+            async with asyncdp.TraceRecorder(tmp_path / "trace.json"):
+                for _ in range(3):
+                    await runtime.run(torch.cuda._sleep, 100_000_000)
+
+    asyncio.run(record())
+    spans = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    device = [span for span in spans if span.get("cat") == "device time"]
+    host = [span for span in spans if span.get("cat") == "on lane"]
+    assert len(device) == len(host) == 3
+    for span, issued in zip(device, host, strict=True):
+        # 100 million cycles are tens of milliseconds; a millisecond is what two clocks may be apart.
+        assert 20_000 < span["dur"] < 500_000
+        assert span["ts"] > issued["ts"] - 1000
+    assert device[0]["ts"] + device[0]["dur"] <= device[1]["ts"]
