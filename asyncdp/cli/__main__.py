@@ -1,6 +1,7 @@
 """Lets ``python -m asyncdp.cli`` do what ``asyncdp`` does."""
 
-from . import main
+# Not relative: worker processes import this file as no part of a package.
+from asyncdp.cli import main
 
 if __name__ == "__main__":
     main()

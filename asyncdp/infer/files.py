@@ -10,6 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
+import torch
+from torch import nn
+
 from ..errors import OutputError
 
 TEMPORARY_PREFIX = ".tmp-"
@@ -66,10 +69,15 @@ def sync_folder(path: Path) -> None:
 def write_failed(path: Path, error: OSError) -> OutputError:
     """Builds the error for a file that could not be written."""
     remedy = {
-        errno.ENOSPC: "Free some space, then continue with --resume.",
-        errno.EDQUOT: "Free some of your quota, then continue with --resume.",
-    }.get(error.errno or 0, "Make the folder writable, then continue with --resume.")
-    return OutputError(f"{path} cannot be written: {error.strerror or error}", remedy)
+        errno.ENOSPC: "Free some space",
+        errno.EDQUOT: "Free some of your quota",
+        errno.EFBIG: "Allow larger files (ulimit -f)",
+        errno.EROFS: "Make the folder writable",
+        errno.EACCES: "Make the folder writable",
+    }.get(error.errno or 0, "Check the disk")
+    return OutputError(
+        f"{path} cannot be written: {error.strerror or error}", f"{remedy}, then continue with --resume."
+    )
 
 
 def digest_file(path: Path) -> str:
@@ -78,6 +86,17 @@ def digest_file(path: Path) -> str:
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
+    return digest.hexdigest()
+
+
+def digest_weights(module: nn.Module) -> str:
+    """Returns a digest of all parameters and buffers, names included."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted({**dict(module.named_parameters()), **dict(module.named_buffers())}.items()):
+        digest.update(f"{name} {tensor.dtype}".encode())
+        # What has no plain bytes (sparse, quantized, not yet initialized) counts by name and type only.
+        with contextlib.suppress(RuntimeError, TypeError, ValueError, NotImplementedError):
+            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import itertools
 import json
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,14 @@ from .files import write_whole_bytes
 from .models import LoadedModel, load_model
 from .monitor import Monitor
 from .options import InferOptions, fingerprint
-from .output import OutputFolder, check_output_free
+from .output import OutputFolder, check_output_free, read_state
 from .pipeline import ErrorPolicy, Limits, Pipeline
 from .readers import STDIN, open_inputs
 from .records import Columns, Failure, Rows
 from .setup import find_devices, make_steps
 from .summary import Plan, Reporter, SilentReporter, Summary, summarise
 from .task_groups import plain_task_group
+from .writers import WRITERS
 
 SUMMARY_NAME = "_summary.json"
 
@@ -77,13 +80,17 @@ class Job:
 
         Raises:
             RecordError: When a record of the first batch is refused.
+            ResumeRefusedError: When the job could not be continued in the output folder.
+            JobError: When the outputs do not fit the output format.
         """
         shapes: dict[str, str] = {}
+        num_earlier = await anyio.to_thread.run_sync(self._num_earlier)
 
         def keep(index: int, num_records: int, rows: list[Rows], failures: list[Failure]) -> None:
+            WRITERS[self.options.output_format](io.BytesIO(), rows[0].ids, rows[0].columns)
             shapes.update(_shapes(rows[0].columns))
 
-        first = _head(self.inputs.read(), self.options.batch_size)
+        first = itertools.islice(self.inputs.read(), self.options.batch_size)
         async with self._engine() as engine:
             pipeline = self._pipeline(engine, ErrorPolicy(), keep, Monitor())
             size = self.options.batch_size
@@ -98,14 +105,23 @@ class Job:
             names,
             shapes,
             inputs.num_records_read,
+            num_earlier,
         )
+
+    def _num_earlier(self) -> int:
+        """Returns the number of records that a resumed job would find done."""
+        state = read_state(self.options.output, self._fingerprint(), resume=self.options.resume)
+        return sum(block.num_records for block in state.blocks.values())
+
+    def _fingerprint(self) -> dict[str, Any]:
+        return fingerprint(self.options, self.inputs, self.model)
 
     def _open_output(self) -> OutputFolder:
         options = self.options
         return OutputFolder(
             options.output,
             options.output_format,
-            fingerprint(options, self.inputs, self.model.files),
+            self._fingerprint(),
             resume=options.resume,
             ordered=options.order == "input",
         )
@@ -197,11 +213,6 @@ def _check_apart(options: InferOptions) -> None:
                 f"The output {options.output} lies inside the input folder {spec}",
                 "Name a folder elsewhere: a resumed job would read its own shards.",
             )
-
-
-def _head(records: Iterator[Any], count: int) -> Iterator[Any]:
-    for record, _ in zip(records, range(count), strict=False):
-        yield record
 
 
 def _shapes(columns: Columns) -> dict[str, str]:

@@ -122,6 +122,8 @@ def load_journal(folder: Path) -> JournalState:
         ResumeRefusedError: When not even the fingerprint can be read.
     """
     path = folder / JOURNAL_NAME
+    if not folder.is_dir():
+        raise ResumeRefusedError(f"There is no folder {folder}", "Name the output folder of a job.")
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:

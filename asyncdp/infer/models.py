@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
+import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from ..errors import ModelLoadError
+from ..errors import JobError, JobUsageError, ModelLoadError
 from .exported import load_exported
 from .names import brief, load_name, source_of
 
@@ -31,10 +34,12 @@ class LoadedModel:
     Attributes:
         module: Runs without gradients; safe to replicate over lanes.
         files: What its behaviour depends on, for the fingerprint.
+        made_by_code: Whether its weights may come from elsewhere than ``files``.
     """
 
     module: nn.Module
     files: tuple[Path, ...]
+    made_by_code: bool = False
 
 
 class InferenceModule(nn.Module):
@@ -51,13 +56,24 @@ class InferenceModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the module; floating-point inputs are cast to the chosen dtype."""
-        if self._compile:
-            # Compiled once per replica, in its lane; copies of a module lose a compilation.
-            self.module.compile(dynamic=True)
-            self._compile = False
         args, kwargs = self._cast(args), self._cast(kwargs)
         with torch.inference_mode(), self._autocasting():
+            return self._compiled(*args, **kwargs) if self._compile else self.module(*args, **kwargs)
+
+    def _compiled(self, *args: Any, **kwargs: Any) -> Any:
+        if self.module._compiled_call_impl is None:
+            # Once per replica, in its lane; copies of a module lose a compilation.
+            self.module.compile(dynamic=True)
+        from torch._dynamo.exc import TorchDynamoException
+
+        try:
             return self.module(*args, **kwargs)
+        except TorchDynamoException as error:
+            # No record is at fault, and halving a batch would only compile again.
+            raise JobError(
+                f"--compile failed with {type(error).__name__}: {brief(error)}",
+                "Leave --compile out, or make the model one that torch.compile takes.",
+            ) from error
 
     def _cast(self, value: Any) -> Any:
         if self._dtype is None:
@@ -85,6 +101,9 @@ def load_model(options: InferOptions) -> LoadedModel:
     """
     spec = options.model
     module: nn.Module
+    made_by_code = False
+    if options.compile:
+        _check_compiler()
     if Path(spec).is_dir():
         from .embed import load_embedder
 
@@ -94,11 +113,24 @@ def load_model(options: InferOptions) -> LoadedModel:
         module, files = load_exported(path, allow_pickle=options.allow_unsafe_pickle), (path,)
     else:
         module, files = _from_factory(spec)
+        made_by_code = True
     if options.weights:
         path = _existing(Path(options.weights), "weights")
         load_weights(module, path, allow_pickle=options.allow_unsafe_pickle)
         files = (*files, path)
-    return LoadedModel(_prepared(module, options), files)
+    return LoadedModel(_prepared(module, options), files, made_by_code)
+
+
+def _check_compiler() -> None:
+    """Fails before the job when torch.compile lacks what it makes code for the CPU with."""
+    if torch.cuda.is_available():
+        return
+    compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    if shutil.which(compiler) is None:
+        raise JobUsageError(
+            f"--compile needs a C++ compiler, and there is no {compiler}",
+            "Install one, name it in the environment variable CXX, or leave --compile out.",
+        )
 
 
 def _prepared(module: nn.Module, options: InferOptions) -> nn.Module:
@@ -113,6 +145,11 @@ def _prepared(module: nn.Module, options: InferOptions) -> nn.Module:
 
 
 def _from_factory(spec: str) -> tuple[nn.Module, tuple[Path, ...]]:
+    if Path(spec).is_file():
+        raise ModelLoadError(
+            f"{spec} is no exported program (.pt2), and no other file is loaded as a model",
+            "Name a factory as package.module:name, and give the file to --weights.",
+        )
     if ":" not in spec:
         raise ModelLoadError(
             f"There is no model {spec}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -57,6 +58,6 @@ def source_of(spec: str, option: str) -> Path | None:
 
 
 def brief(error: Exception, limit: int = 600) -> str:
-    """Returns the text of an exception on one line, cut where it gets long."""
-    text = " ".join(str(error).split())
+    """Returns the text of an exception on one line, without colours, cut where it gets long."""
+    text = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())
     return text if len(text) <= limit else text[:limit] + " ..."

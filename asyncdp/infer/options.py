@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import JobUsageError
-from .files import digest_large_file
-from .models import DTYPES
+from .files import digest_large_file, digest_weights
+from .models import DTYPES, LoadedModel
 from .names import source_of
 from .readers import FORMATS, STDIN, Inputs, Selection
 from .writers import WRITERS
@@ -107,7 +107,7 @@ class InferOptions:
         return Selection(self.columns, self.id_column)
 
 
-def fingerprint(options: InferOptions, inputs: Inputs, model_files: tuple[Path, ...]) -> dict[str, Any]:
+def fingerprint(options: InferOptions, inputs: Inputs, model: LoadedModel) -> dict[str, Any]:
     """Returns all that the outputs depend on, as plain JSON: options, code, weights and input.
 
     Devices, workers and the handling of errors are left out: a job may continue with others.
@@ -115,8 +115,11 @@ def fingerprint(options: InferOptions, inputs: Inputs, model_files: tuple[Path, 
     chosen = {name: getattr(options, name) for name in _FINGERPRINTED}
     chosen["input_format"] = inputs.format_name
     chosen["shard"] = list(options.part)
-    for path in model_files:
+    for path in model.files:
         chosen[f"model file {path.name}"] = digest_large_file(path)
+    if model.made_by_code:
+        # Weights that the factory read from somewhere, or that it drew at random.
+        chosen["model weights"] = digest_weights(model.module)
     for option in ("preprocess", "collate", "postprocess"):
         spec = getattr(options, option)
         source = source_of(spec, f"--{option}") if spec else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from operator import itemgetter
 from pathlib import Path
@@ -12,12 +13,13 @@ from typing import IO, Any
 import numpy as np
 
 from ..errors import JobError, JobUsageError, OutputExistsError, ResumeRefusedError
-from .files import TEMPORARY_PREFIX, write_failed, write_whole
+from .files import TEMPORARY_PREFIX, write_whole
 from .journal import JOURNAL_NAME, Block, Journal, JournalState, StoredFile, load_journal
 from .records import Columns, Failure, Rows
 from .writers import WRITERS
 
 LOCK_NAME = ".lock"
+ERRORS_PREFIX = "_errors-"
 
 
 class OutputFolder:
@@ -46,7 +48,7 @@ class OutputFolder:
         self._schema: dict[str, str] = {}
         self._lock = _locked(path)
         try:
-            self.journal = Journal(path, self._state(fingerprint, resume))
+            self.journal = Journal(path, self._intact(read_state(path, fingerprint, resume=resume)))
             self._remove_strays()
         except BaseException:
             self._lock.release()
@@ -79,7 +81,9 @@ class OutputFolder:
         """
         files = []
         if failures:
-            files.append(self._write(f"_errors-{index:06d}.jsonl", lambda f: _write_failures(f, failures)))
+            files.append(
+                self._write(f"{ERRORS_PREFIX}{index:06d}.jsonl", lambda f: _write_failures(f, failures))
+            )
         rows = sum(len(part.ids) for part in parts)
         if rows:
             ids, columns = self._joined(parts)
@@ -100,7 +104,7 @@ class OutputFolder:
                 raise JobError(
                     f"The model's outputs differ between batches: {self._schema}, "
                     f"then {_schema(part.columns)}",
-                    "Bring every record to one shape and type with --postprocess.",
+                    "Bring every record to one shape and type with --preprocess or --postprocess.",
                 )
         positions = [position for part in parts for position in part.positions]
         order = np.argsort(positions) if self._ordered else np.arange(len(positions))
@@ -109,13 +113,8 @@ class OutputFolder:
         columns = {name: _placed([part.columns[name] for part in parts], places) for name in self._schema}
         return _placed([part.ids for part in parts], places), columns
 
-    def _state(self, fingerprint: dict[str, Any], resume: bool) -> JournalState:
-        if not _holds_something(self.path):
-            return JournalState(fingerprint)
-        if not resume:
-            raise OutputExistsError(self.path)
-        state = load_journal(self.path)
-        _check_same(state.fingerprint, fingerprint)
+    def _intact(self, state: JournalState) -> JournalState:
+        """Drops the blocks whose files are no longer what the journal says."""
         for index, block in sorted(state.blocks.items()):
             damaged = [file.name for file in block.files if not file.is_intact(self.path)]
             if damaged:
@@ -126,10 +125,26 @@ class OutputFolder:
     def _remove_strays(self) -> None:
         """Removes files of ours that no line of the journal vouches for: a crash left them."""
         kept = {file.name for block in self.finished.values() for file in block.files}
-        for pattern in (f"{TEMPORARY_PREFIX}*", "part-*", "_errors-*"):
+        for pattern in (f"{TEMPORARY_PREFIX}*", "part-*", f"{ERRORS_PREFIX}*"):
             for path in self.path.glob(pattern):
                 if path.name not in kept:
                     path.unlink()
+
+
+def read_state(path: Path, fingerprint: dict[str, Any], *, resume: bool) -> JournalState:
+    """Returns what is done in a folder already.
+
+    Raises:
+        OutputExistsError: The folder is not empty and ``resume`` is False.
+        ResumeRefusedError: The folder belongs to a job with another fingerprint.
+    """
+    if not _holds_something(path):
+        return JournalState(fingerprint)
+    if not resume:
+        raise OutputExistsError(path)
+    state = load_journal(path)
+    _check_same(state.fingerprint, fingerprint)
+    return state
 
 
 def check_output_free(path: Path, *, resume: bool) -> None:
@@ -137,11 +152,22 @@ def check_output_free(path: Path, *, resume: bool) -> None:
 
     Raises:
         OutputExistsError: When it is not empty and ``resume`` is False.
+        JobUsageError: When it is a file, or cannot be made or written.
     """
     if path.exists() and not path.is_dir():
         raise JobUsageError(f"The output {path} is a file", "Name a folder for the shards.")
     if not resume and _holds_something(path):
         raise OutputExistsError(path)
+    parent = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise _unwritable(path, f"{parent} is read-only or belongs to somebody else")
+
+
+def _unwritable(path: Path, why: object) -> JobUsageError:
+    return JobUsageError(
+        f"The output folder {path} cannot be written: {why}",
+        "Name a folder on a disk that you may write to.",
+    )
 
 
 def explain_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -150,8 +176,15 @@ def explain_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)
         if old != new:
+            if key == "input":
+                # Only the files that differ: the same long list twice would tell nothing.
+                old, new = _without(old, new), _without(new, old)
             changes.append(f"{key} was {json.dumps(old):.200} and is {json.dumps(new):.200}")
     return changes
+
+
+def _without(entries: list[Any] | None, others: list[Any] | None) -> list[Any]:
+    return [entry for entry in entries or () if entry not in (others or ())] or (entries or [])
 
 
 def _check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -180,7 +213,7 @@ def _locked(path: Path) -> Any:
             f"Another process is writing into {path}", "Wait for it to end, or name another folder."
         ) from None
     except OSError as error:
-        raise write_failed(path, error) from error
+        raise _unwritable(path, error.strerror or error) from error
     return lock
 
 
@@ -209,4 +242,4 @@ def _write_failures(file: IO[bytes], failures: Sequence[Failure]) -> None:
         file.write(json.dumps(dataclasses.asdict(failure)).encode() + b"\n")
 
 
-__all__ = ["JOURNAL_NAME", "OutputFolder", "check_output_free", "explain_changes"]
+__all__ = ["JOURNAL_NAME", "OutputFolder", "check_output_free", "explain_changes", "read_state"]

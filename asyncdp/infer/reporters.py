@@ -167,11 +167,12 @@ def tell_summary(summary: Summary, *, as_json: bool) -> str:
     earlier = f" ({summary.num_earlier:,} of them earlier)" if summary.num_earlier else ""
     lanes = ", ".join(f"{name} {busy:.0%}" for name, busy in summary.lanes.items())
     stages = ", ".join(f"{name} {spent:.1f} s" for name, spent in summary.stages.items())
+    told = f", told in {summary.output}/_errors-*.jsonl" if summary.error_files else ""
     lines = [
         f"{summary.num_records:,} records done{earlier}",
         f"  time     {summary.seconds:.1f} s, {summary.rate:,.1f} records/s",
         f"  output   {summary.files} files in {summary.output}",
-        f"  bad      {summary.num_bad:,} records",
+        f"  bad      {summary.num_bad:,} records{told}",
         f"  padding  {summary.padding:.1%} of the work",
         f"  lanes    {lanes or 'none'}",
         f"  stages   {stages or 'none'}",
@@ -184,11 +185,12 @@ def tell_plan(plan: Plan, *, as_json: bool) -> str:
     if as_json:
         return json.dumps({"event": "plan", **dataclasses.asdict(plan)})
     columns = ", ".join(f"{name} {kind}" for name, kind in plan.columns.items()) or "none, the input is empty"
+    earlier = f"; {plan.num_earlier:,} done earlier" if plan.num_earlier else ""
     return "\n".join(
         [
             "dry run: everything loads and the first batch runs; nothing was written",
             f"  input    {_count(plan.num_records)} records in {plan.num_files} {plan.input_format} files; "
-            f"the first {plan.num_tried} ran",
+            f"the first {plan.num_tried} ran{earlier}",
             f"  lanes    {', '.join(plan.devices)}",
             f"  output   id, {columns}",
         ]

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Protocol
 
 from .monitor import Monitor
-from .output import OutputFolder
+from .output import ERRORS_PREFIX, OutputFolder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +22,8 @@ class Summary:
         padding: Part of the work that went into padding, 0 to 1.
         stages: Seconds by stage, summed over its workers.
         lanes: Part of the time each lane was busy, 0 to 1.
-        files: Shards in the output folder.
+        files: Shards with outputs in the output folder.
+        error_files: Files there that tell of bad records.
     """
 
     num_records: int
@@ -35,6 +36,7 @@ class Summary:
     lanes: dict[str, float]
     files: int
     output: str
+    error_files: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Plan:
         devices: Names of the lanes.
         columns: Output columns of the first batch with type and shape, empty for an empty input.
         num_tried: Records in the first batch.
+        num_earlier: Records that a resumed job finds done.
     """
 
     input_format: str
@@ -54,6 +57,7 @@ class Plan:
     devices: tuple[str, ...]
     columns: dict[str, str]
     num_tried: int
+    num_earlier: int = 0
 
 
 class Reporter(Protocol):
@@ -87,6 +91,8 @@ def summarise(monitor: Monitor, output: OutputFolder) -> Summary:
     seconds = monitor.seconds
     busy = monitor.busy_fractions()
     work = monitor.cost + monitor.padding
+    names = [file.name for block in output.finished.values() for file in block.files]
+    num_told = sum(name.startswith(ERRORS_PREFIX) for name in names)
     return Summary(
         num_records=monitor.num_earlier + monitor.num_done,
         num_earlier=monitor.num_earlier,
@@ -96,6 +102,7 @@ def summarise(monitor: Monitor, output: OutputFolder) -> Summary:
         padding=monitor.padding / work if work else 0.0,
         stages=dict(monitor.stages),
         lanes=busy,
-        files=sum(len(block.files) for block in output.finished.values()),
+        files=len(names) - num_told,
         output=str(output.path),
+        error_files=num_told,
     )

@@ -75,6 +75,10 @@ def linear():
     return nn.Linear(3, 2)
 
 
+def random_linear():
+    return nn.Linear(3, 2)
+
+
 def broken_factory():
     raise KeyError("no such setting")
 

@@ -202,6 +202,27 @@ def test_resume_refuses_a_changed_job(run, work, numbers):
         run(path, resume=True)
 
 
+def test_a_changed_file_among_many_is_named(run, work, numbers):
+    """Of a long list of inputs only the changed one is told."""
+    for index in range(30):
+        numbers(2, name=f"n{index:02}.jsonl")
+    run(str(work / "n*.jsonl"))
+    numbers(3, name="n20.jsonl")
+    with pytest.raises(ResumeRefusedError, match=r'input was \[\["n20.jsonl", .* and is \[\["n20.jsonl"') as told:
+        run(str(work / "n*.jsonl"), resume=True)
+    assert "n21" not in str(told.value)
+
+
+def test_weights_that_a_factory_draws_are_part_of_the_job(run, work, numbers):
+    """A model that is another one at every start cannot finish what its first self began."""
+    path = numbers(3)
+    run(path, "models_for_tests:linear")
+    assert run(path, "models_for_tests:linear", resume=True).num_earlier == 3
+    run(path, "models_for_tests:random_linear", output=work / "random")
+    with pytest.raises(ResumeRefusedError, match="model weights was"):
+        run(path, "models_for_tests:random_linear", output=work / "random", resume=True)
+
+
 def test_a_damaged_shard_is_written_again(run, work, numbers):
     """Resuming checks every shard and repeats those that are missing or changed."""
     path = numbers(30)
@@ -318,6 +339,7 @@ def test_output_inside_the_input_is_refused(run, work, numbers):
         ({"model": "models_for_tests:nothing"}, JobUsageError, "no attribute 'nothing'"),
         ({"model": "models_for_tests:broken_factory"}, ModelLoadError, "failed with KeyError"),
         ({"model": "models_for_tests:no_module"}, ModelLoadError, "returned int"),
+        ({"model": "numbers.jsonl"}, ModelLoadError, "numbers.jsonl is no exported program .*--weights"),
         ({"model": "missing.pt2"}, ModelLoadError, "no model file missing.pt2"),
         ({"weights": "missing.safetensors"}, ModelLoadError, "no weights file"),
         ({"devices": "cuda:7"}, JobUsageError, "--devices: .*CUDA"),
@@ -344,6 +366,29 @@ def test_dry_run_writes_nothing(work, numbers, anyio_backend):
     plan = anyio.run(Job(options).plan, backend=anyio_backend)
     assert plan.columns == {"total": "float32[]", "double": "float32[3]"}
     assert not (work / "out").exists()
+
+
+def plan(anyio_backend, *inputs, model="models_for_tests:Sums", **options):
+    options = InferOptions(tuple(map(str, inputs)), model, columns=("x",), **options)
+    return anyio.run(Job(options).plan, backend=anyio_backend)
+
+
+def test_dry_run_checks_the_resume(run, work, numbers, anyio_backend):
+    """A dry run with resume tells what is done, and refuses what the run would refuse."""
+    path, shape = numbers(30), {"output": work / "out", "shard_size": 10}
+    run(path, shard_size=10)
+    found = plan(anyio_backend, path, resume=True, **shape)
+    assert (found.num_earlier, found.num_tried) == (30, 30)
+    with pytest.raises(ResumeRefusedError, match="batch_size was 32 and is 5"):
+        plan(anyio_backend, path, resume=True, batch_size=5, **shape)
+
+
+def test_dry_run_tries_the_output_format(work, numbers, anyio_backend):
+    """Outputs that the chosen format cannot hold are found before the job; only one batch is read."""
+    names = {"postprocess": "models_for_tests:only_total", "output": work / "out"}
+    assert plan(anyio_backend, numbers(40), **names).num_tried == 32
+    with pytest.raises(JobError, match="Choose --output-format parquet or jsonl"):
+        plan(anyio_backend, numbers(4), output_format="npy", **names)
 
 
 def test_weights_in_safetensors(run, work, numbers):

@@ -181,6 +181,38 @@ def test_inputs_that_cannot_be_read_say_why(tmp_path):
             open_inputs(specs, None, Selection())
 
 
+@pytest.mark.parametrize(
+    ("name", "selection", "told"),
+    [
+        ("rows.csv", Selection(("a", "c")), "'a', 'b'"),
+        ("rows.csv", Selection(("a",), "c"), "'a', 'b'"),
+        ("rows.tsv", Selection(("c",)), "'a', 'b'"),
+        ("rows.txt", Selection(("c",)), "none: leave --column"),
+        ("rows.npz", Selection(("c",)), "'a'"),
+        ("rows.png", Selection((), "c"), "'path'"),
+    ],
+)
+def test_a_column_that_no_row_has_is_told_at_once(tmp_path, name, selection, told):
+    """Where header or schema name the columns, a wrong name fails before anything is read."""
+    np.savez(tmp_path / "rows.npz", a=np.zeros(2))
+    (tmp_path / "rows.png").touch()
+    for text, data in TEXT_FILES.items():
+        (tmp_path / text).write_bytes(data)
+    with pytest.raises(InputError, match=f"rows.* has no column 'c'. Its columns are {told}"):
+        open_inputs([str(tmp_path / name)], None, selection)
+
+
+def test_an_empty_table_among_others_misses_nothing(tmp_path):
+    """A CSV file without even a header holds no record, and no wrong column."""
+    (tmp_path / "a.csv").write_text("")
+    (tmp_path / "b.csv").write_text("a\n1\n")
+    inputs = open_inputs([str(tmp_path)], None, Selection(("a",)))
+    assert [record.value for record in inputs.read()] == ["1"]
+    (tmp_path / "c.csv").write_text("a,a\n1,2\n")
+    with pytest.raises(DamagedInputError, match=r"c.csv cannot be read: two columns"):
+        open_inputs([str(tmp_path)], None, Selection(("a",)))
+
+
 BINARY = ["parquet", "npy", "npz", "safetensors"]
 
 
@@ -219,13 +251,13 @@ def test_half_written_binary_files(tmp_path, format_name):
     column=st.sampled_from([(), ("a",)]),
 )
 def test_no_bytes_break_a_reader(tmp_path, data, head, format_name, column):
-    """Whatever a file holds, a reader gives records, bad records, or a DamagedInputError."""
+    """Whatever a file holds, a reader gives records, bad records, or an error that names the file."""
     path = tmp_path / "any"
     path.write_bytes(head + data)
     try:
         for record in open_inputs([str(path)], format_name, Selection(column)).read():
             assert record.error is None or isinstance(record.error, Exception)
-    except DamagedInputError as error:
+    except (DamagedInputError, InputError) as error:
         text = str(error)
         assert "any" in text
 

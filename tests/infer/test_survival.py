@@ -51,12 +51,22 @@ def test_a_full_disk_loses_no_finished_block(run, work, numbers, monkeypatch, nu
 
 
 def test_a_read_only_output_is_told(run, numbers, monkeypatch):
-    """A folder that cannot be written, or made, is an error with a remedy."""
+    """A folder that cannot be written, or made, is an error with a remedy; at best before anything loads."""
     read_only = pytest.raises(OutputError, match=r"Read-only file system. Make the folder writable")
     with failing_disk(monkeypatch, 1, errno.EROFS), read_only:
         run(numbers(3))
-    with pytest.raises(OutputError, match="cannot be written"):
+    with pytest.raises(JobUsageError, match=r"cannot be written: .* Name a folder"):
         run(numbers(3), output=Path("/proc/nothing/here"))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(JobUsageError, match="read-only or belongs to somebody else"):
+        run(numbers(3), "never_imported:Model", output=Path("elsewhere"))
+
+
+@pytest.mark.parametrize(("code", "remedy"), [(errno.EFBIG, "ulimit -f"), (errno.EIO, "Check the disk")])
+def test_the_remedy_fits_the_cause(run, numbers, monkeypatch, code, remedy):
+    """What a person should do depends on why the disk refused."""
+    with failing_disk(monkeypatch, 3, code), pytest.raises(OutputError, match=f"{remedy}.*--resume"):
+        run(numbers(3))
 
 
 def test_killed_at_random_moments(tmp_path):
@@ -96,6 +106,8 @@ def test_merge_checks_completeness(run, work, numbers):
     with pytest.raises(JobUsageError, match=r"part-000001.parquet is missing or damaged"):
         merge_parts([work / "part1", work / "part2"], work / "merged")
     assert not (work / "merged" / "part-000001.parquet").exists()
+    with pytest.raises(ResumeRefusedError, match="There is no folder nowhere"):
+        merge_parts([work / "part1", Path("nowhere")], work / "merged")
 
 
 def test_a_part_of_few_blocks(run, work, numbers):

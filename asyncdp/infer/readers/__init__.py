@@ -73,6 +73,7 @@ class Inputs:
         self.num_records_read = 0
         self._reader = FORMATS[format_name]
         self._check_binary()
+        self._check_columns()
         self._counts = [None if file.path == STDIN else self._reader.count(file.path) for file in files]
 
     def read(self, start: int = 0) -> Iterator[Record]:
@@ -115,6 +116,15 @@ class Inputs:
                     f"{file.name} cannot be read as {self.format_name}",
                     "This format needs a plain, uncompressed file on disk.",
                 )
+
+    def _check_columns(self) -> None:
+        """Fails where a column that was asked for is in no row, instead of refusing every record later."""
+        for file in self.files:
+            names = None if file.path == STDIN else self._reader.column_names(file.path)
+            missing = [] if names is None else [name for name in self.selection.named if name not in names]
+            if missing:
+                told = ", ".join(map(repr, (names or ())[:20])) or "none: leave --column and --id-column out"
+                raise InputError(f"{file.name} has no column {missing[0]!r}", f"Its columns are {told}.")
 
 
 def _record(position: int, row: Row) -> Record:

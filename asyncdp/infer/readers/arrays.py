@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,11 @@ class ArrayReader:
         """Returns the length along the first dimension."""
         with self._opened(InputFile(path)) as (_, length):
             return length
+
+    def column_names(self, path: Path) -> Sequence[str] | None:
+        """Returns the names of the arrays; the one of a .npy file is ``value``."""
+        with self._opened(InputFile(path)) as (arrays, _):
+            return list(arrays)
 
     def rows(self, file: InputFile, selection: Selection, start: int) -> Iterator[Row]:
         """Yields an array per row, or a dict of them when the file holds several."""

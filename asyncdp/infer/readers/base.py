@@ -10,7 +10,7 @@ import io
 import lzma
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol, cast
 
@@ -34,6 +34,17 @@ class Selection:
 
     columns: tuple[str, ...] = ()
     id_column: str | None = None
+
+    @property
+    def named(self) -> list[str]:
+        """All columns that were asked for by name, each once."""
+        wanted = [*self.columns, *([self.id_column] if self.id_column else [])]
+        return list(dict.fromkeys(wanted))
+
+    @property
+    def needed(self) -> list[str] | None:
+        """The columns that must be read, None for all."""
+        return self.named if self.columns else None
 
     def row(self, entry: Any, where: str) -> Row:
         """Picks value and id out of one entry; what is missing becomes the error of the row."""
@@ -88,6 +99,9 @@ class Reader(Protocol):
     def count(self, path: Path) -> int | None:
         """Returns the number of rows when it is cheap to know, else None."""
 
+    def column_names(self, path: Path) -> Sequence[str] | None:
+        """Returns the columns that every row has, or None when only the rows themselves tell."""
+
     def rows(self, file: InputFile, selection: Selection, start: int) -> Iterator[Row]:
         """Yields rows from number ``start`` on (always 0 where ``count`` is unknown)."""
 
@@ -128,7 +142,7 @@ class InputFile:
         except _BROKEN_STREAM as error:
             raise self.broken(error) from error
 
-    def lines(self) -> Iterator[tuple[int, bytes]]:
+    def lines(self) -> Generator[tuple[int, bytes], None, None]:
         """Yields the number (from 1) and the bytes of every line, without its end."""
         with self.open() as stream:
             number = 0

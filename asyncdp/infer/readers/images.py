@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,17 @@ SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", 
 
 
 class ImageReader:
-    """Every file is one record; with any id column asked for, its id is the file's path."""
+    """Every file is one record; with the id column ``path`` its id is the file's path."""
 
     binary = True
 
     def count(self, path: Path) -> int | None:
         """One image per file."""
         return 1
+
+    def column_names(self, path: Path) -> Sequence[str] | None:
+        """The path, which identifies an image."""
+        return ("path",)
 
     def rows(self, file: InputFile, selection: Selection, start: int) -> Iterator[Row]:
         """Yields the path of the image."""

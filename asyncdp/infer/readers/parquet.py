@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...errors import InputError
 from ..records import Row
 from .base import InputFile, Selection
 
@@ -23,12 +22,17 @@ class ParquetReader:
         with _open(InputFile(path)) as parquet:
             return int(parquet.metadata.num_rows)
 
+    def column_names(self, path: Path) -> Sequence[str] | None:
+        """Returns the columns of the schema."""
+        with _open(InputFile(path)) as parquet:
+            names: list[str] = parquet.schema_arrow.names
+            return names
+
     def rows(self, file: InputFile, selection: Selection, start: int) -> Iterator[Row]:
         """Yields a dict per row, or the bare value of a single column."""
         with _open(file) as parquet:
             groups, number = _groups_from(parquet, start)
-            wanted = _wanted(file, parquet, selection)
-            batches = parquet.iter_batches(_CHUNK, row_groups=groups, columns=wanted)
+            batches = parquet.iter_batches(_CHUNK, row_groups=groups, columns=selection.needed)
             while (batch := _next_batch(file, batches)) is not None:
                 names = batch.schema.names
                 columns = [_values(column) for column in batch.columns]
@@ -60,17 +64,6 @@ def _groups_from(parquet: Any, start: int) -> tuple[list[int], int]:
             return list(range(group, parquet.num_row_groups)), number
         number += num_rows
     return [], number
-
-
-def _wanted(file: InputFile, parquet: Any, selection: Selection) -> list[str] | None:
-    present = parquet.schema_arrow.names
-    wanted = [*selection.columns, *([selection.id_column] if selection.id_column else [])]
-    for name in wanted:
-        if name not in present:
-            raise InputError(
-                f"{file.name} has no column {name!r}", f"It has {', '.join(map(repr, present[:20]))}."
-            )
-    return list(dict.fromkeys(wanted)) if selection.columns else None
 
 
 def _next_batch(file: InputFile, batches: Iterator[Any]) -> Any:

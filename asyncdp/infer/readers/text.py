@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..records import Row
 from .base import InputFile, Selection
@@ -20,9 +22,17 @@ class _TextReader:
         """The number of lines is known only once they are read."""
         return None
 
+    def column_names(self, path: Path) -> Sequence[str] | None:
+        """Entries may differ; each tells what it holds."""
+        return None
+
 
 class LinesReader(_TextReader):
     """Every line is one record; blank lines too, so that positions are line numbers."""
+
+    def column_names(self, path: Path) -> Sequence[str] | None:
+        """A line has no columns."""
+        return ()
 
     def rows(self, file: InputFile, selection: Selection, start: int) -> Iterator[Row]:
         """Yields the text of every line."""
@@ -57,12 +67,15 @@ class CsvReader(_TextReader):
     def __init__(self, delimiter: str) -> None:
         self._delimiter = delimiter
 
+    def column_names(self, path: Path) -> Sequence[str] | None:
+        """Returns the header; an empty file has none and misses nothing."""
+        file = InputFile(path)
+        with contextlib.closing(file.lines()) as lines:
+            return self._header(file, self._parser(lines)) or None
+
     def rows(self, file: InputFile, selection: Selection, start: int) -> Iterator[Row]:
         """Yields a dict of texts per row."""
-        csv.field_size_limit(_MAX_FIELD)
-        # surrogateescape lets a line that is no UTF-8 through, to be reported as one bad record.
-        lines = (line.decode(errors="surrogateescape") + "\n" for _, line in file.lines())
-        reader = csv.reader(lines, delimiter=self._delimiter, strict=True)
+        reader = self._parser(file.lines())
         header = self._header(file, reader)
         while True:
             try:
@@ -74,6 +87,12 @@ class CsvReader(_TextReader):
                 continue
             if fields:
                 yield self._row(fields, header, selection, f"{file.name}:{reader.line_num}")
+
+    def _parser(self, lines: Iterator[tuple[int, bytes]]) -> Any:
+        csv.field_size_limit(_MAX_FIELD)
+        # surrogateescape lets a line that is no UTF-8 through, to be reported as one bad record.
+        texts = (line.decode(errors="surrogateescape") + "\n" for _, line in lines)
+        return csv.reader(texts, delimiter=self._delimiter, strict=True)
 
     def _header(self, file: InputFile, reader: Iterator[list[str]]) -> list[str]:
         try:
