@@ -227,7 +227,8 @@ class FakeDevice(LaneDevice):
                 self._tell_watchers()
 
         completion = new_completion(lambda: completion.finish())
-        await completion.wait(watch)
+        watch()
+        await completion
 
     # For the lane.
 

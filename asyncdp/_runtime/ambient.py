@@ -1,16 +1,64 @@
-"""Torch's thread-local state and the context variables of a caller, applied again in a lane."""
+"""Torch's thread-local modes and the context variables of a caller, applied again in a lane."""
 
 from __future__ import annotations
 
 import contextvars
-import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
+from torch import (
+    get_autocast_dtype,
+    is_autocast_cache_enabled,
+    is_autocast_enabled,
+    is_grad_enabled,
+    is_inference_mode_enabled,
+)
+
+# Which event loop runs, for whoever asks this library; not everyone has it.
+_event_loop_name: contextvars.ContextVar[str | None] | None
+try:
+    from sniffio import current_async_library_cvar as _event_loop_name
+except ImportError:
+    _event_loop_name = None
 
 T = TypeVar("T")
+
+Modes = tuple[Any, ...]
+"""Grad mode, inference mode, autocast's cache; then each device type, whether autocast is on, its dtype."""
+
+
+def current_modes(device_types: tuple[str, ...]) -> Modes:
+    """The modes of the calling thread."""
+    name = device_types[0]
+    modes: Modes = (
+        is_grad_enabled(),
+        is_inference_mode_enabled(),
+        is_autocast_cache_enabled(),
+        name,
+        is_autocast_enabled(name),
+        get_autocast_dtype(name),
+    )
+    for name in device_types[1:]:
+        modes += (name, is_autocast_enabled(name), get_autocast_dtype(name))
+    return modes
+
+
+def _entered(modes: Modes, device_types: tuple[str, ...]) -> ExitStack:
+    """Switch the calling thread to `modes`; closing the result switches it back."""
+    grad, inference, cache_enabled, *autocasts = modes
+    stack = ExitStack()
+    if inference != is_inference_mode_enabled():
+        stack.enter_context(torch.inference_mode(inference))
+    stack.enter_context(torch.set_grad_enabled(grad))
+    if modes[2:] != current_modes(device_types)[2:]:
+        for name, enabled, dtype in zip(*[iter(autocasts)] * 3, strict=True):
+            stack.enter_context(
+                torch.autocast(name, dtype=dtype, enabled=enabled, cache_enabled=cache_enabled)
+            )
+    return stack
 
 
 class Ambient:
@@ -21,43 +69,52 @@ class Ambient:
     device inside a lane is always the lane's own.
     """
 
-    __slots__ = ("_context", "_device_types", "_state")
+    __slots__ = ("_contexts", "_device_types", "modes")
 
     def __init__(self, device_types: tuple[str, ...]) -> None:
         self._device_types = device_types
-        self._state = _thread_state(device_types)
-        self._context = contextvars.copy_context()
+        self.modes = current_modes(device_types)
+        context = contextvars.copy_context()
         # The lane's thread runs no event loop, whatever the caller's context says.
-        sniffio = sys.modules.get("sniffio")
-        if sniffio is not None:
-            self._context.run(sniffio.current_async_library_cvar.set, None)
+        if _event_loop_name is not None and _event_loop_name.get() is not None:
+            context.run(_event_loop_name.set, None)
+        self._contexts = [context]
 
-    def run(self, function: Callable[[], T], device: torch.device) -> T:
-        """Call `function` on this thread under the captured state; `device` is the lane's."""
-        # A context can be entered once at a time, and the lanes of one pass run at the same time.
-        context = self._context.copy()
-        if device.type == "cpu" and self._state == _thread_state(self._device_types):
-            return context.run(function)
-        grad, inference, cache_enabled, *autocasts = self._state
-        with ExitStack() as stack:
-            stack.enter_context(torch.inference_mode(inference))
-            stack.enter_context(torch.set_grad_enabled(grad))
-            for name, enabled, dtype in zip(self._device_types, autocasts[::2], autocasts[1::2], strict=True):
-                stack.enter_context(
-                    torch.autocast(name, dtype=dtype, enabled=enabled, cache_enabled=cache_enabled)
-                )
-            if device.type != "cpu":
-                stack.enter_context(device)
-            return context.run(function)
+    def bind(self, function: Callable[[], T], index: int) -> Callable[[], T]:
+        """Give `function` the caller's context variables; works of one stage differ in `index`."""
+        # A context can be entered once at a time, and the works of one stage run at the same time.
+        while index >= len(self._contexts):
+            self._contexts.append(self._contexts[0].copy())
+        return partial(self._contexts[index].run, function)
+
+    def run(self, function: Callable[[], T], _device: object = None) -> T:
+        """Call `function` on this thread under the captured modes and context variables."""
+        with _entered(self.modes, self._device_types):
+            return self._contexts[0].copy().run(function)
 
 
-def _thread_state(device_types: tuple[str, ...]) -> tuple[Any, ...]:
-    """Grad mode, inference mode, autocast's cache, then autocast on/off and dtype of each device type."""
-    state: tuple[Any, ...] = (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        torch.is_autocast_cache_enabled(),
-    )
-    for name in device_types:
-        state += (torch.is_autocast_enabled(name), torch.get_autocast_dtype(name))
-    return state
+class LaneModes:
+    """The modes of a lane's thread, on which everything here is called.
+
+    Grad and inference mode stay as one work had them until another asks for others, since most ask
+    for the same.
+    """
+
+    def __init__(self) -> None:
+        self._stack: ExitStack | None = None
+        self.are_brief = False
+        """Whether to leave them after the work: autocast keeps casts of weights, which may change then."""
+
+    def switch(self, modes: Modes, device_types: tuple[str, ...]) -> None:
+        """Let the thread have `modes`."""
+        self.leave()
+        if modes != current_modes(device_types):
+            self._stack = _entered(modes, device_types)
+            self.are_brief = True in modes[4::3]
+
+    def leave(self) -> None:
+        """Let the thread have the modes that it began with."""
+        if self._stack is not None:
+            self._stack.close()
+            self._stack = None
+            self.are_brief = False

@@ -14,7 +14,7 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any, Protocol
 
 
@@ -24,12 +24,8 @@ class Completion(Protocol):
     def finish(self) -> None:
         """Wake the waiting task. Callable from any thread; never blocks."""
 
-    async def wait(self, start: Callable[[], None]) -> None:
-        """Call `start`, then wait for `finish`; raise a cancellation that came in between.
-
-        The call is made here because every microsecond between waking a lane and giving up the
-        interpreter lock is one the lane waits for that lock.
-        """
+    def __await__(self) -> Generator[Any, Any, None]:
+        """Wait for `finish`; raise a cancellation that came in between."""
 
 
 def new_completion(on_cancel: Callable[[], None]) -> Completion:
@@ -50,15 +46,25 @@ def new_completion(on_cancel: Callable[[], None]) -> Completion:
 # --- asyncio ---------------------------------------------------------------------------------
 
 
-class _DrainingFuture(asyncio.Future[None]):
+class _AsyncioCompletion(asyncio.Future[None]):
     """A future whose cancellation takes effect when it is finished, not before."""
 
-    _cancelling = False
-    _message: Any = None
+    __slots__ = ("_cancelling", "_message", "_on_cancel", "_waker")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, on_cancel: Callable[[], None]) -> None:
-        super().__init__(loop=loop)
-        self._on_cancel = on_cancel
+    def __init__(self, on_cancel: Callable[[], None]) -> None:
+        loop = asyncio.get_running_loop()
+        asyncio.Future.__init__(self, loop=loop)
+        self._on_cancel: Callable[[], None] | None = on_cancel
+        self._waker = _waker_of(loop)
+        self._cancelling = False
+        self._message: Any = None
+
+    def finish(self) -> None:
+        waker = self._waker
+        waker.outbox.append(self)
+        if not waker.is_signalled:
+            waker.is_signalled = True
+            waker.signal()
 
     def cancel(self, msg: Any = None) -> bool:
         if self.done():
@@ -66,12 +72,13 @@ class _DrainingFuture(asyncio.Future[None]):
         self._message = msg
         if not self._cancelling:
             self._cancelling = True
+            assert self._on_cancel is not None
             self._on_cancel()
         return True
 
     def settle(self) -> None:
         """End the future on its loop's thread."""
-        del self._on_cancel  # the pass it belongs to refers to this future: break the cycle
+        self._on_cancel = None  # the pass it belongs to refers to this future: break the cycle
         if self._cancelling:
             super().cancel(msg=self._message)
         else:
@@ -79,16 +86,16 @@ class _DrainingFuture(asyncio.Future[None]):
 
 
 class _LoopWaker:
-    """Carries futures to settle from any thread to one event loop.
+    """Carries completions to settle from any thread to one event loop.
 
     An eventfd costs less per wake-up than `call_soon_threadsafe`, which is used where the loop or
-    the system has none. Many futures may travel on one wake-up.
+    the system has none. Many may travel on one wake-up.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = weakref.ref(loop)
-        self._outbox: deque[_DrainingFuture] = deque()
-        self._signalled = False
+        self.outbox: deque[_AsyncioCompletion] = deque()
+        self.is_signalled = False
         self._lock = threading.Lock()
         self._fd = _open_eventfd()
         if self._fd is not None:
@@ -97,20 +104,15 @@ class _LoopWaker:
             except NotImplementedError:
                 self.close()
 
-    def post(self, future: _DrainingFuture) -> None:
-        self._outbox.append(future)
-        if not self._signalled:
-            self._signalled = True
-            self._signal()
-
     def close(self) -> None:
-        """Release the descriptor; the lock keeps a late `post` from writing to its next owner."""
+        """Release the descriptor; the lock keeps a late `signal` from writing to its next owner."""
         with self._lock:
             fd, self._fd = self._fd, None
         if fd is not None:
             os.close(fd)
 
-    def _signal(self) -> None:
+    def signal(self) -> None:
+        """Have the loop settle what is in the outbox; `is_signalled` tells that it is going to."""
         with self._lock:
             if self._fd is not None:
                 os.eventfd_write(self._fd, 1)
@@ -126,10 +128,10 @@ class _LoopWaker:
         self._settle_all()
 
     def _settle_all(self) -> None:
-        # Cleared first: a future appended during the loop below signals again.
-        self._signalled = False
-        while self._outbox:
-            self._outbox.popleft().settle()
+        # Cleared first: a completion appended during the loop below signals again.
+        self.is_signalled = False
+        while self.outbox:
+            self.outbox.popleft().settle()
 
 
 def _open_eventfd() -> int | None:
@@ -168,22 +170,6 @@ def _find_waker(loop: asyncio.AbstractEventLoop) -> _LoopWaker:
     return waker
 
 
-class _AsyncioCompletion:
-    __slots__ = ("_future", "_waker")
-
-    def __init__(self, on_cancel: Callable[[], None]) -> None:
-        loop = asyncio.get_running_loop()
-        self._waker = _waker_of(loop)
-        self._future = _DrainingFuture(loop, on_cancel)
-
-    def finish(self) -> None:
-        self._waker.post(self._future)
-
-    async def wait(self, start: Callable[[], None]) -> None:
-        start()
-        await self._future
-
-
 # --- trio ------------------------------------------------------------------------------------
 
 
@@ -202,8 +188,10 @@ class _TrioCompletion:
         with contextlib.suppress(self._trio.RunFinishedError):  # nobody waits any more
             self._token.run_sync_soon(self._settle)
 
-    async def wait(self, start: Callable[[], None]) -> None:
-        start()
+    def __await__(self) -> Generator[Any, Any, None]:
+        return self._wait().__await__()
+
+    async def _wait(self) -> None:
         if not self._finished:
             self._task = self._trio.lowlevel.current_task()
             await self._trio.lowlevel.wait_task_rescheduled(self._abort)

@@ -56,10 +56,8 @@ class Core:
         """Give a pass to the schedule."""
         self.num_running += 1
         action = self.schedule.submit(one, one.lanes)
-        if isinstance(action, Admit):
-            one.enqueue()
-        elif action is not None:
-            one.refuse(self._refusal(action))
+        if action is not None:
+            self.act((action,))
 
     def act(self, actions: Iterable[Action]) -> None:
         """Perform what the schedule decided."""
@@ -112,7 +110,8 @@ class Core:
         self.counts[one.state] += 1
         self.num_running -= 1
         self.to_wake.append(completion.finish)
-        self._stop_if_idle()
+        if self.schedule.closed:
+            self._stop_if_idle()
 
     # Called without the lock.
 
@@ -139,7 +138,7 @@ class Core:
 
     async def aclose(self) -> None:
         """Close and wait until every lane's thread has ended."""
-        ended = new_completion(lambda: None)
+        ended = new_completion(lambda: None)  # the wait goes on to its end
 
         def join_then_finish() -> None:
             self.shut_down(None)
@@ -147,7 +146,8 @@ class Core:
 
         # Joining blocks, and the loop must not.
         thread = threading.Thread(target=join_then_finish, name="asyncdp-close", daemon=True)
-        await ended.wait(thread.start)
+        thread.start()
+        await ended
 
 
 def _lane_name(device: torch.device, ordinal: int) -> str:

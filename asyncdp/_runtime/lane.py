@@ -6,6 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,33 +14,36 @@ import torch
 from .._devices.base import LaneDevice
 from .._devices.threads import set_intra_op_threads
 from . import trace
+from .ambient import LaneModes, current_modes
 from .schedule import LaneState
 
 if TYPE_CHECKING:
     from .core import Core
     from .passes import Pass
 
-_current = threading.local()
+
+class _Current(threading.local):
+    lane: Lane | None = None
+
+
+_current = _Current()
 
 
 def current_lane() -> Lane | None:
     """The lane whose thread this is, or None."""
-    return getattr(_current, "lane", None)
+    return _current.lane
 
 
 class Work:
     """What one lane does for one pass: a call, and where its end is reported."""
 
-    __slots__ = ("error", "function", "index", "lane", "lost", "num_threads", "owner", "value")
+    __slots__ = ("error", "function", "index", "lane", "lost", "owner", "value")
 
-    def __init__(
-        self, lane: Lane, function: Callable[[], Any], owner: Pass, index: int, num_threads: int
-    ) -> None:
+    def __init__(self, lane: Lane, function: Callable[[], Any], owner: Pass, index: int) -> None:
         self.lane = lane
-        self.function: Callable[[], Any] | None = function  # None once dropped
+        self.function: Callable[[], Any] | None = function  # None once begun or dropped
         self.owner = owner
         self.index = index
-        self.num_threads = num_threads
         self.value: Any = None
         self.error: BaseException | None = None
         self.lost = False  # whether the error means that the device is
@@ -63,6 +67,7 @@ class Lane:
         self.num_done = 0
         self.busy_seconds = 0.0
         self._num_threads = 0
+        self._modes = LaneModes()
         self._core = core  # its lock guards the queue and the two flags
         self._queue: deque[Work] = deque()
         self._sleeping = False
@@ -96,7 +101,8 @@ class Lane:
             self._queue.append(work)
         if trace.recorder is not None:
             trace.recorder.queued(work)
-        self._rouse()
+        if self._sleeping:
+            self._rouse()
 
     def remove(self, work: Work) -> bool:
         """Take a work out of the queue if it has not started; the lock is held by the caller."""
@@ -115,7 +121,8 @@ class Lane:
     def stop(self) -> None:
         """Let the thread end once its queue is empty; the lock is held by the caller."""
         self._stopping = True
-        self._rouse()
+        if self._sleeping:
+            self._rouse()
 
     def join(self, timeout: float | None = None) -> None:
         """Wait for the thread's end, `timeout` seconds at most."""
@@ -123,14 +130,16 @@ class Lane:
             self._thread.join(timeout)
 
     def _rouse(self) -> None:
-        if self._sleeping:
-            self._sleeping = False
-            self._core.to_wake.append(self._wake.release)
+        self._sleeping = False
+        self._core.to_wake.append(self._wake.release)
 
     def _run(self) -> None:
         _current.lane = self
         self._open()
         ended: Work | None = None
+        # A task that waits for a short work is woken the quicker the less is done between this lane's
+        # waking and its waking of the task: past some ten microseconds the task's core has gone to
+        # sleep, which costs as much again. What can be done before or after is done there.
         while True:
             with self._core.lock:
                 if ended is not None:
@@ -150,11 +159,14 @@ class Lane:
                 break
             else:
                 self._wake.acquire()
+        self._modes.leave()  # here, since whichever thread lets go of torch's guards gets their old modes
         self.driver.close()
 
     def _open(self) -> None:
         try:
             self.driver.open()
+            if self.device.type != "cpu":
+                self.device.__enter__()  # what a work makes without naming a device, it makes here
         except Exception as error:
             # The thread goes on, to be stopped like any other; everyone who asks gets the reason.
             with self._core.lock:
@@ -162,14 +174,32 @@ class Lane:
             self._core.wake()
 
     def _perform(self, work: Work) -> bool:
+        """Run one work as its caller would; tell whether it has ended or a later thread will say so."""
         started = time.perf_counter()
-        if work.num_threads != self._num_threads:
-            set_intra_op_threads(work.num_threads)
-            self._num_threads = work.num_threads
+        owner = work.owner
+        if owner.num_threads != self._num_threads:
+            set_intra_op_threads(owner.num_threads)
+            self._num_threads = owner.num_threads
+        # Compared with what is, not with what was set: the last work may have left something switched.
+        if owner.ambient.modes != current_modes(self._core.device_types):
+            self._modes.switch(owner.ambient.modes, self._core.device_types)
         issued = None if trace.recorder is None else trace.recorder.started(work)
-        ended = work.owner.perform(work)
+        function, work.function = work.function, None
+        assert function is not None
+        marker: Any = None
+        try:
+            captured = owner.captured[self.device] if owner.captured else None
+            work.value, marker = self.driver.issue(captured, function)
+        except BaseException as error:
+            work.error = error
+            work.lost = self.driver.lost(error)
+        if marker is not None:
+            # The call and its inputs stay referenced until the device is done with them.
+            self.driver.on_complete(marker, partial(owner.complete, work, function))
         if issued is not None:
-            issued(ended)
+            issued(marker is None)
+        if self._modes.are_brief:
+            self._modes.leave()
         self.num_done += 1
         self.busy_seconds += time.perf_counter() - started
-        return ended
+        return marker is None

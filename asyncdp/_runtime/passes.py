@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,14 +30,18 @@ Called under the runtime's lock: it only pairs lanes with calls and does no work
 _NOTHING: dict[torch.device, Any] = {}
 
 
-class PassState(enum.Enum):
+class PassState(enum.IntEnum):
     """How far a pass has come."""
 
-    WAITING = "waiting"
-    RUNNING = "running"
-    DONE = "done"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
+    WAITING = 0
+    RUNNING = 1
+    DONE = 2
+    FAILED = 3
+    CANCELLED = 4
+
+
+# Looked up once: an enumeration's members are slow to get at.
+_RUNNING, _DONE = PassState.RUNNING, PassState.DONE
 
 
 class Pass:
@@ -58,6 +61,23 @@ class Pass:
         replica_stage: which stage's works are replicas, for the notes on exceptions; None if none's.
     """
 
+    __slots__ = (
+        "__weakref__",
+        "_cancelled",
+        "_completion",
+        "_core",
+        "_failures",
+        "_following",
+        "_num_left",
+        "_results",
+        "_to_replicas",
+        "_works",
+        "ambient",
+        "captured",
+        "num_threads",
+        "state",
+    )
+
     def __init__(
         self,
         core: Core,
@@ -67,12 +87,12 @@ class Pass:
         replica_stage: int | None,
     ) -> None:
         self._core = core
-        self._num_threads = num_threads
-        self._following = list(following) if following else []
-        self._ambient = Ambient(core.device_types)
-        self._captured = (
+        self.num_threads = num_threads
+        self.ambient = Ambient(core.device_types)
+        self.captured: Mapping[torch.device, Any] = (
             {lane.device: lane.driver.capture() for lane, _ in stage} if core.captures else _NOTHING
         )
+        self._following = list(following) if following else []
         self._completion = new_completion(self._on_cancel)
         self._failures: list[tuple[str | None, BaseException]] = []  # where, if on a lane, and what
         self._to_replicas = replica_stage  # stages until then, negative once past it
@@ -81,7 +101,7 @@ class Pass:
         self._prepare(stage)
 
     def __repr__(self) -> str:
-        return f"<Pass {self.state.value}: {self._num_left} of {len(self._works)} works left>"
+        return f"<Pass {self.state.name.lower()}: {self._num_left} of {len(self._works)} works left>"
 
     @property
     def lanes(self) -> list[int]:
@@ -94,7 +114,10 @@ class Pass:
         Raises:
             BaseException: the first failure in time, the very object a lane raised.
         """
-        await self._completion.wait(self._submit)
+        with self._core.lock:
+            self._core.submit(self)
+        self._core.wake()
+        await self._completion
         failures, self._failures = self._failures, []
         if not failures:
             return self._results
@@ -105,16 +128,11 @@ class Pass:
             # The traceback refers to this frame: without this, frame and error keep each other alive.
             del error, failures, self
 
-    def _submit(self) -> None:
-        with self._core.lock:
-            self._core.submit(self)
-        self._core.wake()
-
     # Called by the runtime, under its lock.
 
     def enqueue(self, *, first: bool = False) -> None:
         """Put the works of the current stage on their lanes."""
-        self.state = PassState.RUNNING
+        self.state = _RUNNING
         for work in self._works:
             work.lane.put(work, first=first)
 
@@ -133,56 +151,26 @@ class Pass:
         if self._num_left == 0:
             self._finish()
 
-    # Called by a lane, on its thread.
-
-    def perform(self, work: Work) -> bool:
-        """Run one work under the caller's ambient state.
-
-        Returns:
-            Whether it has ended; if not, a later thread will report its end.
-        """
-        function, work.function = work.function, None
-        assert function is not None
-        driver = work.lane.driver
-        marker: Any = None
-        try:
-            captured = self._captured.get(driver.device) if self._captured else None
-            work.value, marker = driver.issue(captured, partial(self._ambient.run, function, driver.device))
-        except BaseException as error:
-            work.error = error
-            work.lost = driver.lost(error)
-        if marker is not None:
-            # The call and its inputs stay referenced until the device is done with them.
-            driver.on_complete(marker, partial(self._complete, work, function))
-        return marker is None
-
     def ended(self, work: Work) -> None:
-        """Take note of a work's end, and begin the next stage or end the pass; the lock is held."""
-        core = self._core
-        core.act(core.schedule.finish(work.lane.index))
-        value, work.value = work.value, None
-        error, work.error = work.error, None
-        if error is None:
-            self._results[work.index] = value
+        """Take note of a work's end, and begin the next stage or end the pass."""
+        actions = self._core.schedule.finish(work.lane.index)
+        if actions:
+            self._core.act(actions)
+        if work.error is None:
+            self._results[work.index] = work.value
+            work.value = None
         else:
-            self._failures.append((self._place(work), error))
+            self._fail(work)
         self._num_left -= 1
-        if work.lost:
-            core.lose(work.lane, error)
         if self._num_left == 0:
-            self._advance(work.lane)
+            if self._following and not self._failures and not self._cancelled:
+                self._advance(work.lane)
+            else:
+                self._finish()
 
-    # The rest runs on whichever thread ends a work, or on the loop's; mostly under the lock.
+    # Called by a device, from any thread, without the lock.
 
-    def _prepare(self, stage: Stage) -> None:
-        self._works = [
-            Work(lane, function, self, index, self._num_threads)
-            for index, (lane, function) in enumerate(stage)
-        ]
-        self._num_left = len(self._works)
-        self._results: list[Any] = [None] * self._num_left
-
-    def _complete(self, work: Work, _function: object, error: BaseException | None) -> None:
+    def complete(self, work: Work, _function: object, error: BaseException | None) -> None:
         """Report a work whose end on the device came after its end on the lane."""
         if error is not None:
             work.error = error
@@ -193,15 +181,29 @@ class Pass:
             self.ended(work)
         self._core.wake()
 
+    # The rest runs on whichever thread ends a work, or on the loop's; under the lock.
+
+    def _prepare(self, stage: Stage) -> None:
+        self._works = [
+            Work(lane, self.ambient.bind(function, index), self, index)
+            for index, (lane, function) in enumerate(stage)
+        ]
+        self._num_left = len(self._works)
+        self._results: list[Any] = [None] * self._num_left
+
+    def _fail(self, work: Work) -> None:
+        error, work.error = work.error, None
+        assert error is not None
+        self._failures.append((self._place(work), error))
+        if work.lost:
+            self._core.lose(work.lane, error)
+
     def _place(self, work: Work) -> str:
         lane = f"lane {work.lane.name}"
         return f"replica {work.index} on {lane}" if self._to_replicas == 0 else lane
 
     def _advance(self, lane: Lane) -> None:
-        """Begin the next stage, or end the pass."""
-        if self._failures or self._cancelled or not self._following:
-            self._finish()
-            return
+        """Begin the next stage."""
         if self._to_replicas is not None:
             self._to_replicas -= 1
         try:
@@ -231,19 +233,18 @@ class Pass:
         self._core.wake()
 
     def _finish(self) -> None:
-        """End the pass; the lock is held."""
-        if self.state not in (PassState.WAITING, PassState.RUNNING):
+        """End the pass."""
+        if self.state > _RUNNING:
             return
-        if self._failures:
-            self.state = PassState.FAILED
+        if self._failures or self._cancelled:
+            self.state = PassState.FAILED if self._failures else PassState.CANCELLED
+            self._results = []
         else:
-            self.state = PassState.CANCELLED if self._cancelled else PassState.DONE
+            self.state = _DONE
         # Nothing of a finished pass but its result may stay referenced by the task that awaits it.
         self._works = []
         self._following = []
-        self._captured = _NOTHING
-        if self.state is not PassState.DONE:
-            self._results = []
+        self.captured = _NOTHING
         self._core.finished(self, self._completion)
 
 

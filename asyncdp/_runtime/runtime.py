@@ -173,7 +173,8 @@ class Runtime:
         """
         if lane is None:
             lane = self.least_busy(self._core.lanes)[0]
-        self._refuse_nested()
+        if current_lane() is not None:
+            self._refuse_nested()
         stage = [(lane, partial(function, *args) if args else function)]
         one = Pass(self._core, stage, (), num_threads or self.num_intra_op_threads, None)
         return (await one.run())[0]  # type: ignore[no-any-return]
@@ -191,7 +192,8 @@ class Runtime:
         The first stage waits in order of arrival for room in its lanes' queues. `replica_stage` tells
         which of the stages runs replicas, for the notes on exceptions.
         """
-        self._refuse_nested()
+        if current_lane() is not None:
+            self._refuse_nested()
         num_threads = num_threads or self.num_intra_op_threads
         one = Pass(self._core, stage, following, num_threads, replica_stage)
         return await one.run()

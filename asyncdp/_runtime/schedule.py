@@ -19,14 +19,17 @@ class LaneState(enum.Enum):
     LOST = "lost"
 
 
-@dataclass(frozen=True, slots=True)
+_OPEN = LaneState.OPEN  # looked up once: an enumeration's members are slow to get at
+
+
+@dataclass(slots=True)
 class Admit:
     """Put this ticket's work on its lanes now."""
 
     ticket: Hashable
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Refuse:
     """This ticket will never run: `lane` is not open, or the whole schedule is closed if None."""
 
@@ -106,7 +109,7 @@ class Schedule:
         if self.closed:
             return Refuse(ticket, None)
         for lane in lanes:
-            if self._lanes[lane].state is not LaneState.OPEN:
+            if self._lanes[lane].state is not _OPEN:
                 return Refuse(ticket, lane)
         if (self._waiting and self._is_behind_waiting(lanes)) or not self._take_if_room(lanes):
             self._waiting[ticket] = lanes
