@@ -28,10 +28,10 @@ app = typer.Typer(
     help="Run PyTorch models over a lot of data, on all devices of one machine.",
 )
 
-_EXAMPLE = """Example:  asyncdp infer texts.jsonl --model ./minilm --task embed --column text --output out
+_EXAMPLE = """Example:  asyncdp infer lines.txt --model ./minilm --task embed --output out
 
-Exit codes: 0 all done, 1 failed, 2 usage, 3 done with bad records, 130 interrupted; after
-1 and 130 the same command with --resume continues."""
+Exit codes: 0 all done, 1 failed, 2 usage, 3 done with bad records, 130 interrupted;
+after 1 and 130 the same command with --resume continues."""
 
 
 def _option(text: str, *names: str) -> typer.models.OptionInfo:
@@ -40,21 +40,23 @@ def _option(text: str, *names: str) -> typer.models.OptionInfo:
 
 @app.command(epilog=_EXAMPLE)
 def infer(
-    inputs: Annotated[list[str], typer.Argument(help="Files, folders, patterns, or - for standard input.")],
-    model: Annotated[str, typer.Option(help="package.module:factory, a .pt2 file, or a folder to embed.")],
+    inputs: Annotated[list[str], typer.Argument(help="Files, folders, patterns, - for stdin.")],
+    model: Annotated[str, typer.Option(help="module:factory, .pt2 or folder to embed.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the shards.")],
     weights: Annotated[str | None, typer.Option(help="A .safetensors file for the factory's model.")] = None,
     task: Annotated[str | None, typer.Option(help="embed: text to vectors, --model is a HF folder.")] = None,
-    input_format: Annotated[str | None, typer.Option(help="jsonl csv tsv lines parquet npy npz ...")] = None,
-    output_format: Annotated[str, typer.Option(help="parquet, jsonl, npy or safetensors.")] = "parquet",
+    input_format: Annotated[
+        str | None, typer.Option(help="jsonl csv tsv lines parquet npz images ...")
+    ] = None,
+    output_format: Annotated[str, typer.Option(help="parquet jsonl npy safetensors")] = "parquet",
     column: Annotated[list[str] | None, typer.Option(help="Column for the model; repeatable.")] = None,
     id_column: Annotated[str | None, typer.Option(help="Column with the id; else the row index.")] = None,
     devices: Annotated[str | None, typer.Option(help="cpu*4, cuda, cuda:0,cuda:1 ...; else all.")] = None,
     batch_size: Annotated[int, typer.Option(help="Most records per batch.")] = 32,
     max_batch_cost: Annotated[int | None, typer.Option(help="Most records times longest.")] = None,
     window: Annotated[int, typer.Option(help="Records sorted by length together.")] = 1024,
-    shard_size: Annotated[int, typer.Option(help="Records per shard, the unit of resuming.")] = 4096,
-    order: Annotated[str, typer.Option(help="Rows in a shard: input or completion.")] = "input",
+    shard_size: Annotated[int, typer.Option(help="Records per shard.")] = 4096,
+    order: Annotated[str, typer.Option(help="Of rows: input or completion.")] = "input",
     preprocess: Annotated[str | None, typer.Option(help="module:function, record to item.")] = None,
     collate: Annotated[str | None, typer.Option(help="module:function, items to arguments.")] = None,
     postprocess: Annotated[str | None, typer.Option(help="module:function, output to columns.")] = None,
@@ -63,7 +65,7 @@ def infer(
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
     autocast: Annotated[str | None, typer.Option(help="float16 or bfloat16.")] = None,
     compile: Annotated[bool, typer.Option("--compile", help="Compile the model.")] = False,
-    on_error: Annotated[str, typer.Option(help="Bad records: stop, skip or record.")] = "stop",
+    on_error: Annotated[str, typer.Option(help="stop, skip or record bad ones.")] = "stop",
     max_errors: Annotated[int | None, typer.Option(help="Give up after this many.")] = None,
     shard: Annotated[str | None, typer.Option(help="i/n: do part i of n; see merge.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the job in --output.")] = False,
@@ -145,8 +147,8 @@ def _exit_with(run: Callable[[], int], *, as_json: bool = False) -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
     try:
         code = run()
-    except Interrupted:
-        print("interrupted; the same command with --resume continues", file=sys.stderr)
+    except Interrupted as interrupted:
+        print(interrupted, file=sys.stderr)
         sys.stdout.flush()
         # A thread may wait for standard input for ever; everything worth keeping is on the disk.
         os._exit(EXIT_INTERRUPTED)

@@ -11,6 +11,7 @@ import anyio
 from ..errors import JobUsageError, MissingExtraError
 from ..infer import InferOptions, Job, Reporter, Summary
 from ..infer.monitor import Monitor
+from ..infer.readers import STDIN
 from ..infer.task_groups import plain_task_group
 
 EXIT_FAILED = 1
@@ -20,7 +21,7 @@ EXIT_INTERRUPTED = 130
 
 
 class Interrupted(Exception):
-    """A person or the system asked the job to stop."""
+    """A person or the system asked the job to stop; the text says how to go on."""
 
 
 def exit_code_of(num_bad: int, error: Exception | None = None) -> int:
@@ -42,7 +43,12 @@ def run_infer(options: InferOptions, *, dry_run: bool, plot: Path | None, as_jso
         print(tell_plan(anyio.run(job.plan), as_json=as_json))
         return 0
     monitor = Monitor()
-    summary = anyio.run(run_until_signal, job, make_reporter(as_json=as_json), monitor)
+    try:
+        summary = anyio.run(run_until_signal, job, make_reporter(as_json=as_json), monitor)
+    except Interrupted:
+        if str(STDIN) in options.inputs:
+            raise Interrupted("interrupted; standard input cannot be read again, so start anew") from None
+        raise Interrupted("interrupted; the same command with --resume continues") from None
     print(tell_summary(summary, as_json=as_json))
     if plot is not None:
         draw_plot(plot, monitor.samples)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,15 @@ def check_plot(path: Path) -> None:
     """Fails before the job starts when its picture could not be drawn at the end.
 
     Raises:
-        JobUsageError: The suffix is not known or the folder is missing.
+        JobUsageError: The suffix is not known, or the folder is missing or read-only.
         MissingExtraError: matplotlib is not installed.
     """
     if path.suffix not in (".png", ".svg"):
         raise JobUsageError(f"--plot {path} has no known suffix", "Name a .png or .svg file.")
     if not path.parent.is_dir():
         raise JobUsageError(f"--plot {path}: there is no folder {path.parent}", "Make it first.")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise JobUsageError(f"--plot {path}: {path.parent} is not writable", "Name a file elsewhere.")
     if importlib.util.find_spec("matplotlib") is None:
         raise MissingExtraError("--plot", "matplotlib", "cli")
 

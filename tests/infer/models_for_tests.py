@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 from torch import nn
 
@@ -23,6 +25,14 @@ class Picky(Sums):
     def forward(self, x):
         if bool((x[:, 0] == 13).any()):
             raise ValueError("thirteen brings bad luck")
+        return super().forward(x)
+
+
+class Slow(Sums):
+    """Takes its time."""
+
+    def forward(self, x):
+        time.sleep(0.2)
         return super().forward(x)
 
 

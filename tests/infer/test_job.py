@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import anyio
 import numpy as np
@@ -208,8 +209,9 @@ def test_a_changed_file_among_many_is_named(run, work, numbers):
         numbers(2, name=f"n{index:02}.jsonl")
     run(str(work / "n*.jsonl"))
     numbers(3, name="n20.jsonl")
-    with pytest.raises(ResumeRefusedError, match=r'input was \[\["n20.jsonl", .* and is \[\["n20.jsonl"') as told:
+    with pytest.raises(ResumeRefusedError) as told:
         run(str(work / "n*.jsonl"), resume=True)
+    assert re.search(r'input was \[\["n20.jsonl", .* and is \[\["n20.jsonl"', str(told.value))
     assert "n21" not in str(told.value)
 
 

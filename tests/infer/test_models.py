@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pickle
 import shutil
+import threading
 import warnings
 import zipfile
 
@@ -14,8 +16,9 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
+from torch._dynamo.exc import TorchDynamoException
 
-from asyncdp.errors import JobUsageError, ModelLoadError
+from asyncdp.errors import JobError, JobUsageError, ModelLoadError
 from asyncdp.infer.exported import load_exported
 from asyncdp.infer.models import load_weights
 
@@ -120,6 +123,58 @@ def test_pickled_weights_need_the_flag_and_stay_weights_only(work):
     with pytest.raises(ModelLoadError, match="cannot be read"):
         load_weights(nn.Linear(3, 2), work / "evil.pt", allow_pickle=True)
     assert not (work / "pwned").exists()
+
+
+def test_compile_runs_the_compiled_model_on_every_lane(run, work, numbers, monkeypatch):
+    """Each lane compiles its own replica once, in its own thread, and runs what came out of it."""
+    both, compiled = threading.Barrier(2, timeout=20), []
+
+    def stand_in(call, **options):
+        compiled.append((threading.current_thread().name, options))
+        both.wait()  # neither lane goes on before the other one has work too
+        return lambda *args, **kwargs: {"total": call(*args, **kwargs)["total"] + 1000}
+
+    monkeypatch.setattr(torch, "compile", stand_in)
+    run(numbers(60), compile=True, batch_size=4)
+    table = pyarrow.dataset.dataset(work / "out", format="parquet").to_table()
+    assert table["total"].to_pylist() == [index + 1001.0 for index in range(60)]
+    assert len({thread for thread, _ in compiled}) == len(compiled) == 2
+    assert [options for _, options in compiled] == [{"dynamic": True}] * 2
+
+
+def test_two_lanes_may_compile_at_once(run, work, numbers, monkeypatch):
+    """torch.compile itself, without its code generator, takes models in inference mode from both lanes."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    run(numbers(60), "models_for_tests:linear", compile=True, batch_size=4)
+    run(numbers(60), "models_for_tests:linear", output=work / "plain", batch_size=4)
+    first, second = (
+        np.stack(pyarrow.dataset.dataset(work / name, format="parquet").to_table()["output"].to_pylist())
+        for name in ("out", "plain")
+    )
+    np.testing.assert_allclose(first, second, rtol=1e-5)
+
+
+def test_a_model_that_does_not_compile_fails_the_job(run, numbers, monkeypatch):
+    """It is no record's fault, so nothing is skipped, and no batch is halved to compile again."""
+    attempts = []
+
+    def fail(*args, **kwargs):
+        attempts.append(args)
+        raise TorchDynamoException("cannot generate code")
+
+    monkeypatch.setattr(torch, "compile", lambda call, **options: fail)
+    with pytest.raises(JobError, match=r"--compile failed with TorchDynamoException: cannot generate"):
+        run(numbers(20), compile=True, on_error="skip", devices="cpu")
+    assert len(attempts) <= 2  # two batches per lane are under way
+
+
+def test_a_missing_compiler_is_told_before_the_job(run, work, numbers, monkeypatch):
+    """Without a C++ compiler torch.compile cannot make code for the CPU; the way out is named."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    with pytest.raises(JobUsageError, match=r"no /nowhere/g\+\+. Install one, .*leave --compile out"):
+        run(numbers(1), compile=True)
+    assert not (work / "out").exists()
 
 
 TEXTS = ["one", "one two three four", "three", "two two", "one two three four one two"]

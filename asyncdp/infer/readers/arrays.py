@@ -57,8 +57,10 @@ class ArrayReader:
             try:
                 opened = stack.enter_context(self._opener(file.path))
             except Exception as error:
-                # The libraries raise anything from EOFError to BadZipFile on a damaged file.
-                raise file.broken(error) from error
+                # The libraries raise anything from EOFError to BadZipFile on a damaged file, and numpy
+                # takes most of them for pickles and advises to load those.
+                why = "no array, or pickled objects" if "allow_pickle" in str(error) else error
+                raise file.broken(why) from error
             yield opened
 
 
