@@ -86,7 +86,7 @@ class CudaStub:
         self.log: list[str] = []
         self.timed_by: list[threading.Thread] = []  # who made timed events
         self.ordinals = itertools.count()
-        self._num_streams = itertools.count()
+        self._num_streams = {"stream": itertools.count(), "urgent": itertools.count()}
         self._local = threading.local()
         self._default = Stream(self, "default")
 
@@ -98,7 +98,8 @@ class CudaStub:
         self.now = max(self.now, until)
 
     def make_stream(self, device: Any = None, priority: int = 0) -> Stream:
-        return Stream(self, f"stream {next(self._num_streams)}")
+        kind = "urgent" if priority < 0 else "stream"
+        return Stream(self, f"{kind} {next(self._num_streams[kind])}")
 
     def current_stream(self, device: Any = None) -> Stream:
         return getattr(self._local, "stream", self._default)
@@ -114,6 +115,26 @@ class CudaStub:
         """Keep the current stream busy."""
         stream = self.current_stream()
         stream.done_at = max(stream.done_at, self.now) + seconds
+
+    def watch_copies(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Log what becomes of tensors: pinned, copied on which stream, lent to which stream."""
+        to = torch.Tensor.to
+
+        def pin(tensor: torch.Tensor) -> torch.Tensor:
+            self.log.append(f"pin {tensor.tolist()}")
+            return tensor.clone()
+
+        def move(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if kwargs.get("non_blocking"):
+                self.log.append(f"{self.current_stream()} copies {tensor.tolist()}")
+            return to(tensor, *args, **kwargs)
+
+        def lend(tensor: torch.Tensor, stream: Stream) -> None:
+            self.log.append(f"{stream} borrows {tensor.tolist()}")
+
+        monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+        monkeypatch.setattr(torch.Tensor, "to", move)
+        monkeypatch.setattr(torch.Tensor, "record_stream", lend)
 
     def lane(self) -> cuda.CudaLane:
         """A CUDA lane whose tensors are on the CPU."""

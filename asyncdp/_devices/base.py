@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,15 +18,17 @@ class LaneDevice:
     """What one lane needs to know of its device; one object serves exactly one lane.
 
     Work on a device is first *issued* and later *complete*. On a CPU the two are the same, which is
-    what this base class does; on CUDA an event tells them apart. All methods but `capture` run on
-    the lane's thread.
+    what this base class does; on CUDA an event tells them apart. All methods but `capture` and `prefetch`
+    run on the lane's thread.
 
     Attributes:
         device: where this lane's tensors live.
         captures: whether `capture` has anything to note.
+        prefetches: whether the device copies while it computes, so that `prefetch` is worth a thread.
     """
 
     captures: bool = False
+    prefetches: bool = False
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -40,6 +42,14 @@ class LaneDevice:
     def capture(self) -> Any:
         """Note, on the submitting thread, what must be done before new work may read its inputs."""
         return None
+
+    def prefetch(self, tensors: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
+        """Begin to copy tensors from the host to the device; called on a thread that may wait.
+
+        Returns:
+            What gives the copies to the work on this lane that uses them.
+        """
+        raise NotImplementedError
 
     def time_next(self) -> DeviceTimes | None:
         """Have the device's own clock time the next work issued; None if the host's is all there is.

@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import optree
@@ -109,9 +109,11 @@ class CudaLane(LaneDevice):
     """A lane on a CUDA device, with a stream of its own."""
 
     captures = True
+    prefetches = True
 
     _stream: torch.cuda.Stream
     _waiter: _EventWaiter
+    _copies: torch.cuda.Stream | None = None  # made when first needed
     _timing: Timing | None = None  # of the next work
 
     def open(self) -> None:
@@ -128,6 +130,26 @@ class CudaLane(LaneDevice):
         event = torch.cuda.Event()
         event.record(stream)
         return _Captured(stream, event)
+
+    def prefetch(self, tensors: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
+        """Copy through pinned memory on a stream beside the lane's; the taker has the lane's wait for it."""
+        if self._copies is None:
+            # Of high priority: torch makes these apart from others, so this is not the stream of a lane.
+            self._copies = torch.cuda.Stream(self.device, priority=-1)
+        stream = self._copies
+        with torch.cuda.stream(stream):
+            # The allocators of both ends know of these copies: neither gives its memory away before them.
+            copies = [tensor.pin_memory().to(self.device, non_blocking=True) for tensor in tensors]
+            arrived = torch.cuda.Event()
+            arrived.record(stream)
+
+        def take() -> list[torch.Tensor]:
+            self._stream.wait_event(arrived)
+            for copy in copies:
+                copy.record_stream(self._stream)
+            return copies
+
+        return take
 
     def time_next(self) -> Timing | None:
         """Have two timed events recorded around the next work; otherwise none are."""

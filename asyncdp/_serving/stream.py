@@ -13,6 +13,7 @@ import anyio.to_thread
 import torch
 
 from .._parallel_apply import arguments
+from .prefetch import Prefetcher
 from .slots import run_whole
 from .tasks import spawn
 from .waiter import Waiter, new_waiter
@@ -191,6 +192,7 @@ async def _fill(
 ) -> None:
     """Read the source and keep batches in flight, until the source ends or the task is cancelled."""
     count = 0
+    prefetcher = Prefetcher(engine._route.lanes)
     try:
         source = _read(batches)
         async with anyio.create_task_group() as group:
@@ -200,7 +202,7 @@ async def _fill(
                     batch = await anext(source, _END)
                     if batch is _END:
                         break
-                    group.start_soon(_run, shared, engine, count, batch, modes)
+                    group.start_soon(_run, shared, engine, prefetcher, count, batch, modes)
                     count += 1
                     del batch
             except Exception as error:
@@ -210,17 +212,24 @@ async def _fill(
                 with anyio.CancelScope(shield=True):
                     await source.aclose()
     finally:
+        prefetcher.close()
         shared.end()
 
 
 async def _run(
-    shared: _Shared, engine: DataParallel, index: int, batch: Any, modes: tuple[bool, bool]
+    shared: _Shared,
+    engine: DataParallel,
+    prefetcher: Prefetcher,
+    index: int,
+    batch: Any,
+    modes: tuple[bool, bool],
 ) -> None:
     route = engine._route
     position = route._positions(1, engine.module)[0]
     lane = route.lanes[position]
     num_threads = route.runtime.thread_share(len(route.lanes))
-    work = partial(run_batch, modes, engine, position, arguments(batch))
+    inputs = prefetcher.start(lane, arguments(batch))
+    work = partial(run_batch, modes, engine, position, inputs)
     try:
         outcome = _Outcome(await route.runtime.run(work, lane=lane, num_threads=num_threads))
     except (anyio.get_cancelled_exc_class(), GeneratorExit):
@@ -230,10 +239,13 @@ async def _run(
     shared.put(index, outcome)
 
 
-def run_batch(modes: tuple[bool, bool], engine: DataParallel, position: int, args: tuple[Any, ...]) -> Any:
+def run_batch(
+    modes: tuple[bool, bool], engine: DataParallel, position: int, inputs: Callable[[], tuple[Any, ...]]
+) -> Any:
+    """Run one batch of a stream on a lane, under the modes that were on when the stream was made."""
     grad, inference = modes
     with torch.inference_mode(inference), torch.set_grad_enabled(grad):
-        return run_whole(engine, position, *args)
+        return run_whole(engine, position, *inputs())
 
 
 ItemT = TypeVar("ItemT")

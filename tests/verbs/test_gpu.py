@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -174,3 +175,65 @@ def test_device_times_in_a_trace(tmp_path: Path) -> None:
         assert 20_000 < span["dur"] < 500_000
         assert span["ts"] > issued["ts"] - 1000
     assert device[0]["ts"] + device[0]["dur"] <= device[1]["ts"]
+
+
+class Slow(nn.Module):
+    """Keeps its stream busy for half a second or so; on the host, sees what the stream before it did."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.arrived: list[torch.cuda.Event] = []
+        self.ended: list[torch.cuda.Event] = []
+        self.overlapped: list[bool] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        place = len(self.ended)
+        if place > 0:
+            self.arrived[place].synchronize()
+            self.overlapped.append(not self.ended[-1].query())
+        torch.cuda._sleep(1_000_000_000)
+        result = x * 2
+        self.ended.append(torch.cuda.Event())
+        self.ended[-1].record()
+        return result
+
+
+def test_map_copies_the_next_batch_while_one_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second batch of a stream is on the device before the first has been computed."""
+    module = Slow()
+    batches = [torch.full((1 << 20,), float(n)) for n in range(3)]
+
+    async def stream() -> list[Tensor]:
+        async with asyncdp.DataParallel(module, ["cuda:0"]) as engine:
+            driver = engine.runtime.lanes[0].driver
+            prefetch = driver.prefetch
+
+            def watched(tensors: Sequence[Tensor]) -> Any:
+                take = prefetch(tensors)
+                module.arrived.append(torch.cuda.Event())
+                module.arrived[-1].record(driver._copies)
+                return take
+
+            monkeypatch.setattr(driver, "prefetch", watched)
+            return [result async for result in engine.map(batches)]
+
+    results = asyncio.run(stream())
+    assert module.overlapped[0]
+    for batch, result in zip(batches, results, strict=True):
+        assert torch.equal(result.cpu(), batch * 2)
+
+
+@pytest.mark.parametrize("devices", [["cuda:0"], ONE])
+def test_map_under_memory_pressure(devices: list[str]) -> None:
+    """Memory of copies made ahead is not given away before the lane has read it, nor pinned memory reused."""
+
+    async def stream() -> None:
+        batches = (torch.full((1 << 18,), float(n)) for n in range(200))
+        async with asyncdp.DataParallel(nn.Identity(), devices) as engine:
+            n = 0
+            async for result in engine.map(batches, max_in_flight=8):
+                assert bool((result == n).all())
+                n += 1
+        assert n == 200
+
+    asyncio.run(stream())
