@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Hashable, Mapping
+from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -38,13 +38,15 @@ class Adaptive:
 
     async def call(self, replicas: ReplicaSet, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run one batch."""
-        batch = (args, dict(kwargs))
-        key = self._key("call", batch)
+        batch = args if not kwargs else (args, dict(kwargs))
+        tensors = tensors_of(batch)
+        key = self._key("call", tensors)
         is_trial = self._tuner.is_learning(key)
         num_lanes = self._tuner.choose(key)
+        num_elements = sum(tensor.numel() for tensor in tensors)
         started = time.perf_counter()
         result = await self._run(num_lanes, replicas, args, kwargs)
-        self._tuner.record(key, num_lanes, time.perf_counter() - started, _num_elements(batch))
+        self._tuner.record(key, num_lanes, time.perf_counter() - started, num_elements)
         if is_trial and not self._keeps_its_meaning(key, result, batch):
             self._tuner.fix(key, "outputs are not made of rows of the batch")
             if num_lanes != self._all:
@@ -53,11 +55,13 @@ class Adaptive:
 
     async def train(self, batch: Any, step: Callable[[int], Awaitable[T]]) -> T:
         """Take one training step; `step` takes the number of lanes."""
-        key = self._key("train_step", batch)
+        tensors = tensors_of(batch)
+        key = self._key("train_step", tensors)
         num_lanes = self._tuner.choose(key)
+        num_elements = sum(tensor.numel() for tensor in tensors)
         started = time.perf_counter()
         result = await step(num_lanes)
-        self._tuner.record(key, num_lanes, time.perf_counter() - started, _num_elements(batch))
+        self._tuner.record(key, num_lanes, time.perf_counter() - started, num_elements)
         return result
 
     async def _run(
@@ -67,10 +71,10 @@ class Adaptive:
             return await self._route.run_whole(self._module, replicas, args, kwargs)
         return await self._route.run(self._module, replicas, args, kwargs, num_lanes)
 
-    def _key(self, kind: str, batch: Any) -> Hashable:
+    def _key(self, kind: str, tensors: Sequence[Tensor]) -> Hashable:
         """The workload of a call; one that may not be tuned is fixed here."""
         reason = why_fixed(self._module)
-        key = Key((kind, "train" if self._module.training else "eval", _torch_mode(), *describe(batch)))
+        key = Key((kind, "train" if self._module.training else "eval", _torch_mode(), *map(roughly, tensors)))
         if reason is not None:
             key = Key((*key, f"({reason})"))
             self._tuner.fix(key, reason)
@@ -105,11 +109,16 @@ class Rough(NamedTuple):
         return f"{str(self.dtype).removeprefix('torch.')}[{lengths}]"
 
 
-def describe(tree: Any) -> tuple[Rough, ...]:
-    """The dtypes and rough shapes of all tensors in a tree."""
-    leaves = (tree,) if isinstance(tree, Tensor) else _tree.flatten(tree)[0]
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    return tuple(Rough(leaf.dtype, tuple(map(int.bit_length, leaf.shape))) for leaf in tensors)
+def tensors_of(batch: Any) -> Sequence[Tensor]:
+    """All tensors of a batch."""
+    if type(batch) is tuple and len(batch) == 1 and isinstance(batch[0], Tensor):
+        return batch  # most calls are so, and spared the detour over trees
+    return [leaf for leaf in _tree.flatten(batch)[0] if isinstance(leaf, Tensor)]
+
+
+def roughly(tensor: Tensor) -> Rough:
+    """The dtype and rough shape of a tensor."""
+    return Rough(tensor.dtype, tuple(map(int.bit_length, tensor.shape)))
 
 
 def _torch_mode() -> str:
@@ -118,10 +127,6 @@ def _torch_mode() -> str:
     mode = "grad" if records else "no_grad"
     is_mixed = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
     return f"{mode} autocast" if is_mixed else mode
-
-
-def _num_elements(tree: Any) -> int:
-    return sum(leaf.numel() for leaf in _tree.flatten(tree)[0] if isinstance(leaf, Tensor))
 
 
 def why_fixed(module: nn.Module) -> str | None:

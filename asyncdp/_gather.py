@@ -45,6 +45,8 @@ def gather_to(outputs: Sequence[Any], device: torch.device, dim: int) -> Any:
     if not outputs:
         raise GatherError("there are none")
     if len(outputs) == 1:
+        if isinstance(outputs[0], Tensor):
+            return _alone(outputs[0], device)
         return _tree.map_leaves(lambda leaf: _alone(leaf, device), outputs[0])
     if all(isinstance(output, Tensor) for output in outputs):
         return _gather_tensors(outputs, device, dim)
@@ -68,7 +70,9 @@ def _alone(leaf: Any, device: torch.device) -> Any:
     """A lone shard is the whole; only its scalars change, to what more shards would have given."""
     if not isinstance(leaf, Tensor):
         return leaf
-    return _gather_tensors([leaf], device, 0) if leaf.dim() == 0 else leaf.to(device)
+    if leaf.dim() == 0:
+        return _gather_tensors([leaf], device, 0)
+    return leaf if leaf.device == device else leaf.to(device)
 
 
 def _gather_leaf(column: Sequence[Any], device: torch.device, dim: int, name: str) -> Any:

@@ -129,6 +129,7 @@ class ReplicaSet:
         self._checksum = checksum
         self._lock = threading.Lock()
         self._structure: Structure | None = None  # until the first pass builds the replicas
+        self._handed_out: dict[tuple[int, ...], list[LaneModule]] = {}  # what later passes may have too
         self._buffer_stamps: list[Stamp | None] = []  # empty if buffers may change without a trace
 
     def refresh(self) -> None:
@@ -178,10 +179,14 @@ class ReplicaSet:
         return num_aliases <= _MAX_QUICK_ALIASES
 
     def _hand_out(self, module: nn.Module, lanes: Sequence[int]) -> list[LaneModule]:
+        aliases = self._aliases(lanes)
+        key = tuple(lanes)
+        if aliases is None and key in self._handed_out:
+            return self._handed_out[key]
         owners = [each for each in module.modules() if each._buffers] if self._has_buffers else []
         if any(each.training for each in owners):
             self._buffer_stamps = []
-        return [
+        made = [
             LaneModule(
                 self._replicas[lane],
                 {**self._shared[lane], **own} if own else self._shared[lane],
@@ -189,8 +194,11 @@ class ReplicaSet:
                 self._copies[lane],
                 owners if lane == 0 else (),
             )
-            for lane, own in zip(lanes, self._aliases(lanes), strict=True)
+            for lane, own in zip(lanes, aliases or [{}] * len(lanes), strict=True)
         ]
+        if aliases is None and not owners:  # the module keeps this, which must not keep the module
+            self._handed_out[key] = made
+        return made
 
     def _build(self, module: nn.Module) -> None:
         check_module(module)
@@ -204,6 +212,7 @@ class ReplicaSet:
         self._buffer_stamps = []
         self._lane_buffers: list[Tensor] = []
         self._changes: AttributeMap = {}
+        self._handed_out = {}
         self._shared: list[TensorMap] = [self._own_parameters(lane) for lane in range(len(self._devices))]
         self._structure = structure
 
@@ -238,6 +247,7 @@ class ReplicaSet:
 
         New ones instead of writing into the old: a pass under way may still read those.
         """
+        self._handed_out = {}
         own = [buffer for buffer in self._buffers if self._is_own(buffer, 0)]
         self._shared[0] = {**self._shared[0], **stand_ins(own, own)}
         self._lane_buffers = []
@@ -249,12 +259,14 @@ class ReplicaSet:
         _wait_issued({buffer.device for buffer in [*self._buffers, *self._lane_buffers]})
         self._buffer_stamps = self._current_stamps()
 
-    def _aliases(self, lanes: Sequence[int]) -> list[TensorMap]:
-        """Each lane's own parameters for a pass that records gradients; empty maps for one that does not."""
-        aliases: list[dict[int, Tensor]] = [{} for _ in lanes]
+    def _aliases(self, lanes: Sequence[int]) -> list[TensorMap] | None:
+        """Each lane's own parameters for a pass that records their gradients; None for any other."""
         if not torch.is_grad_enabled():
-            return list(aliases)
+            return None
         learning = [tensor for tensor in [*self._parameters, *self._buffers] if tensor.requires_grad]
+        if not learning:
+            return None
+        aliases: list[dict[int, Tensor]] = [{} for _ in lanes]
         devices = [self._devices[lane] for lane in lanes]
         for bucket in buckets(learning, self._bucket_bytes):
             outputs = broadcast_first(devices, bucket)
@@ -274,6 +286,7 @@ class ReplicaSet:
             return False
         # A new map: a pass under way keeps the values of its own time.
         self._changes = {**self._changes, **changes}
+        self._handed_out = {}
         for replica in self._replicas:
             replica.changes = self._changes
         self._structure.take_note()

@@ -100,7 +100,9 @@ class Schedule:
     def pick(self, candidates: Iterable[int], count: int) -> list[int]:
         """The `count` least busy open lanes among `candidates`, in the candidates' order."""
         order = list(candidates)
-        usable = [lane for lane in order if self._lanes[lane].state is LaneState.OPEN] or order
+        usable = [lane for lane in order if self._lanes[lane].state is _OPEN] or order
+        if count == 1:
+            return [min(usable, key=lambda lane: self._lanes[lane].load)]
         chosen = set(sorted(usable, key=lambda lane: self._lanes[lane].load)[:count])
         return [lane for lane in usable if lane in chosen]
 
