@@ -26,13 +26,15 @@ def compiled(device: torch.device) -> bool:
     """
     if device.type != "cuda":
         return False
-    device, choice = with_index(device), forced()
-    if device in _loaded or _may_wait(choice):
-        return implementation(device) == "numba"
-    # Looking at the machine takes milliseconds too, so here only an explicit choice is looked into.
-    if not choice or implementation(device) == "numba":
-        _load_soon(device)
-    return False
+    device = with_index(device)
+    if device not in _loaded:
+        choice = forced()
+        if not _may_wait(choice):
+            # Looking at the machine takes milliseconds too, so here only an explicit choice is looked into.
+            if not choice or implementation(device) == "numba":
+                _load_soon(device)
+            return False
+    return implementation(device) == "numba"
 
 
 def warm_up(device: torch.device) -> None:
