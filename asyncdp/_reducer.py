@@ -80,15 +80,9 @@ class Reducer:
 
     def sums(self) -> Gradients:
         """The sums over lanes and kept gradients, after every lane has ended."""
-        if len(self.gradients) == 1 and not self._kept and self._are_in_place(self.gradients[0]):
-            return self.gradients[0]
         for bucket in range(len(self._buckets)):
             self._sum(bucket)
         return self._sums
-
-    def _are_in_place(self, gradients: Gradients) -> bool:
-        pairs = zip(gradients, self._tensors, strict=True)
-        return all(gradient is None or gradient.device == tensor.device for gradient, tensor in pairs)
 
     def _leave(self, bucket: int, lane: int) -> bool:
         """Count a lane out of a bucket, once; tell whether it was the last and the sum is due."""
@@ -123,6 +117,15 @@ def bucket_positions(tensors: Sequence[Tensor]) -> list[list[int]]:
     """Which tensors, by position, are summed together, in the order a backward meets them."""
     positions = {id(tensor): position for position, tensor in enumerate(tensors)}
     return [[positions[id(tensor)] for tensor in bucket] for bucket in divide(tensors, BUCKET_BYTES)]
+
+
+def add_kept(gradients: Gradients, kept: Sequence[Gradients], devices: Sequence[torch.device]) -> Gradients:
+    """The gradients of one lane, which may be written to, and kept ones as one, each sum on its device."""
+    pairs = zip(gradients, devices, strict=True)
+    if not kept and all(gradient is None or gradient.device == device for gradient, device in pairs):
+        return gradients
+    groups = [([own], [each[place] for each in kept]) for place, own in enumerate(gradients)]
+    return add_up(groups, devices)
 
 
 def add_up(

@@ -117,6 +117,7 @@ class Replica:
         self._modules: dict[int, nn.Module] = {id(each): _bare_copy(each) for each in original.modules()}
         self.module = self._modules[id(original)]
         self._slots: dict[str, list[tuple[dict[str, Any], str, int]]] = {"_parameters": [], "_buffers": []}
+        self._empty_buffers: list[tuple[dict[str, Any], str]] = []
         self._attributes: list[tuple[dict[str, Any], str, Any]] = []
         self._memo: dict[int, Any] | None = None
         if deep:
@@ -137,6 +138,8 @@ class Replica:
         # Buffers always: a forward may have put another tensor in a buffer's place.
         for registry, name, key in self._slots["_buffers"]:
             registry[name] = tensors[key]
+        for registry, name in self._empty_buffers:
+            registry[name] = None
         if tensors is not self.installed:
             for registry, name, key in self._slots["_parameters"]:
                 registry[name] = tensors[key]
@@ -159,6 +162,8 @@ class Replica:
             self._slots[registry] += [
                 (entries, name, id(value)) for name, value in entries.items() if value is not None
             ]
+        buffers = namespace["_buffers"]
+        self._empty_buffers += [(buffers, name) for name, value in buffers.items() if value is None]
         namespace.pop(KEPT, None)
         namespace["_modules"] = {
             name: None if child is None else self._modules[id(child)]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any, TypeVar
 
@@ -14,14 +12,13 @@ from torch import Tensor, nn
 
 from . import _tree
 from ._parallel_apply import arguments
-from ._reducer import Reducer
 from ._runtime import Lane, Runtime, default_runtime
 from ._runtime.ambient import Ambient
 from ._runtime.passes import Stage
-from ._scatter import move, split
-from ._training_commit import Accumulated, Commit, StepOptions, threads_for
-from ._training_lanes import TrainingLane, TrainingLanes
-from .errors import LossNotScalarError
+from ._scatter import split
+from ._training_commit import Accumulated, StepOptions
+from ._training_lanes import TrainingLanes
+from ._training_step import Shard, Step, recording
 
 T = TypeVar("T")
 
@@ -100,18 +97,13 @@ class Trainer:
         self, inputs: Any, targets: Any, options: StepOptions, num_lanes: int, *, accumulate: bool
     ) -> Tensor:
         """Take one step; see `DataParallel.train_step`."""
-        shards = split(_as_data((arguments(inputs), targets)), num_lanes, self._dim)
-        num_rows = [count_rows(shard, self._dim) for shard in shards]
-        if None in num_rows:  # nothing to split: every lane would do the whole work
-            shards, num_rows = shards[:1], [None]
+        shards, num_rows = _divide(inputs, targets, num_lanes, self._dim)
         weights = _weights(num_rows) if options.loss_reduction == "mean" else [1.0] * len(shards)
         lanes = self._lanes[: len(shards)]
         # A step that has to wait must not find the state that torch has by then.
         ambient = Ambient(self._device_types) if self._one_at_a_time.locked() else None
         async with self._one_at_a_time:
-            step = _Step(
-                self._module, self._replicas, self._kept, lanes, shards, weights, options, accumulate
-            )
+            step = Step(self._module, self._replicas, self._kept, lanes, shards, weights, options, accumulate)
             stage = [
                 (lane, _under(ambient, partial(step.run_lane, index), lane))
                 for index, lane in enumerate(lanes)
@@ -130,9 +122,9 @@ class Trainer:
         """Forget the gradients of steps under `no_sync`."""
         self._kept.clear()
 
-    def _finish(self, step: _Step, shares: Sequence[Tensor]) -> Tensor:
+    def _finish(self, step: Step, shares: Sequence[Tensor]) -> Tensor:
         """After every lane has succeeded: add up the loss, and keep the gradients or step with them."""
-        with torch.inference_mode(False), torch.enable_grad():
+        with recording():
             loss = shares[0].to(self._output)
             for other in shares[1:]:
                 loss = loss + other.to(self._output)
@@ -144,82 +136,27 @@ class Trainer:
             return loss
 
 
-class _Step:
-    """One step on its way: what its lanes share."""
+def _divide(inputs: Any, targets: Any, num_lanes: int, dim: int) -> tuple[list[Shard], list[int | None]]:
+    """Each lane's positional arguments and targets, and the length of each along `dim`."""
+    if num_lanes == 1 and _is_plain(inputs, targets, dim):
+        return [((inputs,), targets)], [inputs.shape[dim]]
+    shards: list[Shard] = split(_as_data((arguments(inputs), targets)), num_lanes, dim)
+    num_rows = [count_rows(shard, dim) for shard in shards]
+    if None in num_rows:  # nothing to split: every lane would do the whole work
+        return shards[:1], [None]
+    return shards, num_rows
 
-    def __init__(
-        self,
-        module: nn.Module,
-        replicas: TrainingLanes,
-        kept: Accumulated,
-        lanes: Sequence[Lane],
-        shards: Sequence[Any],
-        weights: Sequence[float],
-        options: StepOptions,
-        accumulate: bool,
-    ) -> None:
-        self.options = options
-        self.accumulate = accumulate
-        self._module = module
-        self._replicas = replicas
-        self._kept = kept
-        self._lanes = lanes
-        self._shards = shards
-        self._weights = weights
-        self._prepared: tuple[list[TrainingLane], Reducer, Tensor | None] | None = None
-        self._lock = threading.Lock()
 
-    def run_lane(self, index: int) -> Tensor:
-        """One lane's forward, loss and backward. Returns its share of the loss."""
-        device = self._lanes[index].device
-        alone = len(self._lanes) == 1
-        with torch.inference_mode(False), torch.enable_grad():
-            lanes, reducer, scale = self._prepare()
-            module = lanes[index].module(None if alone else partial(reducer.report, index))
-            args, targets = move(self._shards[index], device)
-            loss = _checked(self.options.loss_fn(module(*args), targets))
-            weight = self._weights[index]
-            share = loss if weight == 1.0 else loss * weight
-            _backward(share if scale is None else share * scale.to(device))
-            if alone:
-                reducer.gradients[0] = lanes[0].collect()
-            else:
-                reducer.end(index)
-            return share.detach()
-
-    def keep(self) -> None:
-        """Put the lanes' gradients aside for the next step that reduces."""
-        lanes, reducer, _ = self._prepare()
-        self._kept.add(self._replicas.learning, reducer.gradients)
-        lanes[0].write_buffers(self._module)
-
-    def commit(self, all_threads: int) -> None:
-        """Reduce what is left to reduce, and step with all the machine's threads if that pays."""
-        lanes, reducer, _ = self._prepare()
-        commit = Commit(self._replicas.learning, self.options)
-        is_spread = len(self._lanes) > 1 and self._lanes[0].device.type == "cpu"
-        with threads_for(self._replicas.learning, all_threads) if is_spread else nullcontext():
-            commit.run(reducer.sums(), partial(lanes[0].write_buffers, self._module))
-        self._kept.clear()
-
-    def _prepare(self) -> tuple[list[TrainingLane], Reducer, Tensor | None]:
-        """What the first lane to come here makes for all: replicas, reducer, the loss scale."""
-        with self._lock:
-            if self._prepared is None:
-                num_lanes = len(self._lanes)
-                lanes = self._replicas.prepare_training(self._module, num_lanes)
-                learning = self._replicas.learning
-                overlap = not self.accumulate and all(lane.device.type == "cpu" for lane in self._lanes)
-                kept = [] if self.accumulate else self._kept.of(learning)
-                reducer = Reducer(learning, self._replicas.buckets, num_lanes, kept, overlap=overlap)
-                self._prepared = lanes, reducer, self._scale(learning)
-            return self._prepared
-
-    def _scale(self, learning: Sequence[Tensor]) -> Tensor | None:
-        if self.options.scaler is None or not learning:
-            return None
-        scale: Tensor = self.options.scaler.scale(torch.ones((), device=learning[0].device))
-        return scale
+def _is_plain(inputs: Any, targets: Any, dim: int) -> bool:
+    """Whether a batch is two tensors of one length and nothing else, as most are: no need of trees."""
+    return (
+        isinstance(inputs, Tensor)
+        and isinstance(targets, Tensor)
+        and not (inputs.requires_grad or targets.requires_grad)
+        and -inputs.dim() <= dim < inputs.dim()
+        and -targets.dim() <= dim < targets.dim()
+        and inputs.shape[dim] == targets.shape[dim]
+    )
 
 
 def _as_data(batch: Any) -> Any:
@@ -249,23 +186,3 @@ def _weights(num_rows: Sequence[int | None]) -> list[float]:
     if len(known) == 1 or total == 0:
         return [1.0] * len(known)
     return [count / total for count in known]
-
-
-def _checked(loss: Any) -> Tensor:
-    if not isinstance(loss, Tensor):
-        raise LossNotScalarError(f"a {type(loss).__qualname__}")
-    if loss.numel() != 1:
-        raise LossNotScalarError(f"a tensor of shape {list(loss.shape)}")
-    if not loss.requires_grad:
-        raise LossNotScalarError("a tensor without a gradient function")
-    return loss.reshape(()) if loss.dim() else loss
-
-
-def _backward(loss: Tensor) -> None:
-    """As torch advises, not under autocast: a backward takes the dtypes of its forward."""
-    kind = loss.device.type
-    if not torch.is_autocast_enabled(kind):
-        loss.backward()
-        return
-    with torch.autocast(kind, enabled=False):
-        loss.backward()

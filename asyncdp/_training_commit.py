@@ -121,7 +121,7 @@ class Commit:
         write_buffers()
         if not options.reduce_only:
             self._step()
-            options.optimizer.zero_grad()
+            _clear(options.optimizer)
             for tensor, _ in before:
                 tensor.grad = None
 
@@ -152,10 +152,25 @@ class Commit:
             raise
 
 
+def _clear(optimizer: Any) -> None:
+    """As `optimizer.zero_grad()`; where that is torch's own, without its profiler marks."""
+    if getattr(optimizer.zero_grad, "__func__", None) is not torch.optim.Optimizer.zero_grad:
+        optimizer.zero_grad()
+        return
+    for group in optimizer.param_groups:
+        for tensor in group["params"]:
+            tensor.grad = None
+
+
+def has_hooks(tensor: Tensor) -> bool:
+    """Whether someone waits for a tensor's gradient."""
+    return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
+
+
 def _deliver(tensor: Tensor, gradient: Tensor) -> None:
     """Add a gradient to `tensor.grad`, into memory of its own, so that the old one can be put back."""
     old = tensor.grad if tensor.is_leaf else None
-    if not tensor.is_leaf or tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
+    if not tensor.is_leaf or has_hooks(tensor):
         if tensor.is_leaf:
             tensor.grad = None
         # Through autograd, so that the hooks of the parameter see the whole batch's gradient.

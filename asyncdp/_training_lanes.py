@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from ._reducer import Gradients, bucket_positions
 from ._replica_set import ReplicaSet
 from ._replicate import Replica, stand_ins
+from ._training_commit import has_hooks
 
 Report = Callable[[int, Tensor], None]
 """Takes the position of a tensor that learns, and its gradient."""
@@ -58,8 +59,6 @@ class TrainingLane:
         Args:
             report: gets every gradient as soon as it is complete; None to `collect` them later.
         """
-        for leaf in self._leaves:
-            leaf.grad = None  # of a step that failed
         self._report_to(report)
         if self._copies:
             # Always: no version tells of changes through `.data`, nor of batch norm's to its buffers.
@@ -89,7 +88,7 @@ class TrainingLane:
             self._hooks = []
 
     def collect(self) -> Gradients:
-        """Take the gradients that nobody was told of."""
+        """Take the gradients that nobody was told of; after a failure too, or the next step had them."""
         gradients = [leaf.grad for leaf in self._leaves]
         for leaf in self._leaves:
             leaf.grad = None
@@ -130,6 +129,63 @@ def _leaf_of(tensor: Tensor, device: torch.device) -> Tensor:
 
 def _copy(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.detach().to(device, copy=True)
+
+
+class InPlaceLane:
+    """The only lane of a step, on which the module itself can train as in plain torch.
+
+    The gradients that its parameters have are put aside meanwhile. Without buffers there is nothing
+    else that a step which fails would have to put back.
+
+    Args:
+        module: what to train.
+        learning: its tensors that require gradients.
+    """
+
+    def __init__(self, module: nn.Module, learning: list[Tensor]) -> None:
+        self._module = module
+        self.learning = learning
+        self._own: Gradients = []
+
+    @classmethod
+    def of(cls, module: nn.Module, device: torch.device) -> InPlaceLane | None:
+        """The lane on `device`, or None if the module has to have a replica there."""
+        modules: list[nn.Module | None] = [module]
+        found: dict[int, nn.Parameter | None] = {}
+        for each in modules:  # a walk of our own: module.modules() takes as long as all the rest
+            if each is not None:
+                if each._buffers:
+                    return None
+                modules += each._modules.values()
+                found |= {id(tensor): tensor for tensor in each._parameters.values()}
+        learning: list[Tensor] = []
+        for tensor in found.values():
+            if tensor is None:
+                continue
+            # A hook shall get the whole gradient, kept ones included, and only when all is well.
+            if not tensor.is_leaf or tensor.device != device or has_hooks(tensor):
+                return None
+            if tensor.requires_grad:
+                learning.append(tensor)
+        return cls(module, learning)
+
+    def module(self, report: Report | None) -> nn.Module:
+        """The module, ready for one forward and backward."""
+        assert report is None, "one lane has nobody to report to"
+        self._own = [tensor.grad for tensor in self.learning]
+        for tensor in self.learning:
+            tensor.grad = None
+        return self._module
+
+    def collect(self) -> Gradients:
+        """Take the gradients, and put back what was there before."""
+        gradients = [tensor.grad for tensor in self.learning]
+        for tensor, own in zip(self.learning, self._own, strict=True):
+            tensor.grad = own
+        return gradients
+
+    def write_buffers(self, module: nn.Module) -> None:
+        """The module has none."""
 
 
 class TrainingLanes(ReplicaSet):

@@ -15,11 +15,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
+from asyncdp import DataParallel
+
 from ..runtime.helpers import Latch
 from .helpers import engine, same, snapshot
 
 NUM_LANES = 3
 NUM_ROWS = 7
+# How many lanes, and whether the module has batch statistics: without, one lane trains it in place.
+KINDS = {"three lanes": (NUM_LANES, True), "one replica": (1, True), "in place": (1, False)}
 PHASES = ("forward", "loss", "backward", "hook")
 
 
@@ -51,11 +55,12 @@ class _Pass(torch.autograd.Function):
 
 
 class Trapped(nn.Module):
-    """Batch statistics, and a trap between its layers."""
+    """Batch statistics or none, and a trap between its layers."""
 
-    def __init__(self, trap: Trap) -> None:
+    def __init__(self, trap: Trap, has_statistics: bool) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 2)).double()
+        middle = nn.BatchNorm1d(6) if has_statistics else nn.LayerNorm(6)
+        self.layers = nn.Sequential(nn.Linear(4, 6), middle, nn.Linear(6, 2)).double()
         self.trap = trap
 
     def forward(self, x: Tensor, marks: Tensor) -> Tensor:
@@ -68,10 +73,11 @@ class Trapped(nn.Module):
 class Setting:
     """A module in training, with old gradients on it, and a trap."""
 
-    def __init__(self, phase: str, lane: int, action: Callable[[], None]) -> None:
+    def __init__(self, phase: str, lane: int, action: Callable[[], None], kind: str = "three lanes") -> None:
         torch.manual_seed(0)
         self.trap = Trap(phase, lane, action)
-        self.module = Trapped(self.trap)
+        self.num_lanes, has_statistics = KINDS[kind]
+        self.module = Trapped(self.trap, has_statistics)
         self.optimizer = torch.optim.Adam(self.module.parameters(), 0.01)
         self.marks = torch.arange(NUM_ROWS)
 
@@ -89,6 +95,9 @@ class Setting:
             (x, self.marks), (y, self.marks), self.loss, self.optimizer, before_step=self.before_step
         )
 
+    def engine(self) -> DataParallel:
+        return engine(self.module, self.num_lanes)
+
     def give_gradients(self) -> None:
         for each in self.module.parameters():
             each.grad = torch.ones_like(each)
@@ -102,19 +111,20 @@ def bang() -> None:
     raise Bang
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(
     phase=st.sampled_from(PHASES),
     lane=st.integers(0, NUM_LANES - 1),
     step=st.integers(0, 3),
     old=st.booleans(),
+    kind=st.sampled_from(list(KINDS)),
 )
-def test_a_failed_step_changes_nothing(phase: str, lane: int, step: int, old: bool) -> None:
+def test_a_failed_step_changes_nothing(phase: str, lane: int, step: int, old: bool, kind: str) -> None:
     """Whichever lane fails, in whichever step and phase: everything is as before, and training goes on."""
 
     async def main() -> None:
-        setting = Setting(phase, lane, bang)
-        async with engine(setting.module, NUM_LANES) as one:
+        setting = Setting(phase, lane, bang, kind)
+        async with setting.engine() as one:
             for _ in range(step):
                 await setting.step(one)
             if old:
@@ -130,15 +140,15 @@ def test_a_failed_step_changes_nothing(phase: str, lane: int, step: int, old: bo
             setting.trap.is_set = False
             await setting.step(one)
             after = snapshot(setting.module, setting.optimizer)
-        assert same(after, await untroubled(step + 1, old_before_last=old))
+        assert same(after, await untroubled(step + 1, kind, old_before_last=old))
 
     asyncio.run(main())
 
 
-async def untroubled(num_steps: int, *, old_before_last: bool = False) -> Any:
+async def untroubled(num_steps: int, kind: str = "three lanes", *, old_before_last: bool = False) -> Any:
     """What the same steps give when nothing ever fails."""
-    setting = Setting("never", 0, bang)
-    async with engine(setting.module, NUM_LANES) as one:
+    setting = Setting("never", 0, bang, kind)
+    async with setting.engine() as one:
         for step in range(num_steps):
             if old_before_last and step == num_steps - 1:
                 setting.give_gradients()
@@ -147,14 +157,16 @@ async def untroubled(num_steps: int, *, old_before_last: bool = False) -> Any:
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("lane", range(NUM_LANES))
+@pytest.mark.parametrize(
+    ("kind", "lane"), [*(("three lanes", lane) for lane in range(NUM_LANES)), ("in place", 0)]
+)
 @pytest.mark.parametrize("phase", [*PHASES, "optimizer"])
 async def test_a_cancelled_step_is_whole_or_not_at_all(
-    phase: str, lane: int, monkeypatch: pytest.MonkeyPatch
+    phase: str, kind: str, lane: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Cancelled on its lanes, a step leaves no trace; cancelled after them, it is a whole step."""
     latch = Latch()
-    setting = Setting(phase, lane, latch.hold)
+    setting = Setting(phase, lane, latch.hold, kind)
     if phase == "optimizer":
         step = setting.optimizer.step
 
@@ -164,7 +176,7 @@ async def test_a_cancelled_step_is_whole_or_not_at_all(
             step()
 
         monkeypatch.setattr(setting.optimizer, "step", held_step)
-    async with engine(setting.module, NUM_LANES) as one:
+    async with setting.engine() as one:
         await setting.step(one)
         before = snapshot(setting.module, setting.optimizer)
         setting.trap.is_set = True
@@ -178,17 +190,17 @@ async def test_a_cancelled_step_is_whole_or_not_at_all(
         after = snapshot(setting.module, setting.optimizer)
         whole = phase in ("hook", "optimizer")
         assert one.statistics().num_steps == 1 + whole
-        assert same(after, await untroubled(2) if whole else before)
+        assert same(after, await untroubled(2, kind) if whole else before)
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
-@given(turns=st.integers(0, 40), steps=st.integers(0, 2))
-def test_cancelling_at_random_points(turns: int, steps: int) -> None:
+@given(turns=st.integers(0, 40), steps=st.integers(0, 2), kind=st.sampled_from(list(KINDS)))
+def test_cancelling_at_random_points(turns: int, steps: int, kind: str) -> None:
     """However many turns of the loop a step got before it is cancelled, it is done or has not begun."""
 
     async def main() -> None:
-        setting = Setting("never", 0, bang)
-        async with engine(setting.module, NUM_LANES) as one:
+        setting = Setting("never", 0, bang, kind)
+        async with setting.engine() as one:
             for _ in range(steps):
                 await setting.step(one)
             before = snapshot(setting.module, setting.optimizer)
@@ -200,7 +212,7 @@ def test_cancelling_at_random_points(turns: int, steps: int) -> None:
             after = snapshot(setting.module, setting.optimizer)
             done = one.statistics().num_steps - steps
             assert done in (0, 1)
-            assert same(after, await untroubled(steps + 1) if done else before)
+            assert same(after, await untroubled(steps + 1, kind) if done else before)
 
     asyncio.run(main())
 
@@ -209,7 +221,7 @@ def test_cancelling_at_random_points(turns: int, steps: int) -> None:
 async def test_steps_of_one_engine_wait_for_each_other() -> None:
     """Steps started together are taken one after the other, each with the weights the last one left."""
     setting = Setting("never", 0, bang)
-    async with engine(setting.module, NUM_LANES) as one:
+    async with setting.engine() as one:
         async with anyio.create_task_group() as group:
             for _ in range(4):
                 group.start_soon(setting.step, one)
@@ -233,3 +245,43 @@ async def test_an_optimizer_that_fails_says_what_that_means() -> None:
             await one.train_step(torch.ones(4, 2), torch.ones(4, 2), functional.mse_loss, optimizer)
     assert any("optimizer itself" in note for note in caught.value.__notes__)
     assert same(before, module.state_dict())
+
+
+class Filling(nn.Module):
+    """Puts a tensor into a buffer that was None at first, and fails when told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.register_buffer("seen", None)
+        self.fails = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = x.detach().sum(0) if self.seen is None else self.seen + 1
+        if self.fails and 1.0 in x[:, 0]:
+            raise Bang
+        return self.layer(x)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("num_lanes", [1, 2])
+@pytest.mark.parametrize("failing_row", [0, 3])
+async def test_a_buffer_that_was_none_is_none_again(num_lanes: int, failing_row: int) -> None:
+    """A step that fails after its forward filled an empty buffer leaves it empty; the next one fills it."""
+    module = Filling()
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    x = torch.zeros(4, 2)
+    x[failing_row] = 1.0
+    async with engine(module, num_lanes) as one:
+        for _ in range(2):
+            with pytest.raises(Bang):
+                await one.train_step(x, torch.ones(4, 2), functional.mse_loss, optimizer)
+            assert module.seen is None
+        module.fails = False
+        await one.train_step(x, torch.ones(4, 2), functional.mse_loss, optimizer)
+        first_shard = x[: 4 // num_lanes].sum(0)
+        assert torch.equal(module.seen, first_shard)
+        module.fails = True
+        with pytest.raises(Bang):
+            await one.train_step(x, torch.ones(4, 2), functional.mse_loss, optimizer)
+        assert torch.equal(module.seen, first_shard)
