@@ -1,8 +1,8 @@
 """How many lanes pay, learned from what calls take.
 
-Splitting a small batch costs more than it brings. For every workload the tuner times the first few
-calls on each number of lanes and stays with the quickest. It decides and counts; it reads no clock
-and runs nothing.
+Splitting a small batch costs more than it brings. For every workload the tuner times calls on each
+number of lanes in turns, so that whatever else the machine does hits all of them alike, and stays with
+the quickest. Now and then it asks again. It decides and counts; it reads no clock and runs nothing.
 """
 
 from __future__ import annotations
@@ -11,15 +11,25 @@ from collections import OrderedDict, deque
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
-NUM_TRIALS = 4
-"""Calls on each number of lanes before a choice; the first of them only warms up."""
+TURN = 3
+"""Calls in a row on one number of lanes; the first of them only warms up caches and threads."""
 
+MIN_TURNS = 2
+MAX_TURNS = 4
+"""Turns of each number of lanes: more than the least only as long as several are close."""
+
+# Above the best by more, a number of lanes gets no further turns.
+_CLOSE = 1.2
 _MAX_WORKLOADS = 128
 # Fewer lanes leave room for other work and hold less memory: a tie goes to them.
 _TIE = 1.03
-# Learned anew after this many calls in a row that took longer or shorter by the factor.
+# Learned anew after this many calls in a row that took longer or shorter by the factor,
 _WINDOW = 16
 _DRIFT = 1.6
+# and after so many calls in any case: the first trials may have been unlucky. Each time that
+# either happens, it takes four times as many calls until it may again.
+_RECHECK = 256
+_RARER = 4
 
 
 @dataclass(frozen=True)
@@ -32,7 +42,7 @@ class LaneChoice:
     """Lanes it takes now."""
     reason: str
     costs: dict[int, float]
-    """Seconds a call took, for each number of lanes tried: the least of the trials."""
+    """Seconds a call took, for each number of lanes tried: the lower quartile of the trials."""
     num_probes: int
     """Calls that were used for learning."""
     num_calls: int
@@ -43,12 +53,14 @@ class _Workload:
     name: str
     candidates: list[int]
     trials: dict[int, list[float]] = field(default_factory=dict)
+    num_turns: int = 0
     chosen: int | None = None
     reason: str = "still learning"
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
     num_probes: int = 0
     num_calls: int = 0
     patience: int = _WINDOW
+    recheck: int = _RECHECK
     calls_since_choice: int = 0
     size: int | None = None
     shape: Hashable = None
@@ -56,13 +68,14 @@ class _Workload:
     def next(self) -> int:
         if self.chosen is not None:
             return self.chosen
-        for count in self.candidates:
-            if len(self.trials.setdefault(count, [])) < NUM_TRIALS:
-                return count
-        raise AssertionError("a workload without open trials has a choice")
+        return next(count for count in self._in_the_running() if self._is_due(count))
 
     def costs(self) -> dict[int, float]:
-        return {count: min(times[1:]) for count, times in self.trials.items() if len(times) > 1}
+        counted = {
+            count: sorted(time for place, time in enumerate(times) if place % TURN)
+            for count, times in self.trials.items()
+        }
+        return {count: times[(len(times) - 1) // 4] for count, times in counted.items() if times}
 
     def fix(self, num_lanes: int, reason: str) -> None:
         self.chosen = num_lanes
@@ -79,32 +92,52 @@ class _Workload:
         elif num_lanes == self.chosen and self.trials:
             self._watch(seconds)
 
+    def _is_due(self, count: int) -> bool:
+        return len(self.trials.get(count, ())) < TURN * (self.num_turns + 1)
+
+    def _in_the_running(self) -> list[int]:
+        """Whose times are still asked for."""
+        if self.num_turns < MIN_TURNS:
+            return self.candidates
+        costs = self.costs()
+        limit = min(costs.values()) * _CLOSE
+        return [count for count in self.candidates if costs[count] <= limit]
+
     def _record_trial(self, num_lanes: int, seconds: float) -> None:
         self.num_probes += 1
         self.trials.setdefault(num_lanes, []).append(seconds)
-        if all(len(self.trials.get(count, ())) >= NUM_TRIALS for count in self.candidates):
-            costs = self.costs()
-            best = min(costs.values())
-            self.chosen = min(count for count, cost in costs.items() if cost <= best * _TIE)
-            self.reason = (
-                "least time" if costs[self.chosen] == best else "fewer lanes in about the least time"
-            )
-            self.recent.clear()
-            self.calls_since_choice = 0
+        if any(self._is_due(count) for count in self._in_the_running()):
+            return
+        self.num_turns += 1
+        if self.num_turns == MAX_TURNS or len(self._in_the_running()) == 1:
+            self._choose()
+
+    def _choose(self) -> None:
+        costs = self.costs()
+        best = min(costs.values())
+        self.chosen = min(count for count, cost in costs.items() if cost <= best * _TIE)
+        self.reason = "least time" if costs[self.chosen] == best else "fewer lanes in about the least time"
+        self.recent.clear()
+        self.calls_since_choice = 0
 
     def _watch(self, seconds: float) -> None:
-        """Notice that calls have become slower or quicker than the choice was based on."""
+        """Notice that calls have become slower or quicker than the choice was based on, or doubt it."""
         assert self.chosen is not None
         self.recent.append(seconds)
         self.calls_since_choice += 1
-        if len(self.recent) < _WINDOW or self.calls_since_choice < self.patience:
-            return
-        expected = self.costs()[self.chosen]
-        if min(self.recent) > expected * _DRIFT or max(self.recent) < expected / _DRIFT:
-            # Ever rarer, so that a workload that never settles costs ever fewer probes.
-            self.patience = min(self.patience * 2, 4096)
-            self.chosen, self.trials = None, {}
-            self.reason = "learning again: calls take another time than before"
+        if self.calls_since_choice >= self.recheck:
+            self.recheck *= _RARER
+            self._learn_again("to make sure")
+        elif len(self.recent) == _WINDOW and self.calls_since_choice >= self.patience:
+            expected = self.costs()[self.chosen]
+            if min(self.recent) > expected * _DRIFT or max(self.recent) < expected / _DRIFT:
+                # Ever rarer, so that a workload that never settles costs ever fewer probes.
+                self.patience = min(self.patience * _RARER, 4096)
+                self._learn_again("calls take another time than before")
+
+    def _learn_again(self, reason: str) -> None:
+        self.chosen, self.trials, self.num_turns = None, {}, 0
+        self.reason = f"learning again: {reason}"
 
 
 class Tuner:

@@ -199,7 +199,7 @@ async def run_stall(workload: Workload, inline: bool) -> None:
             late.append(time.perf_counter() - due)
 
     async with asyncdp.DataParallel(module, "cpu*2") as engine:
-        for _ in range(12):
+        for _ in range(24):
             await engine.train_step(*batch, functional.cross_entropy, optimizer)
         ticker = asyncio.create_task(tick())
         ends = time.perf_counter() + 3.0
@@ -274,7 +274,7 @@ def race(workload: str, num_rounds: int, names: list[str]) -> dict[str, Any]:
     count = WORKLOADS[workload].num_steps
     contenders = {name: Contender(name, workload) for name in names}
     for each in contenders.values():
-        each.ask(12)  # warm up; asyncdp learns how many lanes pay
+        each.ask(24)  # warm up; asyncdp learns how many lanes pay
     for turn in range(num_rounds):
         order = list(contenders.values())
         for each in order[turn % len(order) :] + order[: turn % len(order)]:

@@ -13,10 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import asyncdp
+from asyncdp._tuner import MAX_TURNS, TURN
 
 from .helpers import batch, distance, mlp, serial_step
 
 pytestmark = pytest.mark.anyio
+
+# On three lanes: all, one and two of them are tried.
+MOST_TRIALS = 3 * TURN * MAX_TURNS
 
 
 class Counting(nn.Module):
@@ -51,7 +55,7 @@ async def test_it_tries_one_to_all_lanes_and_settles() -> None:
     module = Counting()
     x = torch.arange(6.0).reshape(6, 1)
     async with adaptive(module) as one:
-        for _ in range(12):
+        for _ in range(MOST_TRIALS):
             assert torch.equal(await one(x), x * 2)
         tried = set(module.rows)
         choice = one.statistics().choices[0]
@@ -60,7 +64,7 @@ async def test_it_tries_one_to_all_lanes_and_settles() -> None:
             assert torch.equal(await one(x), x * 2)
     assert tried == {2, 6, 3}
     assert set(choice.costs) == {1, 2, 3}
-    assert choice.num_probes == 12
+    assert choice.num_probes <= MOST_TRIALS
     assert choice.reason
     assert choice.workload.startswith("call train grad float32")
     assert module.rows == [6 // choice.num_lanes] * 3 * choice.num_lanes
@@ -105,7 +109,7 @@ async def test_batch_statistics_fix_the_choice() -> None:
         free = one.statistics().choices[1]
     assert (fixed.num_lanes, fixed.num_probes) == (3, 0)
     assert "batch statistics" in fixed.reason
-    assert free.num_probes == 12
+    assert free.num_probes == 14
 
 
 async def test_deterministic_mode_fixes_the_choice() -> None:
@@ -144,11 +148,11 @@ async def test_training_adapts_and_stays_equal() -> None:
     serial = copy.deepcopy(module)
     optimizer, serial_optimizer = (torch.optim.Adam(each.parameters(), 0.01) for each in (module, serial))
     async with adaptive(module) as one:
-        for _ in range(20):
+        for _ in range(MOST_TRIALS + 4):
             x, y = batch(10)
             await one.train_step(x, y, functional.cross_entropy, optimizer)
             serial_step(serial, serial_optimizer, x, y, functional.cross_entropy)
-        assert one.statistics().choices[0].num_probes >= 12
+        assert len(one.statistics().choices[0].costs) == 3
     assert distance(module, serial) < 1e-10
 
 
@@ -160,7 +164,7 @@ async def test_gradients_on_any_number_of_lanes() -> None:
     module(x).square().mean().backward()
     expected = [each.grad for each in module.parameters()]
     async with adaptive(module) as one:
-        for _ in range(13):
+        for _ in range(3 * TURN + 1):
             module.zero_grad()
             await asyncdp.backward((await one(x)).square().mean())
             torch.testing.assert_close([each.grad for each in module.parameters()], expected)
