@@ -16,6 +16,7 @@ import anyio.to_thread
 from .._data_parallel import DataParallel
 from ..errors import JobUsageError
 from .batching import Window, cut_windows
+from .blocks import BlockRows
 from .files import write_whole_bytes
 from .models import LoadedModel, load_model
 from .monitor import Monitor
@@ -23,7 +24,7 @@ from .options import InferOptions, fingerprint
 from .output import OutputFolder, check_output_free, read_state
 from .pipeline import ErrorPolicy, Limits, Pipeline
 from .readers import STDIN, open_inputs
-from .records import Columns, Failure, Rows
+from .records import Failure
 from .setup import find_devices, make_steps
 from .summary import Plan, Reporter, SilentReporter, Summary, summarise
 from .task_groups import plain_task_group
@@ -86,9 +87,9 @@ class Job:
         shapes: dict[str, str] = {}
         num_earlier = await anyio.to_thread.run_sync(self._num_earlier)
 
-        def keep(index: int, num_records: int, rows: list[Rows], failures: list[Failure]) -> None:
-            WRITERS[self.options.output_format](io.BytesIO(), rows[0].ids, rows[0].columns)
-            shapes.update(_shapes(rows[0].columns))
+        def keep(index: int, num_records: int, rows: BlockRows, failures: list[Failure]) -> None:
+            WRITERS[self.options.output_format](io.BytesIO(), *rows.finish())
+            shapes.update(rows.schema)
 
         first = itertools.islice(self.inputs.read(), self.options.batch_size)
         async with self._engine() as engine:
@@ -123,7 +124,6 @@ class Job:
             options.output_format,
             self._fingerprint(),
             resume=options.resume,
-            ordered=options.order == "input",
         )
 
     def _engine(self) -> Any:
@@ -137,6 +137,7 @@ class Job:
             len(engine.runtime.lanes),
             options.workers,
             options.worker_processes,
+            options.shard_size if options.order == "input" else None,
         )
         return Pipeline(engine, self.steps, limits, policy, write_block, monitor)
 
@@ -213,10 +214,3 @@ def _check_apart(options: InferOptions) -> None:
                 f"The output {options.output} lies inside the input folder {spec}",
                 "Name a folder elsewhere: a resumed job would read its own shards.",
             )
-
-
-def _shapes(columns: Columns) -> dict[str, str]:
-    def shape(values: Any) -> str:
-        return f"{values.dtype}{list(values.shape[1:])}" if hasattr(values, "dtype") else "objects"
-
-    return {name: shape(values) for name, values in columns.items()}

@@ -6,16 +6,14 @@ import dataclasses
 import json
 import os
 from collections.abc import Sequence
-from operator import itemgetter
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
-
-from ..errors import JobError, JobUsageError, OutputExistsError, ResumeRefusedError
+from ..errors import JobUsageError, OutputExistsError, ResumeRefusedError
+from .blocks import BlockRows, check_same_schema
 from .files import TEMPORARY_PREFIX, write_whole
 from .journal import JOURNAL_NAME, Block, Journal, JournalState, StoredFile, load_journal
-from .records import Columns, Failure, Rows
+from .records import Failure
 from .writers import WRITERS
 
 LOCK_NAME = ".lock"
@@ -30,7 +28,6 @@ class OutputFolder:
         format_name: One of the writers' names.
         fingerprint: What the outputs depend on.
         resume: Whether to continue the job whose journal is there.
-        ordered: Whether the rows of a shard stand in input order.
 
     Raises:
         OutputExistsError: The folder is not empty and ``resume`` is False.
@@ -38,13 +35,10 @@ class OutputFolder:
         JobUsageError: Another process is writing into the folder.
     """
 
-    def __init__(
-        self, path: Path, format_name: str, fingerprint: dict[str, Any], *, resume: bool, ordered: bool = True
-    ) -> None:
+    def __init__(self, path: Path, format_name: str, fingerprint: dict[str, Any], *, resume: bool) -> None:
         self.path = path
         self.warnings: list[str] = []
         self._format = format_name
-        self._ordered = ordered
         self._schema: dict[str, str] = {}
         self._lock = _locked(path)
         try:
@@ -65,53 +59,36 @@ class OutputFolder:
         """The blocks that are done, by index."""
         return self.journal.state.blocks
 
-    def write_block(
-        self, index: int, num_records: int, parts: Sequence[Rows], failures: Sequence[Failure]
-    ) -> None:
+    def write_block(self, index: int, num_records: int, rows: BlockRows, failures: Sequence[Failure]) -> None:
         """Makes a block final: its shards first, then the line in the journal.
 
         Args:
             index: Number of the block.
             num_records: Records in it, good and bad.
-            parts: Its outputs, in the order they finished.
+            rows: Its outputs.
             failures: Its bad records to keep on disk, if any.
 
         Raises:
             OutputError: When the disk does not take it.
+            JobError: When its outputs are of other types or shapes than those of the blocks before.
         """
         files = []
         if failures:
             files.append(
                 self._write(f"{ERRORS_PREFIX}{index:06d}.jsonl", lambda f: _write_failures(f, failures))
             )
-        rows = sum(len(part.ids) for part in parts)
-        if rows:
-            ids, columns = self._joined(parts)
+        if len(rows):
+            self._schema = self._schema or rows.schema
+            check_same_schema(self._schema, rows.schema)
+            ids, columns = rows.finish()
             encode = WRITERS[self._format]
             name = f"part-{index:06d}.{self._format}"
             files.append(self._write(name, lambda f: encode(f, ids, columns)))
-        self.journal.finish_block(Block(index, num_records, num_records - rows, tuple(files)))
+        self.journal.finish_block(Block(index, num_records, num_records - len(rows), tuple(files)))
 
     def _write(self, name: str, fill: Any) -> StoredFile:
         write_whole(self.path / name, fill)
         return StoredFile.of(self.path / name)
-
-    def _joined(self, parts: Sequence[Rows]) -> tuple[list[Any], Columns]:
-        """Puts the rows of all batches together, in input order unless told otherwise."""
-        self._schema = self._schema or _schema(parts[0].columns)
-        for part in parts:
-            if _schema(part.columns) != self._schema:
-                raise JobError(
-                    f"The model's outputs differ between batches: {self._schema}, "
-                    f"then {_schema(part.columns)}",
-                    "Bring every record to one shape and type with --preprocess or --postprocess.",
-                )
-        positions = [position for part in parts for position in part.positions]
-        order = np.argsort(positions) if self._ordered else np.arange(len(positions))
-        places = np.empty_like(order)
-        places[order] = np.arange(len(order))
-        columns = {name: _placed([part.columns[name] for part in parts], places) for name in self._schema}
-        return _placed([part.ids for part in parts], places), columns
 
     def _intact(self, state: JournalState) -> JournalState:
         """Drops the blocks whose files are no longer what the journal says."""
@@ -215,26 +192,6 @@ def _locked(path: Path) -> Any:
     except OSError as error:
         raise _unwritable(path, error.strerror or error) from error
     return lock
-
-
-def _schema(columns: Columns) -> dict[str, str]:
-    return {
-        name: f"{values.dtype}{list(values.shape[1:])}" if isinstance(values, np.ndarray) else "objects"
-        for name, values in columns.items()
-    }
-
-
-def _placed(parts: list[Any], places: np.ndarray[Any, Any]) -> Any:
-    """Joins arrays or lists, putting entry ``i`` of all of them at ``places[i]``; copies only once."""
-    if not isinstance(parts[0], np.ndarray):
-        joined = [entry for part in parts for entry in part]
-        return [entry for _, entry in sorted(zip(places.tolist(), joined, strict=True), key=itemgetter(0))]
-    whole = np.empty((len(places), *parts[0].shape[1:]), parts[0].dtype)
-    start = 0
-    for part in parts:
-        whole[places[start : start + len(part)]] = part
-        start += len(part)
-    return whole
 
 
 def _write_failures(file: IO[bytes], failures: Sequence[Failure]) -> None:

@@ -19,9 +19,9 @@ from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStre
 
 from ..errors import AsyncDPError, RecordError, TooManyBadRecordsError
 from .batching import Window, padding, plan_batches
-from .blocks import Batch, OpenBlock
+from .blocks import Batch, BlockRows, OpenBlock
 from .monitor import Monitor
-from .records import Columns, Failure, Record, Rows
+from .records import Failure, Record, Rows
 from .steps import Steps, to_columns
 from .task_groups import plain_task_group
 
@@ -46,6 +46,7 @@ class Limits:
         num_lanes: Lanes of the engine.
         num_workers: Workers that prepare windows.
         worker_processes: Whether these are processes instead of threads.
+        block_size: Positions per block, by which rows are put in input order; None leaves them as they come.
     """
 
     batch_size: int
@@ -53,6 +54,7 @@ class Limits:
     num_lanes: int = 1
     num_workers: int = 1
     worker_processes: bool = False
+    block_size: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +66,7 @@ class ErrorPolicy:
 
 
 Windows = Generator[Window, None, None]
-WriteBlock = Callable[[int, int, list[Rows], list[Failure]], None]
+WriteBlock = Callable[[int, int, BlockRows, list[Failure]], None]
 
 
 class Pipeline:
@@ -114,7 +116,7 @@ class Pipeline:
         limits = self._limits
         to_prepare, windows_in = anyio.create_memory_object_stream[Window](1)
         to_run, batches_in = anyio.create_memory_object_stream[Batch](limits.num_lanes)
-        self._to_write, blocks_in = anyio.create_memory_object_stream[OpenBlock](1)
+        self._to_write, blocks_in = anyio.create_memory_object_stream[OpenBlock](0)
         async with plain_task_group() as group:
             group.start_soon(self._read, windows, to_prepare, abandon_reads)
             group.start_soon(self._write, blocks_in)
@@ -148,13 +150,17 @@ class Pipeline:
         async with windows, out:
             async for window in windows:
                 batches, failures = await self._prepare_window(window)
-                block = self._open.setdefault(window.block, OpenBlock(window.block))
+                block = self._open.setdefault(window.block, self._new_block(window.block))
                 block.size = window.closes if window.closes is not None else block.size
                 for record, error in failures:
                     self._refuse(block, record, error)
                 await self._finish_if_complete(block)
                 for batch in batches:
                     await out.send(batch)
+
+    def _new_block(self, index: int) -> OpenBlock:
+        size = self._limits.block_size
+        return OpenBlock(index, BlockRows(None if size is None else index * size))
 
     async def _prepare_window(self, window: Window) -> tuple[list[Batch], list[tuple[Record, Exception]]]:
         failures = [(record, record.error) for record in window.records if record.error is not None]
@@ -204,13 +210,13 @@ class Pipeline:
         if len(batch.items) > self._batch_size:
             return await self._run_halves(batch)
         try:
-            columns = await self._forward(batch)
+            await self._forward(batch)
         except AsyncDPError:
             raise  # no record's fault: a lane is gone, or the outputs are no rows
         except Exception as error:
             failure = error
         else:
-            return await self._keep(batch, columns)
+            return await self._count(batch)
         if len(batch.items) == 1:
             block = self._open[batch.block]
             self._refuse(block, batch.records[0], failure)
@@ -232,11 +238,11 @@ class Pipeline:
             self._batch_size = size // 2
             self._monitor.warn_once(f"out of memory with {size} records: going on with {size // 2} per batch")
 
-    async def _forward(self, batch: Batch) -> Columns:
+    async def _forward(self, batch: Batch) -> None:
         args, kwargs = await anyio.to_thread.run_sync(self._collate, batch.items)
         with self._monitor.timed("lanes"):
             output = await self._engine.on_one_lane(*args, **kwargs)
-        return await anyio.to_thread.run_sync(self._postprocess, output, len(batch.items))
+        await anyio.to_thread.run_sync(self._keep, output, batch)
 
     def _collate(self, items: list[Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
         with self._monitor.timed("collate"):
@@ -245,17 +251,19 @@ class Pipeline:
             return (), collated
         return (collated if isinstance(collated, tuple) else (collated,)), {}
 
-    def _postprocess(self, output: Any, num_records: int) -> Columns:
+    def _keep(self, output: Any, batch: Batch) -> None:
+        """Puts the outputs of a batch into its block, in a worker thread."""
         with self._monitor.timed("postprocess"):
-            return to_columns(self._steps.postprocess(output), num_records)
+            columns = to_columns(self._steps.postprocess(output), len(batch.items))
+            ids = [record.id for record in batch.records]
+            positions = [record.position for record in batch.records]
+            self._open[batch.block].rows.add(Rows(positions, ids, columns))
 
-    async def _keep(self, batch: Batch, columns: Columns) -> None:
+    async def _count(self, batch: Batch) -> None:
         block = self._open[batch.block]
-        ids = [record.id for record in batch.records]
-        block.rows.append(Rows([record.position for record in batch.records], ids, columns))
-        block.num_done += len(ids)
+        block.num_done += len(batch.records)
         monitor = self._monitor
-        monitor.num_done += len(ids)
+        monitor.num_done += len(batch.records)
         monitor.num_batches += 1
         monitor.cost += sum(batch.costs)
         monitor.padding += padding(batch.costs)

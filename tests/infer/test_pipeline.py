@@ -29,7 +29,7 @@ def windows(count, block_size=8, window=4):
 
 def pipeline(engine, written, policy=ErrorPolicy(), batch_size=2):  # noqa: B008
     def write(index, num_records, rows, failures):
-        written[index] = (num_records, sorted(p for part in rows for p in part.positions), failures)
+        written[index] = (num_records, sorted(rows.finish()[0]), failures)
 
     return Pipeline(engine, STEPS, Limits(batch_size, num_lanes=2), policy, write, Monitor())
 
