@@ -188,7 +188,7 @@ class Lane:
         assert function is not None
         marker: Any = None
         try:
-            captured = owner.captured[self.device] if owner.captured else None
+            captured = owner.captured.get(self.device) if owner.captured else None
             work.value, marker = self.driver.issue(captured, function)
         except BaseException as error:
             work.error = error

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextvars
+import gc
 from typing import Any
 
 import pytest
 import torch
+
+import asyncdp
+from asyncdp.testing import FakeDevice
 
 from .helpers import runtime
 
@@ -107,3 +111,46 @@ async def test_a_leak_in_a_lane_does_not_reach_the_next_call() -> None:
     async with runtime(1) as rt:
         await rt.run(torch._C._set_grad_enabled, False)
         assert (await rt.run(seen))["grad"] is True
+
+
+async def test_autocast_forgets_its_casts_after_every_call() -> None:
+    """Weights that change between two calls under autocast are cast anew, not taken from the first."""
+    weight = torch.ones(4, 4, requires_grad=True)
+
+    def product() -> float:
+        return (torch.ones(1, 4) @ weight).sum().item()
+
+    async with runtime(1) as rt:
+        with torch.autocast("cpu"):
+            before = await rt.run(product)
+            with torch.no_grad():
+                weight.mul_(2)
+            assert await rt.run(product) == 2 * before
+
+
+async def test_the_end_of_a_lane_leaves_other_threads_alone() -> None:
+    """A closed and collected runtime does not give its lanes' modes to the thread that collects it."""
+    rt = runtime(1)
+    with torch.inference_mode():
+        await rt.run(seen)
+    await rt.aclose()
+    with torch.no_grad():
+        del rt
+        gc.collect()
+        assert not torch.is_grad_enabled()
+
+
+class _CapturingDevice(FakeDevice):
+    """Has something to note for each pass, as CUDA devices have."""
+
+    captures = True
+
+
+async def test_a_later_stage_may_use_another_device() -> None:
+    """What a pass noted of its first devices is not missed on one that only a later stage uses."""
+    async with asyncdp.Runtime([_CapturingDevice(0), _CapturingDevice(1)]) as rt:
+        first, second = rt.lanes
+        result = await rt.run_pass(
+            [(first, lambda: 1)], [lambda results, _: [(second, lambda: results[0] + 1)]]
+        )
+    assert result == [2]
