@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -69,7 +70,7 @@ async def data_parallel(
     route = Route(runtime, tuple(runtime.lanes_for(targets)), output, dim)
     args, kwargs = arguments(inputs), dict(module_kwargs or {})
     if len(targets) == 1:
-        return await route.run_in_place(module, args, kwargs)
+        return await route.run_on_one_lane(module, None, args, kwargs)
     return await route.run(module, replica_set_of(module, targets), args, kwargs)
 
 
@@ -142,11 +143,17 @@ class DataParallel:
         adapts = num_lanes == "auto" and len(lanes) > 1
         self._adaptive = Adaptive(module, self._route) if adapts else None
         self._num_passes = 0
+        self._counting = threading.Lock()  # loops and lanes count, each on threads of their own
 
     def _choose_lanes(self, devices: Devices) -> tuple[Lane, ...]:
         if self._owns_runtime or devices is None:
             return self.runtime.lanes
         return tuple(self.runtime.lanes_for(parse_devices(devices)))
+
+    @property
+    def lanes(self) -> tuple[Lane, ...]:
+        """The lanes that calls are split over."""
+        return self._route.lanes
 
     def __repr__(self) -> str:
         names = ", ".join(lane.name for lane in self._route.lanes)
@@ -169,12 +176,12 @@ class DataParallel:
         Returns, raises: as `asyncdp.data_parallel`.
         """
         if len(self._route.lanes) == 1:
-            result = await self._route.run_in_place(self.module, args, kwargs)
+            result = await self._route.run_on_one_lane(self.module, None, args, kwargs)
         elif self._adaptive is not None:
             result = await self._adaptive.call(self._replicas, args, kwargs)
         else:
             result = await self._route.run(self.module, self._replicas, args, kwargs, self._num_lanes)
-        self._num_passes += 1
+        self._count_pass()
         return result
 
     async def on_one_lane(self, *args: Any, **kwargs: Any) -> Any:
@@ -185,8 +192,25 @@ class DataParallel:
         Returns, raises: as `asyncdp.data_parallel`.
         """
         result = await self._route.run_on_one_lane(self.module, self._replicas, args, kwargs)
-        self._num_passes += 1
+        self._count_pass()
         return result
+
+    def run_here(self, position: int, *args: Any) -> Any:
+        """Run the module on one whole batch, on this thread: that of the lane at `position` of `lanes`.
+
+        For what schedules its own works, as `Batcher` does; call it by `engine.runtime.run`.
+        """
+        result = self._route.run_here(position, self.module, self._replicas, args, {})
+        self._count_pass()
+        return result
+
+    def pick_lane(self) -> int:
+        """The position in `lanes` of the one for a whole batch: the least busy, or 0 where buffers change."""
+        return self._route.pick(self.module)
+
+    def _count_pass(self) -> None:
+        with self._counting:
+            self._num_passes += 1
 
     def map(
         self,

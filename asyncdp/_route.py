@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -66,19 +66,44 @@ class Route:
         return outputs[0]
 
     async def run_on_one_lane(
-        self, module: nn.Module, replicas: ReplicaSet, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self,
+        module: nn.Module,
+        replicas: ReplicaSet | None,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
     ) -> Any:
-        """Run a whole batch on the least busy lane, or on lane 0 where buffers change."""
-        position = self._positions(1, module)[0]
-        lane = self.lanes[position]
-
-        def whole() -> Any:
-            each = replicas.prepare(module, [position])[0]
-            return apply_and_move(each, args, kwargs, lane.device, self.output)
-
+        """Run a whole batch on the lane that `pick` picks; a lone lane needs no replicas."""
+        position = self.pick(module)
         return await self.runtime.run(
-            whole, lane=lane, num_threads=self.runtime.thread_share(len(self.lanes))
+            partial(self.run_here, position, module, replicas, args, kwargs),
+            lane=self.lanes[position],
+            num_threads=self.runtime.thread_share(len(self.lanes)),
         )
+
+    def pick(self, module: nn.Module) -> int:
+        """The position of the lane for a whole batch: the least busy, or lane 0 where buffers change."""
+        return self._positions(1, module)[0]
+
+    def run_here(
+        self,
+        position: int,
+        module: nn.Module,
+        replicas: ReplicaSet | None,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        """Run a whole batch on this thread, which is that of the lane at `position`.
+
+        A lone lane runs the module itself, which moves to its device.
+        """
+        device = self.lanes[position].device
+        each: Callable[..., Any]
+        if len(self.lanes) == 1:
+            each = module.to(device)
+        else:
+            assert replicas is not None
+            each = replicas.prepare(module, [position])[0]
+        return apply_and_move(each, args, kwargs, device, self.output)
 
     async def run_whole(
         self, module: nn.Module, replicas: ReplicaSet, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -97,16 +122,6 @@ class Route:
             is_here = all(tensor.device == lane.device for tensor in module.parameters())
             runner = module if is_here else replicas.prepare(module, [0])[0]
             return gather_to([apply(runner, args, kwargs, lane.device)], self.output, self.dim)
-
-        return await self.runtime.run(whole, lane=lane, num_threads=self.runtime.thread_share(1))
-
-    async def run_in_place(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Move the module itself to the only lane's device and run it there."""
-        lane = self.lanes[0]
-
-        def whole() -> Any:
-            module.to(lane.device)
-            return apply_and_move(module, args, kwargs, lane.device, self.output)
 
         return await self.runtime.run(whole, lane=lane, num_threads=self.runtime.thread_share(1))
 

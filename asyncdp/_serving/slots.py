@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from .._parallel_apply import apply_and_move, arguments
+from .._parallel_apply import arguments
 from .._runtime import Lane, LaneState, Runtime, default_runtime
 from ..errors import NotServableError
 from .steps import Collate, Split
@@ -113,27 +113,16 @@ def open_slots(
 
 
 def _engine_slots(engine: DataParallel, steps: _Steps, max_in_flight: int | None) -> list[Slot]:
-    lanes = engine._route.lanes
+    lanes = engine.lanes
     num_threads = engine.runtime.thread_share(len(lanes))
 
     def on_lane(position: int, samples: Sequence[Any]) -> Sequence[Any]:
-        return steps.over(partial(run_whole, engine, position), samples)
+        return steps.over(partial(engine.run_here, position), samples)
 
     return [
         _LaneSlot(engine.runtime, lane, num_threads, partial(on_lane, lanes.index(lane)))
         for lane in _repeated(lanes, max_in_flight)
     ]
-
-
-def run_whole(engine: DataParallel, position: int, *args: Any) -> Any:
-    """Run an engine's module on a whole batch; called on the lane at `position`."""
-    route = engine._route
-    device = route.lanes[position].device
-    if len(route.lanes) == 1:
-        module: Callable[..., Any] = engine.module.to(device)
-    else:
-        module = engine._replicas.prepare(engine.module, [position])[0]
-    return apply_and_move(module, args, {}, device, route.output)
 
 
 def _repeated(lanes: Sequence[Lane], count: int | None) -> list[Lane]:

@@ -14,7 +14,6 @@ import torch
 
 from .._parallel_apply import arguments
 from .prefetch import Prefetcher
-from .slots import run_whole
 from .tasks import spawn
 from .waiter import Waiter, new_waiter
 
@@ -178,7 +177,7 @@ def map_batches(
     if on_error not in ON_ERROR:
         raise ValueError(f"on_error must be one of {', '.join(ON_ERROR)}, but got {on_error!r}.")
     # Two per lane: while one runs, the next is at hand.
-    limit = 2 * len(engine._route.lanes) if max_in_flight is None else max_in_flight
+    limit = 2 * len(engine.lanes) if max_in_flight is None else max_in_flight
     if limit < 1:
         raise ValueError(f"max_in_flight must be 1 or more, but got {limit}.")
     return BatchStream(engine, batches, ordered, limit, on_error)
@@ -192,7 +191,7 @@ async def _fill(
 ) -> None:
     """Read the source and keep batches in flight, until the source ends or the task is cancelled."""
     count = 0
-    prefetcher = Prefetcher(engine._route.lanes)
+    prefetcher = Prefetcher(engine.lanes)
     try:
         source = _read(batches)
         async with anyio.create_task_group() as group:
@@ -224,14 +223,13 @@ async def _run(
     batch: Any,
     modes: tuple[bool, bool],
 ) -> None:
-    route = engine._route
-    position = route._positions(1, engine.module)[0]
-    lane = route.lanes[position]
-    num_threads = route.runtime.thread_share(len(route.lanes))
+    position = engine.pick_lane()
+    lane = engine.lanes[position]
+    num_threads = engine.runtime.thread_share(len(engine.lanes))
     inputs = prefetcher.start(lane, arguments(batch))
     work = partial(run_batch, modes, engine, position, inputs)
     try:
-        outcome = _Outcome(await route.runtime.run(work, lane=lane, num_threads=num_threads))
+        outcome = _Outcome(await engine.runtime.run(work, lane=lane, num_threads=num_threads))
     except (anyio.get_cancelled_exc_class(), GeneratorExit):
         raise
     except BaseException as error:
@@ -245,7 +243,7 @@ def run_batch(
     """Run one batch of a stream on a lane, under the modes that were on when the stream was made."""
     grad, inference = modes
     with torch.inference_mode(inference), torch.set_grad_enabled(grad):
-        return run_whole(engine, position, *inputs())
+        return engine.run_here(position, *inputs())
 
 
 ItemT = TypeVar("ItemT")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from asyncdp import DataParallel, Runtime
+from asyncdp import Batcher, DataParallel, Runtime
 from asyncdp._devices.fake import FakeDevice, fake_devices
 
 pytestmark = pytest.mark.anyio
@@ -170,3 +170,15 @@ async def test_mistakes_are_told_at_once() -> None:
             engine.map([], on_error="ignore")  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="max_in_flight"):
             engine.map([], max_in_flight=0)
+
+
+async def test_every_way_of_running_a_batch_counts_as_a_pass() -> None:
+    """Calls, whole batches, streams and a batcher's batches count as passes of an engine; failures do not."""
+    async with DataParallel(Double(), "cpu*2") as engine, Batcher(engine) as batcher:
+        await engine(torch.ones(4))
+        await engine.on_one_lane(torch.ones(4))
+        assert len([result async for result in engine.map(numbers(3))]) == 3
+        await batcher(torch.ones(1))
+        with pytest.raises(ValueError, match="negative"):
+            await engine(-torch.ones(4))
+        assert engine.statistics().num_passes == 6
