@@ -6,7 +6,6 @@ import atexit
 import os
 import threading
 import time
-from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -26,12 +25,13 @@ class _DefaultRuntime(Runtime):
         super().__init__([_devices.lane_device_for(device) for device in parse_devices()])
 
     def lanes_for(self, devices: Sequence[torch.device]) -> list[Lane]:
-        with self._core.lock:
-            missing = Counter(devices) - Counter(lane.device for lane in self._core.lanes)
-            for device, count in missing.items():
-                for _ in range(count):
+        found, missing = self._find_lanes(devices)
+        if missing:
+            with self._core.lock:
+                for device in self._find_lanes(devices)[1]:  # unless another thread was quicker
                     self._core.add_lane(_devices.lane_device_for(device))
-        return super().lanes_for(devices)
+            found, _ = self._find_lanes(devices)
+        return found
 
 
 _default: _DefaultRuntime | None = None

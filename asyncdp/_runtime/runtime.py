@@ -136,15 +136,22 @@ class Runtime:
         Raises:
             UnknownDeviceError: the runtime has no lane, or too few, on one of the devices.
         """
-        free = list(self._core.lanes)
-        found = []
-        for device in devices:
-            lane = next((lane for lane in free if lane.device == device), None)
-            if lane is None:
-                raise UnknownDeviceError(str(device), f"{self!r} has too few lanes on it")
-            free.remove(lane)
-            found.append(lane)
+        found, missing = self._find_lanes(devices)
+        if missing:
+            raise UnknownDeviceError(str(missing[0]), f"{self!r} has too few lanes on it")
         return found
+
+    def _find_lanes(self, devices: Sequence[torch.device]) -> tuple[list[Lane], list[torch.device]]:
+        """One lane for each entry of `devices` as far as there are, and the entries that got none."""
+        free = list(self._core.lanes)
+        found, missing = [], []
+        for device in devices:
+            position = next((place for place, lane in enumerate(free) if lane.device == device), None)
+            if position is None:
+                missing.append(device)
+            else:
+                found.append(free.pop(position))
+        return found, missing
 
     def least_busy(self, lanes: Sequence[Lane], count: int = 1) -> list[Lane]:
         """The `count` least busy open lanes among `lanes`, in their order."""
