@@ -17,11 +17,13 @@ import statistics
 import subprocess
 import sys
 import time
+import timeit
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import anyio.to_thread
@@ -29,6 +31,7 @@ import torch
 from torch import nn
 
 import asyncdp
+from asyncdp._runtime import trace
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 CALLS_PER_TURN = 23
@@ -110,6 +113,27 @@ async def pass_overhead(rounds: int) -> dict[str, float]:
         )
 
 
+async def tracing_cost(rounds: int) -> dict[str, float]:
+    """Microseconds of an awaited call without and with a recorder, and of all looks for one that is not."""
+    times: dict[bool, list[float]] = {False: [], True: []}
+    with TemporaryDirectory() as folder:
+        async with asyncdp.Runtime("cpu") as runtime:
+            for number in range(2 * rounds):
+                traced = number % 2 == 1
+                recorder = asyncdp.TraceRecorder(Path(folder) / "trace.json") if traced else nullcontext()
+                async with recorder:
+                    for _ in range(CALLS_PER_TURN):
+                        started = time.perf_counter()
+                        await runtime.run(nothing)
+                        times[traced].append(time.perf_counter() - started)
+    looks = 3 * min(timeit.repeat("trace.recorder is None", globals={"trace": trace}, number=100_000)) / 1e5
+    return {
+        "no recorder": statistics.median(times[False]) * 1e6,
+        "recording": statistics.median(times[True]) * 1e6,
+        "three looks for a recorder": looks * 1e6,
+    }
+
+
 async def loop_stalls(seconds: float) -> dict[str, float]:
     """How late a 1 ms timer fires, in milliseconds, while a large forward runs in lanes or inline."""
     module = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(8)))
@@ -188,6 +212,10 @@ def report(result: dict[str, Any]) -> str:
             result["pass_us"],
         ),
         "",
+        "| one awaited call | us |",
+        "|---|---|",
+        *(f"| {name} | {us:.2f} |" for name, us in result["tracing_us"].items()),
+        "",
         "| loop stall while 8 x Linear(1024) runs at batch 1024 | p99, ms | worst, ms |",
         "|---|---|---|",
         *(
@@ -226,6 +254,7 @@ def main() -> None:
         "rounds": options.rounds,
         "call_us": call_us,
         "pass_us": pass_us,
+        "tracing_us": asyncio.run(tracing_cost(options.rounds)),
         "stall_ms": asyncio.run(loop_stalls(options.seconds)),
         "import_s": import_cost(),
     }
