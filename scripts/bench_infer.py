@@ -53,7 +53,9 @@ def main() -> None:
     parser.add_argument("--sentences", type=int, default=20_000)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--records", type=int, nargs=2, default=(2_000, 200_000), help="of a small model")
-    parser.add_argument("--demo-records", type=int, nargs=2, default=(500, 5_000), help="of the demo model")
+    parser.add_argument(
+        "--demo-records", type=int, nargs=2, default=(2_000, 12_000), help="of the demo model"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS)
     chosen = parser.parse_args()
     if chosen.what == "rate":
@@ -275,7 +277,7 @@ def report_rate(rate: dict[str, Any]) -> str:
         [
             origin(rate),
             "",
-            f"MiniLM (all-MiniLM-L6-v2) on {rate['sentences']:,} sentences, taken from docstrings of installed "
+            f"MiniLM (all-MiniLM-L6-v2) on {rate['sentences']:,} sentences from docstrings of installed "
             f"Python code, in {rate['rounds']}",
             "rounds: each way embeds the same slice in turn, in changing order, and over all rounds every "
             "sentence once.",

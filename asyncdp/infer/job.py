@@ -18,6 +18,7 @@ from ..errors import JobUsageError
 from .batching import Window, cut_windows
 from .blocks import BlockRows
 from .files import write_whole_bytes
+from .memory import release_memory
 from .models import LoadedModel, load_model
 from .monitor import Monitor
 from .options import InferOptions, fingerprint
@@ -164,6 +165,7 @@ class Job:
             await anyio.sleep(_TICK_SECONDS)
             monitor.sample(engine)
             reporter.progressed(self._estimate(), monitor)
+            await anyio.to_thread.run_sync(release_memory)
 
     def _windows(self, output: OutputFolder) -> Generator[Window, None, None]:
         size = self.options.shard_size

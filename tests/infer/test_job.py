@@ -23,7 +23,8 @@ from asyncdp.errors import (
     ResumeRefusedError,
     TooManyBadRecordsError,
 )
-from asyncdp.infer import InferOptions, Job
+from asyncdp.infer import InferOptions, Job, memory
+from asyncdp.infer import job as job_module
 from asyncdp.infer.monitor import Monitor
 
 
@@ -406,3 +407,14 @@ def test_weights_in_safetensors(run, work, numbers):
     assert rows(work)[1]["output"] == [2.5, 2.5]
     with pytest.raises(ModelLoadError, match=r"do not fit.*scale"):
         run(numbers(2), weights=str(work / "w.safetensors"), output=work / "other")
+
+
+def test_freed_memory_is_given_back_while_a_job_runs(run, numbers, monkeypatch):
+    """A job that lasts longer than a tick trims the heap; a C library without that is no trouble."""
+    trimmed = []
+    monkeypatch.setattr(job_module, "_TICK_SECONDS", 0.001)
+    monkeypatch.setattr(job_module, "release_memory", lambda: trimmed.append(True))
+    run(numbers(20), "models_for_tests:Slow", batch_size=10)
+    assert trimmed
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: object())
+    assert memory.release_memory() is None
