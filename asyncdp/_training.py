@@ -100,23 +100,34 @@ class Trainer:
         shards, num_rows = _divide(inputs, targets, num_lanes, self._dim)
         weights = _weights(num_rows) if options.loss_reduction == "mean" else [1.0] * len(shards)
         lanes = self._lanes[: len(shards)]
-        # A step that has to wait must not find the state that torch has by then.
-        ambient = Ambient(self._device_types) if self._one_at_a_time.locked() else None
-        async with self._one_at_a_time:
-            step = Step(self._module, self._replicas, self._kept, lanes, shards, weights, options, accumulate)
-            stage = [
-                (lane, _under(ambient, partial(step.run_lane, index), lane))
-                for index, lane in enumerate(lanes)
-            ]
+        step = Step(self._module, self._replicas, self._kept, lanes, shards, weights, options, accumulate)
+        if not self._one_at_a_time.locked():
+            self._one_at_a_time.acquire_nowait()
+            ambient = None
+        else:  # a step that has to wait must not find the state that torch has by then
+            ambient = Ambient(self._device_types)
+            await self._one_at_a_time.acquire()
+        try:
+            return await self._run(step, lanes, ambient)
+        finally:
+            self._one_at_a_time.release()
 
-            def last_stage(shares: list[Any], last: Lane) -> Stage:
-                # The lane that is awake already, if it can reach the first lane's tensors.
-                lane = last if last.device == lanes[0].device else lanes[0]
-                return [(lane, _under(ambient, partial(self._finish, step, shares), lane))]
+    async def _run(self, step: Step, lanes: Sequence[Lane], ambient: Ambient | None) -> Tensor:
+        stage = [
+            (lane, _under(ambient, partial(step.run_lane, index), lane)) for index, lane in enumerate(lanes)
+        ]
 
-            share = self._runtime.thread_share(len(lanes))
-            result = await self._runtime.run_pass(stage, [last_stage], num_threads=share, replica_stage=0)
-            return result[0]  # type: ignore[no-any-return]
+        def last_stage(shares: list[Any], last: Lane) -> Stage:
+            # The lane that is awake already, if it can reach the first lane's tensors. But only the
+            # first lane ever has many threads: OpenMP threads of two lanes together outnumber the
+            # cores, and the waits of all of them get slow for good.
+            is_able = last.device == lanes[0].device and not step.takes_all_threads
+            lane = last if is_able else lanes[0]
+            return [(lane, _under(ambient, partial(self._finish, step, shares), lane))]
+
+        share = self._runtime.thread_share(len(lanes))
+        result = await self._runtime.run_pass(stage, [last_stage], num_threads=share, replica_stage=0)
+        return result[0]  # type: ignore[no-any-return]
 
     def discard_accumulated(self) -> None:
         """Forget the gradients of steps under `no_sync`."""

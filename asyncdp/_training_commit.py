@@ -16,9 +16,6 @@ from ._devices.threads import set_intra_op_threads
 from ._reducer import Gradients, add_up
 from .errors import ClosureOptimizerError, LossReductionError, NotAnOptimizerError
 
-# Below this an optimizer's step takes less time than changing the thread count twice.
-_MIN_ELEMENTS_FOR_THREADS = 2**21
-
 
 @dataclass(frozen=True)
 class StepOptions:
@@ -182,10 +179,10 @@ def _deliver(tensor: Tensor, gradient: Tensor) -> None:
 
 
 @contextmanager
-def threads_for(tensors: Sequence[Tensor], num_threads: int) -> Iterator[None]:
-    """Work on `tensors` with `num_threads` intra-op threads in this block if they are large."""
+def threads(num_threads: int) -> Iterator[None]:
+    """A block with `num_threads` intra-op threads."""
     before = torch.get_num_threads()
-    if before == num_threads or sum(tensor.numel() for tensor in tensors) < _MIN_ELEMENTS_FOR_THREADS:
+    if before == num_threads:
         yield
         return
     set_intra_op_threads(num_threads)

@@ -199,6 +199,8 @@ class TrainingLanes(ReplicaSet):
         """The module's tensors that require gradients, as of the last `prepare_training`."""
         self.buckets: list[list[int]] = []
         """Which of them are reduced together."""
+        self.num_elements = 0
+        """Of all of them."""
 
     def prepare_training(self, module: nn.Module, num_lanes: int) -> list[TrainingLane]:
         """Make the first `num_lanes` lanes ready for one step of `module` as it is now.
@@ -215,6 +217,7 @@ class TrainingLanes(ReplicaSet):
             self._made = [None] * len(self._devices)
             self.learning = [tensor for tensor in tensors if tensor.requires_grad]
             self.buckets = bucket_positions(self.learning)
+            self.num_elements = sum(tensor.numel() for tensor in self.learning)
         return [self._lane(position) for position in range(num_lanes)]
 
     def _lane(self, position: int) -> TrainingLane:

@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from ._reducer import Gradients, Reducer, add_kept
 from ._runtime import Lane
 from ._scatter import move
-from ._training_commit import Accumulated, Commit, StepOptions, threads_for
+from ._training_commit import Accumulated, Commit, StepOptions, threads
 from ._training_lanes import InPlaceLane, TrainingLane, TrainingLanes
 from .errors import LossNotScalarError
+
+# Below this an optimizer's step takes less time than changing the thread count twice.
+_MIN_ELEMENTS_FOR_THREADS = 2**21
 
 Shard = tuple[tuple[Any, ...], Any]
 """One lane's positional arguments and targets."""
@@ -112,11 +115,16 @@ class Step:
         """Reduce what is left to reduce, and step with all the machine's threads if that pays."""
         lanes, learning, reducer, _ = self._prepare()
         commit = Commit(learning, self.options)
-        is_spread = len(self._lanes) > 1 and self._lanes[0].device.type == "cpu"
-        with threads_for(learning, all_threads) if is_spread else nullcontext():
+        with threads(all_threads) if self.takes_all_threads else nullcontext():
             sums = self._own_sums(learning) if reducer is None else reducer.sums()
             commit.run(sums, partial(lanes[0].write_buffers, self._module))
         self._kept.clear()
+
+    @property
+    def takes_all_threads(self) -> bool:
+        """Whether the commit pays for giving its lane all the machine's threads; after `run_lane`."""
+        is_spread = len(self._lanes) > 1 and self._lanes[0].device.type == "cpu"
+        return is_spread and self._replicas.num_elements >= _MIN_ELEMENTS_FOR_THREADS
 
     def _loss_of(self, index: int, module: nn.Module) -> Tensor:
         device = self._lanes[index].device

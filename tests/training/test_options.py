@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from functools import partial
 from typing import Any
 
 import anyio
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from asyncdp._runtime.lane import current_lane
 from asyncdp.errors import (
     ClosureOptimizerError,
     LengthMismatchError,
@@ -235,6 +237,35 @@ async def test_state_is_captured_at_the_call() -> None:
         latch.open()
         await begun
     assert seen == [torch.float32, torch.bfloat16]
+
+
+async def test_only_the_first_lane_gets_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An optimizer's step that takes all threads is taken on the first lane, whichever lane ended last."""
+    monkeypatch.setattr("asyncdp._training_step._MIN_ELEMENTS_FOR_THREADS", 1)
+    module = mlp()
+    first_is_done = Latch()
+    places: list[int] = []
+
+    def second_ends_last(outputs: Tensor, targets: Tensor) -> Tensor:
+        lane = current_lane()
+        assert lane is not None
+        if lane.index == 1:
+            first_is_done.hold()
+        return functional.cross_entropy(outputs, targets)
+
+    def note_place() -> None:
+        lane = current_lane()
+        assert lane is not None
+        places.append(lane.index)
+
+    x, y = batch(6)
+    async with engine(module) as one, anyio.create_task_group() as group:
+        step = partial(one.train_step, before_step=note_place)
+        group.start_soon(step, x, y, second_ends_last, sgd(module))
+        await first_is_done.wait_entered()
+        await one.runtime.run(lambda: None, lane=one.runtime.lanes[0])  # comes after that lane's share
+        first_is_done.open()
+    assert places == [0]
 
 
 async def test_a_batch_without_rows_takes_one_lane() -> None:
