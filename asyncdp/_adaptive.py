@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from . import _tree
 from ._replica_set import ReplicaSet
 from ._route import Route
+from ._structure import modules_of
 from ._training import count_rows
-from ._tuner import LaneChoice, Tuner
+from ._tuner import LaneChoice, Tuner, Workload
 
 T = TypeVar("T")
 
@@ -40,15 +41,15 @@ class Adaptive:
         """Run one batch."""
         batch = args if not kwargs else (args, dict(kwargs))
         tensors = tensors_of(batch)
-        key = self._key("call", tensors)
-        is_trial = self._tuner.is_learning(key)
-        num_lanes = self._tuner.choose(key)
+        workload = self._workload("call", tensors)
+        is_trial = workload.is_learning
+        num_lanes = workload.choose()
         num_elements = sum(tensor.numel() for tensor in tensors)
         started = time.perf_counter()
         result = await self._run(num_lanes, replicas, args, kwargs)
-        self._tuner.record(key, num_lanes, time.perf_counter() - started, num_elements)
-        if is_trial and not self._keeps_its_meaning(key, result, batch):
-            self._tuner.fix(key, "outputs are not made of rows of the batch")
+        workload.record(num_lanes, time.perf_counter() - started, num_elements)
+        if is_trial and not self._keeps_its_meaning(workload, result, batch):
+            workload.fix("outputs are not made of rows of the batch")
             if num_lanes != self._all:
                 return await self._run(self._all, replicas, args, kwargs)
         return result
@@ -56,12 +57,12 @@ class Adaptive:
     async def train(self, batch: Any, step: Callable[[int], Awaitable[T]]) -> T:
         """Take one training step; `step` takes the number of lanes."""
         tensors = tensors_of(batch)
-        key = self._key("train_step", tensors)
-        num_lanes = self._tuner.choose(key)
+        workload = self._workload("train_step", tensors)
+        num_lanes = workload.choose()
         num_elements = sum(tensor.numel() for tensor in tensors)
         started = time.perf_counter()
         result = await step(num_lanes)
-        self._tuner.record(key, num_lanes, time.perf_counter() - started, num_elements)
+        workload.record(num_lanes, time.perf_counter() - started, num_elements)
         return result
 
     async def _run(
@@ -71,19 +72,21 @@ class Adaptive:
             return await self._route.run_whole(self._module, replicas, args, kwargs)
         return await self._route.run(self._module, replicas, args, kwargs, num_lanes)
 
-    def _key(self, kind: str, tensors: Sequence[Tensor]) -> Hashable:
+    def _workload(self, kind: str, tensors: Sequence[Tensor]) -> Workload:
         """The workload of a call; one that may not be tuned is fixed here."""
+        mode = "train" if self._module.training else "eval"
         reason = why_fixed(self._module)
-        key = Key((kind, "train" if self._module.training else "eval", _torch_mode(), *map(roughly, tensors)))
-        if reason is not None:
-            key = Key((*key, f"({reason})"))
-            self._tuner.fix(key, reason)
-        return key
+        if reason is None:
+            return self._tuner.workload(Key((kind, mode, _torch_mode(), *map(roughly, tensors))))
+        key = Key((kind, mode, _torch_mode(), *map(roughly, tensors), f"({reason})"))
+        workload = self._tuner.workload(key)
+        workload.fix(reason)
+        return workload
 
-    def _keeps_its_meaning(self, key: Hashable, result: Any, batch: Any) -> bool:
+    def _keeps_its_meaning(self, workload: Workload, result: Any, batch: Any) -> bool:
         num_rows = count_rows(batch, self._route.dim)
         found = None if num_rows is None else growth(result, num_rows, self._route.dim)
-        return found is not None and self._tuner.agrees(key, found)
+        return found is not None and workload.agrees(found)
 
 
 class Key(tuple[Any, ...]):
@@ -111,7 +114,7 @@ class Rough(NamedTuple):
 
 def tensors_of(batch: Any) -> Sequence[Tensor]:
     """All tensors of a batch."""
-    if type(batch) is tuple and len(batch) == 1 and isinstance(batch[0], Tensor):
+    if type(batch) is tuple and all(isinstance(each, Tensor) for each in batch):
         return batch  # most calls are so, and spared the detour over trees
     return [leaf for leaf in _tree.flatten(batch)[0] if isinstance(leaf, Tensor)]
 
@@ -133,11 +136,13 @@ def why_fixed(module: nn.Module) -> str | None:
     """Why a module's results may depend on how a batch is split, or None."""
     if torch.are_deterministic_algorithms_enabled():
         return "torch's deterministic mode is on"
-    for each in module.modules():
+    for each in modules_of(module):
+        if not each._buffers:
+            continue
         if isinstance(each, nn.modules.batchnorm._BatchNorm):
             if each.training or each.running_mean is None:
                 return "batch statistics are computed per shard"
-        elif each._buffers and each.training:
+        elif each.training:
             return "a module in train mode has buffers, which may hold statistics of batches"
     return None
 

@@ -20,7 +20,7 @@ from ._autograd import broadcast_first
 from ._buckets import DEFAULT_BUCKET_BYTES, buckets
 from ._copies import Stamp, copies_on
 from ._replicate import KEPT, AttributeMap, Replica, TensorMap, check_module, stand_ins
-from ._structure import Structure
+from ._structure import Structure, modules_of
 
 # Preparing more than this costs more than a detour over a lane, and would hold up the event loop.
 _MAX_QUICK_MODULES = 256
@@ -295,7 +295,7 @@ class ReplicaSet:
 
 def updates_buffers(module: nn.Module) -> bool:
     """Whether a forward is likely to change buffers, which must then happen on lane 0."""
-    return any(each.training and each._buffers for each in module.modules())
+    return any(each._buffers and each.training for each in modules_of(module))
 
 
 class Kept(dict[tuple[torch.device, ...], ReplicaSet]):

@@ -14,6 +14,18 @@ from torch import Tensor, nn
 from ._replicate import KEPT, PLAIN
 
 
+def modules_of(module: nn.Module) -> list[nn.Module]:
+    """A module and all below it. `module.modules()` makes names on the way, which takes far longer."""
+    found = [module]
+    known = {id(module)}
+    for each in found:
+        for child in each._modules.values():
+            if child is not None and id(child) not in known:
+                known.add(id(child))
+                found.append(child)
+    return found
+
+
 class Structure:
     """What a module looked like when its replicas were made; tells cheaply whether it still does.
 

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from ._reducer import Gradients, bucket_positions
 from ._replica_set import ReplicaSet
 from ._replicate import Replica, stand_ins
+from ._structure import modules_of
 from ._training_commit import has_hooks
 
 Report = Callable[[int, Tensor], None]
@@ -150,14 +151,12 @@ class InPlaceLane:
     @classmethod
     def of(cls, module: nn.Module, device: torch.device) -> InPlaceLane | None:
         """The lane on `device`, or None if the module has to have a replica there."""
-        modules: list[nn.Module | None] = [module]
         found: dict[int, nn.Parameter | None] = {}
-        for each in modules:  # a walk of our own: module.modules() takes as long as all the rest
-            if each is not None:
-                if each._buffers:
-                    return None
-                modules += each._modules.values()
-                found |= {id(tensor): tensor for tensor in each._parameters.values()}
+        for each in modules_of(module):
+            if each._buffers:
+                return None
+            for tensor in each._parameters.values():
+                found[id(tensor)] = tensor
         learning: list[Tensor] = []
         for tensor in found.values():
             if tensor is None:

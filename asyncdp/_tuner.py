@@ -49,7 +49,14 @@ class LaneChoice:
 
 
 @dataclass
-class _Workload:
+class Workload:
+    """What one kind of call has shown so far.
+
+    Args:
+        name: how statistics call it.
+        candidates: numbers of lanes to choose from, the most first.
+    """
+
     name: str
     candidates: list[int]
     trials: dict[int, list[float]] = field(default_factory=dict)
@@ -65,24 +72,39 @@ class _Workload:
     size: int | None = None
     shape: Hashable = None
 
-    def next(self) -> int:
+    @property
+    def is_learning(self) -> bool:
+        """Whether the next call is a trial."""
+        return self.chosen is None
+
+    def choose(self) -> int:
+        """The number of lanes for the next call."""
         if self.chosen is not None:
             return self.chosen
         return next(count for count in self._in_the_running() if self._is_due(count))
 
     def costs(self) -> dict[int, float]:
+        """Seconds that a call takes on each number of lanes tried."""
         counted = {
             count: sorted(time for place, time in enumerate(times) if place % TURN)
             for count, times in self.trials.items()
         }
         return {count: times[(len(times) - 1) // 4] for count, times in counted.items() if times}
 
-    def fix(self, num_lanes: int, reason: str) -> None:
-        self.chosen = num_lanes
+    def fix(self, reason: str) -> None:
+        """Stay on all lanes from now on."""
+        self.chosen = self.candidates[0]
         self.reason = reason
         self.trials = {}
 
-    def record(self, num_lanes: int, seconds: float, size: int) -> None:
+    def agrees(self, shape: Hashable) -> bool:
+        """Whether a result looks as that of the first call, which sets what they look like."""
+        if self.shape is None:
+            self.shape = shape
+        return self.shape == shape
+
+    def record(self, num_lanes: int, seconds: float, size: int = 1) -> None:
+        """Note what a call of `size` elements took."""
         self.num_calls += 1
         # Calls of one workload differ a little in size: all are told as if they had the first one's.
         self.size = self.size or size
@@ -151,42 +173,20 @@ class Tuner:
         # All first: only so does a call show what its results look like when split.
         powers = [2**exponent for exponent in range(num_lanes.bit_length()) if 2**exponent < num_lanes]
         self._candidates = [num_lanes, *powers]
-        self._workloads: OrderedDict[Hashable, _Workload] = OrderedDict()
-
-    def choose(self, key: Hashable) -> int:
-        """The number of lanes for the next call of a workload."""
-        return self._of(key).next()
-
-    def is_learning(self, key: Hashable) -> bool:
-        """Whether the next call is a trial."""
-        return self._of(key).chosen is None
-
-    def record(self, key: Hashable, num_lanes: int, seconds: float, size: int = 1) -> None:
-        """Note what a call of `size` elements took."""
-        self._of(key).record(num_lanes, seconds, size)
-
-    def agrees(self, key: Hashable, shape: Hashable) -> bool:
-        """Whether a result looks as those of the workload's first call, which sets what they look like."""
-        workload = self._of(key)
-        if workload.shape is None:
-            workload.shape = shape
-        return workload.shape == shape
-
-    def fix(self, key: Hashable, reason: str) -> None:
-        """Keep a workload on all lanes from now on."""
-        self._of(key).fix(self._candidates[0], reason)
+        self._workloads: OrderedDict[Hashable, Workload] = OrderedDict()
 
     def choices(self) -> tuple[LaneChoice, ...]:
         """What was chosen so far, the latest workload last."""
         return tuple(
-            LaneChoice(each.name, each.next(), each.reason, each.costs(), each.num_probes, each.num_calls)
+            LaneChoice(each.name, each.choose(), each.reason, each.costs(), each.num_probes, each.num_calls)
             for each in self._workloads.values()
         )
 
-    def _of(self, key: Hashable) -> _Workload:
+    def workload(self, key: Hashable) -> Workload:
+        """What is known of one kind of call; the kinds that were not asked for longest are forgotten."""
         found = self._workloads.get(key)
         if found is None:
-            found = self._workloads[key] = _Workload(str(key), self._candidates)
+            found = self._workloads[key] = Workload(str(key), self._candidates)
             if len(self._workloads) > _MAX_WORKLOADS:
                 self._workloads.popitem(last=False)
         self._workloads.move_to_end(key)

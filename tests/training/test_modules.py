@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from asyncdp import _tree
+from asyncdp._structure import modules_of
 
 from ..verbs.models import MODULES
 from .helpers import engine
@@ -47,3 +48,14 @@ async def test_three_steps(name: str) -> None:
             optimizers[1].step()
     mine, theirs = modules[0].state_dict(), modules[1].state_dict()
     torch.testing.assert_close(mine, theirs, atol=1e-12, rtol=1e-12)
+
+
+def test_a_walk_finds_every_module_once() -> None:
+    """Shared, missing and circular children are met as by `module.modules()`."""
+    shared = nn.Linear(2, 2)
+    module = nn.Sequential(shared, nn.Sequential(shared, nn.ReLU()))
+    module.register_module("absent", None)
+    module[1].above = module
+    found = modules_of(module)
+    assert len(found) == 4
+    assert set(found) == set(module.modules())

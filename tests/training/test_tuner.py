@@ -11,10 +11,10 @@ from asyncdp._tuner import MAX_TURNS, MIN_TURNS, TURN, Tuner
 def learn(tuner: Tuner, key: str, costs: dict[int, float], size: int = 1) -> list[int]:
     """Call until the tuner has chosen; return the numbers of lanes it tried."""
     tried = []
-    while tuner.is_learning(key):
-        count = tuner.choose(key)
+    while tuner.workload(key).is_learning:
+        count = tuner.workload(key).choose()
         tried.append(count)
-        tuner.record(key, count, costs[count], size)
+        tuner.workload(key).record(count, costs[count], size)
     return tried
 
 
@@ -28,7 +28,7 @@ def test_it_finds_the_quickest_in_few_calls(num_lanes: int, data: st.DataObject)
     tried = learn(tuner, "a", costs)
     assert tried[0] == num_lanes
     assert TURN * MIN_TURNS * len(candidates) <= len(tried) <= TURN * MAX_TURNS * len(candidates)
-    assert costs[tuner.choose("a")] <= min(costs.values()) * 1.03
+    assert costs[tuner.workload("a").choose()] <= min(costs.values()) * 1.03
     choice = tuner.choices()[0]
     assert choice.costs == costs
     assert choice.num_probes == choice.num_calls == len(tried)
@@ -39,17 +39,17 @@ def test_workloads_are_learned_apart() -> None:
     tuner = Tuner(2)
     learn(tuner, "small", {1: 1.0, 2: 3.0})
     learn(tuner, "large", {1: 9.0, 2: 5.0})
-    assert (tuner.choose("small"), tuner.choose("large")) == (1, 2)
+    assert (tuner.workload("small").choose(), tuner.workload("large").choose()) == (1, 2)
 
 
 def test_the_first_trial_of_each_turn_only_warms_up() -> None:
     """A slow first call, which makes threads and caches, decides nothing."""
     tuner = Tuner(2)
     for count, seconds in [*[(2, 2.0)] * 3, (1, 99.0), (1, 1.0), (1, 1.0)] * MIN_TURNS:
-        assert tuner.choose("a") == count
-        tuner.record("a", count, seconds)
-    assert not tuner.is_learning("a")
-    assert tuner.choose("a") == 1
+        assert tuner.workload("a").choose() == count
+        tuner.workload("a").record(count, seconds)
+    assert not tuner.workload("a").is_learning
+    assert tuner.workload("a").choose() == 1
 
 
 def test_what_is_close_is_told_apart_by_more_turns() -> None:
@@ -69,28 +69,28 @@ def test_a_busy_moment_does_not_decide(start: int, length: int, factor: float) -
     """Other work on the machine for a few calls, whenever it comes, does not make the slower one win."""
     tuner = Tuner(2)
     call = 0
-    while tuner.is_learning("a"):
-        count = tuner.choose("a")
+    while tuner.workload("a").is_learning:
+        count = tuner.workload("a").choose()
         busy = start <= call < start + length
-        tuner.record("a", count, {1: 1.0, 2: 1.1}[count] * (factor if busy else 1.0))
+        tuner.workload("a").record(count, {1: 1.0, 2: 1.1}[count] * (factor if busy else 1.0))
         call += 1
-    assert tuner.choose("a") == 1
+    assert tuner.workload("a").choose() == 1
 
 
 def test_an_unlucky_choice_is_put_right() -> None:
     """A choice made while the machine was busy is tried again after some hundred calls, ever more rarely."""
     tuner = Tuner(2)
     learn(tuner, "a", {1: 2.0, 2: 1.4})
-    assert tuner.choose("a") == 2
+    assert tuner.workload("a").choose() == 2
     times = {1: 1.0, 2: 1.4}
     relearned = []
     for call in range(6000):
-        count = tuner.choose("a")
-        tuner.record("a", count, times[count])
-        if tuner.is_learning("a") and (not relearned or call > relearned[-1] + 50):
+        count = tuner.workload("a").choose()
+        tuner.workload("a").record(count, times[count])
+        if tuner.workload("a").is_learning and (not relearned or call > relearned[-1] + 50):
             relearned.append(call)
             assert "to make sure" in tuner.choices()[0].reason
-    assert tuner.choose("a") == 1
+    assert tuner.workload("a").choose() == 1
     assert relearned[0] < 300
     assert len(relearned) <= 3
 
@@ -98,17 +98,17 @@ def test_an_unlucky_choice_is_put_right() -> None:
 def test_calls_of_one_workload_may_differ_in_size() -> None:
     """A number of lanes does not win by having got the smaller batches."""
     tuner = Tuner(2)
-    while tuner.is_learning("a"):
-        count = tuner.choose("a")
-        tuner.record("a", count, *((1.0, 100) if count == 2 else (0.9, 60)))
-    assert tuner.choose("a") == 2
+    while tuner.workload("a").is_learning:
+        count = tuner.workload("a").choose()
+        tuner.workload("a").record(count, *((1.0, 100) if count == 2 else (0.9, 60)))
+    assert tuner.workload("a").choose() == 2
 
 
 def test_a_tie_goes_to_fewer_lanes() -> None:
     """Where it makes no difference, other work gets the room."""
     tuner = Tuner(4)
     learn(tuner, "a", {4: 1.00, 2: 1.02, 1: 1.5})
-    assert tuner.choose("a") == 2
+    assert tuner.workload("a").choose() == 2
     assert "fewer lanes" in tuner.choices()[0].reason
 
 
@@ -117,15 +117,15 @@ def test_a_change_is_noticed_and_a_hiccup_is_not() -> None:
     tuner = Tuner(2)
     learn(tuner, "a", {1: 1.0, 2: 2.0})
     for call in range(200):
-        tuner.record("a", 1, 5.0 if call % 10 == 0 else 1.0)
-        assert tuner.choose("a") == 1
+        tuner.workload("a").record(1, 5.0 if call % 10 == 0 else 1.0)
+        assert tuner.workload("a").choose() == 1
     for _ in range(20):
-        if not tuner.is_learning("a"):
-            tuner.record("a", 1, 3.0)
-    assert tuner.is_learning("a")
+        if not tuner.workload("a").is_learning:
+            tuner.workload("a").record(1, 3.0)
+    assert tuner.workload("a").is_learning
     assert "again" in tuner.choices()[0].reason
     learn(tuner, "a", {1: 3.0, 2: 2.0})
-    assert tuner.choose("a") == 2
+    assert tuner.workload("a").choose() == 2
 
 
 def test_a_workload_that_never_settles_is_probed_ever_less() -> None:
@@ -135,17 +135,17 @@ def test_a_workload_that_never_settles_is_probed_ever_less() -> None:
     for call in range(6000):
         if call % 40 == 0:
             seconds = 3.0 if seconds == 1.0 else 1.0
-        tuner.record("a", tuner.choose("a"), seconds)
+        tuner.workload("a").record(tuner.workload("a").choose(), seconds)
     assert tuner.choices()[0].num_probes < 200
 
 
 def test_a_fixed_workload_stays_on_all_lanes() -> None:
     """What is fixed is never tried on fewer lanes, and says why."""
     tuner = Tuner(3)
-    tuner.fix("a", "a reason")
+    tuner.workload("a").fix("a reason")
     for _ in range(20):
-        assert tuner.choose("a") == 3
-        tuner.record("a", 3, 1.0)
+        assert tuner.workload("a").choose() == 3
+        tuner.workload("a").record(3, 1.0)
     assert tuner.choices()[0].reason == "a reason"
     assert not tuner.choices()[0].num_probes
 
@@ -154,5 +154,5 @@ def test_the_number_of_workloads_is_bounded() -> None:
     """Old workloads are forgotten."""
     tuner = Tuner(2)
     for key in range(1000):
-        tuner.record(key, tuner.choose(key), 1.0)
+        tuner.workload(key).record(tuner.workload(key).choose(), 1.0)
     assert len(tuner.choices()) == 128
