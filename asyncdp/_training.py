@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import anyio
 import torch
@@ -19,8 +19,6 @@ from ._scatter import split
 from ._training_commit import Accumulated, StepOptions
 from ._training_lanes import TrainingLanes
 from ._training_step import Shard, Step, recording
-
-T = TypeVar("T")
 
 
 async def backward(
@@ -88,7 +86,6 @@ class Trainer:
         self._dim = dim
         self._replicas = TrainingLanes(module, [lane.device for lane in lanes])
         self._kept = Accumulated(len(lanes))
-        self._device_types = tuple({"cpu": None, **{lane.device.type: None for lane in lanes}})
         self._one_at_a_time = anyio.Lock(fast_acquire=True)
         self.num_steps = 0
         """Optimizer steps taken, also those whose caller was cancelled too late to hold them up."""
@@ -105,7 +102,7 @@ class Trainer:
             self._one_at_a_time.acquire_nowait()
             ambient = None
         else:  # a step that has to wait must not find the state that torch has by then
-            ambient = Ambient(self._device_types)
+            ambient = self._runtime.ambient()
             await self._one_at_a_time.acquire()
         try:
             return await self._run(step, lanes, ambient)
@@ -113,9 +110,7 @@ class Trainer:
             self._one_at_a_time.release()
 
     async def _run(self, step: Step, lanes: Sequence[Lane], ambient: Ambient | None) -> Tensor:
-        stage = [
-            (lane, _under(ambient, partial(step.run_lane, index), lane)) for index, lane in enumerate(lanes)
-        ]
+        stage = [(lane, partial(step.run_lane, index)) for index, lane in enumerate(lanes)]
 
         def last_stage(shares: list[Any], last: Lane) -> Stage:
             # The lane that is awake already, if it can reach the first lane's tensors. But only the
@@ -123,10 +118,12 @@ class Trainer:
             # cores, and the waits of all of them get slow for good.
             is_able = last.device == lanes[0].device and not step.takes_all_threads
             lane = last if is_able else lanes[0]
-            return [(lane, _under(ambient, partial(self._finish, step, shares), lane))]
+            return [(lane, partial(self._finish, step, shares))]
 
         share = self._runtime.thread_share(len(lanes))
-        result = await self._runtime.run_pass(stage, [last_stage], num_threads=share, replica_stage=0)
+        result = await self._runtime.run_pass(
+            stage, [last_stage], num_threads=share, replica_stage=0, ambient=ambient
+        )
         return result[0]  # type: ignore[no-any-return]
 
     def discard_accumulated(self) -> None:
@@ -176,10 +173,6 @@ def _as_data(batch: Any) -> Any:
     if not any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
         return batch
     return _tree.unflatten(spec, [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves])
-
-
-def _under(ambient: Ambient | None, function: Callable[[], T], lane: Lane) -> Callable[[], T]:
-    return function if ambient is None else partial(ambient.run, function, lane.device)
 
 
 def count_rows(tree: Any, dim: int) -> int | None:

@@ -69,10 +69,9 @@ class Ambient:
     device inside a lane is always the lane's own.
     """
 
-    __slots__ = ("_contexts", "_device_types", "modes")
+    __slots__ = ("_contexts", "modes")
 
     def __init__(self, device_types: tuple[str, ...]) -> None:
-        self._device_types = device_types
         self.modes = current_modes(device_types)
         context = contextvars.copy_context()
         # The lane's thread runs no event loop, whatever the caller's context says.
@@ -86,11 +85,6 @@ class Ambient:
         while index >= len(self._contexts):
             self._contexts.append(self._contexts[0].copy())
         return partial(self._contexts[index].run, function)
-
-    def run(self, function: Callable[[], T], _device: object = None) -> T:
-        """Call `function` on this thread under the captured modes and context variables."""
-        with _entered(self.modes, self._device_types):
-            return self._contexts[0].copy().run(function)
 
 
 class LaneModes:

@@ -59,6 +59,7 @@ class Pass:
         following: makes each of the others.
         num_threads: intra-op threads of each work on a CPU lane.
         replica_stage: which stage's works are replicas, for the notes on exceptions; None if none's.
+        ambient: what the caller had switched on; what it has now, if None.
     """
 
     __slots__ = (
@@ -85,10 +86,11 @@ class Pass:
         following: Sequence[NextStage],
         num_threads: int,
         replica_stage: int | None,
+        ambient: Ambient | None = None,
     ) -> None:
         self._core = core
         self.num_threads = num_threads
-        self.ambient = Ambient(core.device_types)
+        self.ambient = ambient or Ambient(core.device_types)
         self.captured: Mapping[torch.device, Any] = (
             {lane.device: lane.driver.capture() for lane, _ in stage} if core.captures else _NOTHING
         )

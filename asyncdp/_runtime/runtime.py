@@ -19,6 +19,7 @@ from ..errors import (
     QueueFullError,
     UnknownDeviceError,
 )
+from .ambient import Ambient
 from .core import Core
 from .lane import Lane, current_lane
 from .passes import NextStage, Pass, PassState, Stage
@@ -193,17 +194,23 @@ class Runtime:
         *,
         num_threads: int | None = None,
         replica_stage: int | None = None,
+        ambient: Ambient | None = None,
     ) -> list[Any]:
         """Run stages of work, each after all of the one before, and return the last one's results.
 
         The first stage waits in order of arrival for room in its lanes' queues. `replica_stage` tells
-        which of the stages runs replicas, for the notes on exceptions.
+        which of the stages runs replicas, for the notes on exceptions. `ambient` is what `ambient()`
+        gave earlier, for a pass that had to wait for its turn.
         """
         if current_lane() is not None:
             self._refuse_nested()
         num_threads = num_threads or self.num_intra_op_threads
-        one = Pass(self._core, stage, following, num_threads, replica_stage)
+        one = Pass(self._core, stage, following, num_threads, replica_stage, ambient)
         return await one.run()
+
+    def ambient(self) -> Ambient:
+        """What this thread and task have switched on now, for a later `run_pass`."""
+        return Ambient(self._core.device_types)
 
     async def run_pass_nowait(self, stage: Stage, following: Sequence[NextStage] = ()) -> list[Any]:
         """As `run_pass`, but raise `QueueFullError` instead of waiting for room."""

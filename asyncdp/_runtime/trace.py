@@ -185,7 +185,7 @@ def _name_of(function: Callable[..., Any]) -> str:
     """What a person would call this work."""
     while isinstance(function, functools.partial):
         carried = function.func.__name__ == "run" if hasattr(function.func, "__name__") else False
-        # Training carries the caller's ambient state itself: Ambient.run(function, device).
+        # A work brings its caller's context variables: Context.run(function).
         function = function.args[0] if carried and function.args else function.func
     name = getattr(function, "__name__", type(function).__name__)
     is_own = (getattr(function, "__module__", None) or "").startswith("asyncdp.")
