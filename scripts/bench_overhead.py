@@ -16,6 +16,7 @@ import random
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import timeit
 from collections.abc import Awaitable, Callable, Iterator
@@ -73,11 +74,41 @@ def cores_awake() -> Iterator[None]:
             spinner.wait()
 
 
+class BareHop:
+    """A call on a thread and back with nothing around it: what no way of doing this can go below."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._wake = threading.Lock()
+        self._wake.acquire()
+        self._done = os.eventfd(0, os.EFD_NONBLOCK)
+        self._loop.add_reader(self._done, self._settle)
+        self._future: asyncio.Future[None] | None = None
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            self._wake.acquire()
+            nothing()
+            os.eventfd_write(self._done, 1)
+
+    def _settle(self) -> None:
+        os.eventfd_read(self._done)
+        assert self._future is not None
+        self._future.set_result(None)
+
+    async def call(self) -> None:
+        """Call `nothing` there."""
+        self._future = self._loop.create_future()
+        self._wake.release()
+        await self._future
+
+
 async def call_overhead(rounds: int) -> dict[str, float]:
     """One awaited call of a function that does nothing."""
     loop = asyncio.get_running_loop()
     async with asyncdp.Runtime("cpu*2") as runtime:
-        lane = runtime.lanes[0]
+        lane, bare = runtime.lanes[0], BareHop()
         with ThreadPoolExecutor(2) as pool:
             return await interleaved(
                 {
@@ -85,6 +116,7 @@ async def call_overhead(rounds: int) -> dict[str, float]:
                     "asyncio.to_thread": lambda: asyncio.to_thread(nothing),
                     "anyio.to_thread": lambda: anyio.to_thread.run_sync(nothing),
                     "run_in_executor": lambda: loop.run_in_executor(pool, nothing),
+                    "a bare hop, by lock and eventfd": bare.call,
                 },
                 rounds,
             )
