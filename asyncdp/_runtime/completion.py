@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 import weakref
+from asyncio import get_running_loop
 from collections import deque
 from collections.abc import Callable, Generator
 from typing import Any, Protocol
@@ -52,8 +53,8 @@ class _AsyncioCompletion(asyncio.Future[None]):
     __slots__ = ("_cancelling", "_message", "_on_cancel", "_waker")
 
     def __init__(self, on_cancel: Callable[[], None]) -> None:
-        loop = asyncio.get_running_loop()
-        asyncio.Future.__init__(self, loop=loop)
+        loop = get_running_loop()
+        super().__init__(loop=loop)
         self._on_cancel: Callable[[], None] | None = on_cancel
         self._waker = _waker_of(loop)
         self._cancelling = False

@@ -56,8 +56,10 @@ class Core:
         """Give a pass to the schedule."""
         self.num_running += 1
         action = self.schedule.submit(one, one.lanes)
-        if action is not None:
-            self.act((action,))
+        if type(action) is Admit:
+            one.enqueue()
+        elif action is not None:
+            self.act([action])
 
     def act(self, actions: Iterable[Action]) -> None:
         """Perform what the schedule decided."""

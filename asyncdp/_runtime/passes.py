@@ -75,6 +75,7 @@ class Pass:
         "_works",
         "ambient",
         "captured",
+        "lanes",
         "num_threads",
         "state",
     )
@@ -104,11 +105,6 @@ class Pass:
 
     def __repr__(self) -> str:
         return f"<Pass {self.state.name.lower()}: {self._num_left} of {len(self._works)} works left>"
-
-    @property
-    def lanes(self) -> list[int]:
-        """The lanes of the current stage."""
-        return [work.lane.index for work in self._works]
 
     async def run(self) -> list[Any]:
         """Submit the pass, wait for its end and return the results of the last stage.
@@ -186,10 +182,12 @@ class Pass:
     # The rest runs on whichever thread ends a work, or on the loop's; under the lock.
 
     def _prepare(self, stage: Stage) -> None:
+        bind = self.ambient.bind
         self._works = [
-            Work(lane, self.ambient.bind(function, index), self, index)
-            for index, (lane, function) in enumerate(stage)
+            Work(lane, bind(function, index), self, index) for index, (lane, function) in enumerate(stage)
         ]
+        self.lanes = [lane.index for lane, _ in stage]
+        """The lanes of the current stage."""
         self._num_left = len(self._works)
         self._results: list[Any] = [None] * self._num_left
 

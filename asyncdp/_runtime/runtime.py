@@ -125,7 +125,7 @@ class Runtime:
     @property
     def num_intra_op_threads(self) -> int:
         """Each CPU lane's share of the cores, so that lanes times threads = cores."""
-        return self.thread_share(self._core.num_cpu_lanes)
+        return max(1, self._num_threads // (self._core.num_cpu_lanes or 1))
 
     def thread_share(self, num_lanes: int) -> int:
         """Intra-op threads for each of `num_lanes` CPU lanes that run at the same time."""
