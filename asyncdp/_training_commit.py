@@ -17,7 +17,7 @@ from ._reducer import Gradients, add_up
 from .errors import ClosureOptimizerError, LossReductionError, NotAnOptimizerError
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class StepOptions:
     """What a user says about one training step; `DataParallel.train_step` documents the fields."""
 

@@ -62,6 +62,7 @@ class Workload:
     trials: dict[int, list[float]] = field(default_factory=dict)
     num_turns: int = 0
     chosen: int | None = None
+    expected: float = 0.0  # seconds of a call on that many, as the trials had it
     reason: str = "still learning"
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
     num_probes: int = 0
@@ -138,6 +139,7 @@ class Workload:
         costs = self.costs()
         best = min(costs.values())
         self.chosen = min(count for count, cost in costs.items() if cost <= best * _TIE)
+        self.expected = costs[self.chosen]
         self.reason = "least time" if costs[self.chosen] == best else "fewer lanes in about the least time"
         self.recent.clear()
         self.calls_since_choice = 0
@@ -151,7 +153,7 @@ class Workload:
             self.recheck *= _RARER
             self._learn_again("to make sure")
         elif len(self.recent) == _WINDOW and self.calls_since_choice >= self.patience:
-            expected = self.costs()[self.chosen]
+            expected = self.expected
             if min(self.recent) > expected * _DRIFT or max(self.recent) < expected / _DRIFT:
                 # Ever rarer, so that a workload that never settles costs ever fewer probes.
                 self.patience = min(self.patience * _RARER, 4096)
