@@ -8,9 +8,7 @@ import os
 import sys
 
 _PACKAGES = ("typer", "rich", "pyarrow", "safetensors", "filelock")
-
-
-_M_ARENA_MAX = -8
+_M_ARENA_MAX = -8  # of malloc.h
 
 
 def _keep_memory_flat() -> None:
