@@ -46,14 +46,14 @@ def current_modes(device_types: tuple[str, ...]) -> Modes:
     return modes
 
 
-def _entered(modes: Modes, device_types: tuple[str, ...]) -> ExitStack:
-    """Switch the calling thread to `modes`; closing the result switches it back."""
+def _entered(modes: Modes, present: Modes) -> ExitStack:
+    """Switch the calling thread from its `present` modes to `modes`; closing the result switches it back."""
     grad, inference, cache_enabled, *autocasts = modes
     stack = ExitStack()
-    if inference != is_inference_mode_enabled():
+    if inference != present[1]:
         stack.enter_context(torch.inference_mode(inference))
     stack.enter_context(torch.set_grad_enabled(grad))
-    if modes[2:] != current_modes(device_types)[2:]:
+    if modes[2:] != present[2:]:
         for name, enabled, dtype in zip(*[iter(autocasts)] * 3, strict=True):
             stack.enter_context(
                 torch.autocast(name, dtype=dtype, enabled=enabled, cache_enabled=cache_enabled)
@@ -97,14 +97,18 @@ class LaneModes:
     def __init__(self) -> None:
         self._stack: ExitStack | None = None
         self.are_brief = False
-        """Whether to leave them after the work: autocast keeps casts of weights, which may change then."""
+        """Whether to leave them after the work.
+
+        As long as anything of autocast is entered it keeps its casts of weights, which may change then.
+        """
 
     def switch(self, modes: Modes, device_types: tuple[str, ...]) -> None:
         """Let the thread have `modes`."""
         self.leave()
-        if modes != current_modes(device_types):
-            self._stack = _entered(modes, device_types)
-            self.are_brief = True in modes[4::3]
+        present = current_modes(device_types)
+        if modes != present:
+            self._stack = _entered(modes, present)
+            self.are_brief = modes[2:] != present[2:]
 
     def leave(self) -> None:
         """Let the thread have the modes that it began with."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextvars
 import gc
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 
 import asyncdp
+from asyncdp._devices import LaneDevice
 from asyncdp.testing import FakeDevice
 
 from .helpers import runtime
@@ -92,6 +94,19 @@ async def test_the_default_device_is_the_lanes() -> None:
         assert await _resume(waiting, step) == torch.device("cpu")
 
 
+async def test_the_default_device_is_that_of_a_lane_elsewhere_too() -> None:
+    """On a lane of another device than the CPU what is made without naming a device belongs there."""
+    device = torch.device("cuda", 0)
+
+    def defaults() -> list[torch.device]:
+        # Asked of torch itself, since no tensor can be made there without the device.
+        return [mode.device for mode in torch.overrides._get_current_function_mode_stack()]
+
+    async with asyncdp.Runtime([LaneDevice(device)]) as rt:
+        assert [await rt.run(defaults) for _ in range(2)] == [[device], [device]]
+    assert defaults() == []
+
+
 async def test_context_variables_are_carried_and_isolated() -> None:
     """A lane sees the caller's context variables; what it sets stays in the lane's call."""
     async with runtime(2) as rt:
@@ -113,19 +128,26 @@ async def test_a_leak_in_a_lane_does_not_reach_the_next_call() -> None:
         assert (await rt.run(seen))["grad"] is True
 
 
-async def test_autocast_forgets_its_casts_after_every_call() -> None:
+@pytest.mark.parametrize("place", ["caller", "call"])
+async def test_autocast_forgets_its_casts_after_every_call(place: str) -> None:
     """Weights that change between two calls under autocast are cast anew, not taken from the first."""
     weight = torch.ones(4, 4, requires_grad=True)
+    outside = torch.autocast("cpu") if place == "caller" else nullcontext()
 
     def product() -> float:
-        return (torch.ones(1, 4) @ weight).sum().item()
+        with torch.autocast("cpu") if place == "call" else nullcontext():
+            return (torch.ones(1, 4) @ weight).sum().item()
 
-    async with runtime(1) as rt:
-        with torch.autocast("cpu"):
-            before = await rt.run(product)
-            with torch.no_grad():
-                weight.mul_(2)
-            assert await rt.run(product) == 2 * before
+    torch.set_autocast_dtype("cpu", torch.float16)  # not a lane's own
+    try:
+        async with runtime(1) as rt:
+            with outside:
+                before = await rt.run(product)
+                with torch.no_grad():
+                    weight.mul_(2)
+                assert await rt.run(product) == 2 * before
+    finally:
+        torch.set_autocast_dtype("cpu", torch.bfloat16)
 
 
 async def test_the_end_of_a_lane_leaves_other_threads_alone() -> None:
