@@ -125,7 +125,7 @@ class Runtime:
     @property
     def num_intra_op_threads(self) -> int:
         """Each CPU lane's share of the cores, so that lanes times threads = cores."""
-        return max(1, self._num_threads // (self._core.num_cpu_lanes or 1))
+        return self.thread_share(self._core.num_cpu_lanes)
 
     def thread_share(self, num_lanes: int) -> int:
         """Intra-op threads for each of `num_lanes` CPU lanes that run at the same time."""
@@ -181,8 +181,7 @@ class Runtime:
         """
         if lane is None:
             lane = self.least_busy(self._core.lanes)[0]
-        if current_lane() is not None:
-            self._refuse_nested()
+        self._refuse_nested()
         stage = [(lane, partial(function, *args) if args else function)]
         one = Pass(self._core, stage, (), num_threads or self.num_intra_op_threads, None)
         return (await one.run())[0]  # type: ignore[no-any-return]
@@ -202,8 +201,7 @@ class Runtime:
         which of the stages runs replicas, for the notes on exceptions. `ambient` is what `ambient()`
         gave earlier, for a pass that had to wait for its turn.
         """
-        if current_lane() is not None:
-            self._refuse_nested()
+        self._refuse_nested()
         num_threads = num_threads or self.num_intra_op_threads
         one = Pass(self._core, stage, following, num_threads, replica_stage, ambient)
         return await one.run()
