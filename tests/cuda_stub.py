@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from asyncdp._devices import cuda, cuda_clock
+from asyncdp._kernels import transfer
 
 
 class Stream:
@@ -136,9 +137,9 @@ class CudaStub:
         monkeypatch.setattr(torch.Tensor, "to", move)
         monkeypatch.setattr(torch.Tensor, "record_stream", lend)
 
-    def lane(self) -> cuda.CudaLane:
+    def lane(self, index: int = 0) -> cuda.CudaLane:
         """A CUDA lane whose tensors are on the CPU."""
-        return cuda.CudaLane(torch.device("cpu", 0))
+        return cuda.CudaLane(torch.device("cpu", index))
 
 
 @pytest.fixture
@@ -151,5 +152,7 @@ def cuda_stub(monkeypatch: pytest.MonkeyPatch) -> CudaStub:
     monkeypatch.setattr(torch.cuda, "current_stream", stub.current_stream)
     monkeypatch.setattr(torch.cuda, "stream", stub.stream)
     monkeypatch.setattr(cuda, "_waiters", {})
+    monkeypatch.setattr(transfer, "_lane_streams", {})
+    monkeypatch.setattr(transfer, "_peers", {})
     monkeypatch.setattr(cuda_clock, "_clocks", {})
     return stub

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import optree
 import torch
 
+from .._kernels import transfer
 from .base import LaneDevice
 from .cuda_clock import Timing, clock_of
 
@@ -121,6 +122,7 @@ class CudaLane(LaneDevice):
         torch.cuda.set_device(self.device)
         self._stream = torch.cuda.Stream(self.device)
         self._stream.query()
+        transfer.add_lane(self.device, self._stream)
         self._waiter = _waiter_of(self.device)
         self._waiter.add_lane()
 

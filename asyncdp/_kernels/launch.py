@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from . import build, transfer
+from . import build
 from .bodies import THREADS
 
 _lock = threading.Lock()
@@ -45,12 +45,11 @@ def load(name: str, device_index: int) -> Any:
 
 
 def load_all(device: torch.device) -> None:
-    """Build and load every kernel for `device`, and open the ways to its peers."""
+    """Build and load every kernel for `device`."""
     with torch.cuda.device(device):
         index = torch.cuda.current_device()
         for name in build.KERNELS:
             load(name, index)
-        transfer.enable_peers(index)
 
 
 @lru_cache(maxsize=1)

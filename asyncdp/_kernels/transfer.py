@@ -1,4 +1,8 @@
-"""How tensors of other devices reach a kernel: read in place by peers, or staged by a copy first."""
+"""How tensors of other devices reach a kernel: read in place by peers, or staged by a copy first.
+
+Which devices read each other is found out when their lanes open, on the lanes' own threads, and only between
+devices that have lanes: merely to ask another one would cost it a context.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +44,9 @@ class _Counter:
 
 
 _counter = _Counter()
-_peers: dict[tuple[int, int], bool] = {}
+_lock = threading.Lock()
+_lane_streams: dict[int, torch.cuda.Stream] = {}  # of one lane on each device; torch never destroys streams
+_peers: dict[frozenset[int], bool] = {}
 
 
 def statistics() -> PathStatistics:
@@ -64,8 +70,8 @@ def wait_for_sources(tensors: Iterable[Tensor], destination: torch.device) -> bo
 def bring(tensors: Sequence[Tensor], destination: torch.device) -> Sequence[Tensor]:
     """Return tensors a kernel on `destination` can read: those given, or copies of what it cannot reach.
 
-    What is read in place stays allocated until the current stream of `destination` has read it; a copy is
-    ordered by torch between the current streams of both devices.
+    Call `wait_for_sources` first. What is read in place stays allocated until the current stream of
+    `destination` has read it. A copy runs on the stream of a lane of the source.
     """
     foreign = [i for i, tensor in enumerate(tensors) if tensor.device != destination]
     brought = list(tensors)
@@ -74,30 +80,49 @@ def bring(tensors: Sequence[Tensor], destination: torch.device) -> Sequence[Tens
         if _readable(tensors[i].device, destination):
             tensors[i].record_stream(torch.cuda.current_stream(destination))
         else:
-            brought[i] = tensors[i].to(destination, non_blocking=True)
+            brought[i] = _stage(tensors[i], destination)
             num_staged += 1
     _counter.add(num_peer=len(foreign) - num_staged, num_staged=num_staged)
     return brought
 
 
-def enable_peers(device_index: int) -> None:
-    """Find the devices whose memory kernels on this one can read, and open the way to them."""
-    for other in range(torch.cuda.device_count()):
-        if other != device_index:
-            _readable(torch.device("cuda", other), torch.device("cuda", device_index))
+def add_lane(device: torch.device, stream: torch.cuda.Stream) -> None:
+    """Have copies of what lies on `device` run on `stream`, and open the ways to devices that have lanes."""
+    with _lock:
+        _lane_streams[device.index] = stream
+        for index in _lane_streams.keys() - {device.index}:
+            pair = frozenset((index, device.index))
+            if pair not in _peers:
+                _peers[pair] = _open_way(torch.device(device.type, index), device)
+
+
+def _stage(tensor: Tensor, destination: torch.device) -> Tensor:
+    stream = _lane_streams.get(tensor.device.index) if tensor.device.type == "cuda" else None
+    if stream is None:
+        return tensor.to(destination, non_blocking=True)
+    tensor.record_stream(stream)
+    # Torch orders a copy behind the current streams of both ends, and that of the destination behind the
+    # copy. The destination's has waited for whatever makes this tensor, and so does this stream.
+    with torch.cuda.stream(stream):
+        return tensor.to(destination, non_blocking=True)
 
 
 def _readable(source: torch.device, destination: torch.device) -> bool:
     """Tell whether kernels on `destination` may read the memory of `source` in place."""
     if source.type != "cuda" or destination.type != "cuda":
         return False
-    pair = (source.index, destination.index)
-    if pair not in _peers:
-        both_ways = torch.cuda.can_device_access_peer(source, destination)
-        both_ways = both_ways and torch.cuda.can_device_access_peer(destination, source)
-        if both_ways:
+    return _peers.get(frozenset((source.index, destination.index)), False)
+
+
+def _open_way(one: torch.device, other: torch.device) -> bool:
+    """Let two devices read each other's memory, and tell whether they can."""
+    try:
+        for a, b in ((one, other), (other, one)):
+            if not torch.cuda.can_device_access_peer(a, b):
+                return False
+        for a, b in ((one, other), (other, one)):
             # Torch opens the way at the first copy between two devices, in both allocators' memory.
-            torch.zeros(1, device=source).to(destination)
-            torch.zeros(1, device=destination).to(source)
-        _peers[pair] = both_ways
-    return _peers[pair]
+            torch.zeros(1, device=a).to(b)
+    except RuntimeError:
+        return False  # one of them is lost, for which the lane that opens here is not to blame
+    return True

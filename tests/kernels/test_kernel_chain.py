@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from importlib import metadata
 
 import pytest
 import torch
 
+from asyncdp import Runtime
 from asyncdp import _kernels as kernels
 from asyncdp._kernels import chain, first_use, transfer
 from asyncdp.errors import KernelsUnavailableError
+from tests.cuda_stub import cuda_stub
+
+__all__ = ["cuda_stub"]
 
 CUDA = torch.device("cuda", 0)
 
@@ -109,28 +115,62 @@ def test_absent_and_wrong_versions_are_told_apart(monkeypatch):
 class Foreign:
     """A tensor of some device, as far as its way to a kernel is concerned."""
 
-    def __init__(self, device):
+    def __init__(self, device, log=None):
         self.device = device
-        self.streams = []
+        self.log = [] if log is None else log
 
     def to(self, device, non_blocking):
+        self.log.append(f"copied on {current[-1]}")
         return Foreign(device)
 
     def record_stream(self, stream):
-        self.streams.append(stream)
+        self.log.append(f"lent to {stream}")
 
 
-def test_tensors_of_other_devices_are_read_in_place_or_staged(monkeypatch):
-    """Peers that reach each other both ways are read in place and kept, others copied; both are counted."""
+current = ["the current stream"]
+
+
+@contextlib.contextmanager
+def make_current(stream):
+    """What `torch.cuda.stream` does, as far as `Foreign` can see."""
+    current.append(stream)
+    yield
+    current.pop()
+
+
+@pytest.fixture
+def ways(monkeypatch):
+    """Forget every lane, way and count."""
     monkeypatch.setattr(transfer, "_counter", transfer._Counter())
+    monkeypatch.setattr(transfer, "_lane_streams", {})
+    monkeypatch.setattr(transfer, "_peers", {})
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    monkeypatch.setattr(torch.cuda, "stream", make_current)
+
+
+def test_tensors_of_other_devices_are_read_in_place_or_staged(ways, monkeypatch):
+    """Peers that reach each other both ways are read in place and kept, others copied; both are counted."""
     near, far = torch.device("cuda", 1), torch.device("cuda", 2)
-    monkeypatch.setattr(transfer, "_peers", {(1, 0): True, (2, 0): False})
+    monkeypatch.setattr(transfer, "_peers", {frozenset((0, 1)): True, frozenset((0, 2)): False})
+    monkeypatch.setattr(transfer, "_lane_streams", {0: "lane 0's", 2: "lane 2's"})
     tensors = [Foreign(device) for device in (CUDA, near, far, torch.device("cpu"))]
     brought = transfer.bring(tensors, CUDA)
     assert [tensor.device for tensor in brought] == [CUDA, near, CUDA, CUDA]
-    assert [tensor.streams for tensor in tensors] == [[], ["stream of cuda:0"], [], []]
+    assert [tensor.log for tensor in tensors] == [
+        [],
+        ["lent to stream of cuda:0"],
+        ["lent to lane 2's", "copied on lane 2's"],
+        ["copied on the current stream"],
+    ]
     assert kernels.statistics() == kernels.PathStatistics(num_peer=1, num_staged=2)
+
+
+def test_a_device_without_lanes_is_staged_on_the_callers_stream(ways):
+    """Nobody opened a way to it, and none is opened in the middle of a call."""
+    source = Foreign(torch.device("cuda", 1))
+    transfer.bring([source], CUDA)
+    assert source.log == ["copied on the current stream"]
+    assert not transfer._peers
 
 
 def test_a_kernel_waits_for_the_devices_of_its_inputs(monkeypatch):
@@ -151,13 +191,57 @@ def test_a_kernel_waits_for_the_devices_of_its_inputs(monkeypatch):
     assert waits == [("cuda:0", "cuda:1")]
 
 
-def test_peers_count_only_when_both_directions_work(monkeypatch):
-    """A device that can be read but cannot read back is staged."""
-    monkeypatch.setattr(transfer, "_peers", {})
-    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: a.index < b.index)
-    assert not transfer._readable(torch.device("cuda", 0), torch.device("cuda", 1))
-    assert not transfer._readable(torch.device("cpu"), torch.device("cuda", 1))
-    assert transfer._peers == {(0, 1): False}
+def test_peers_count_only_when_both_directions_work(ways, monkeypatch):
+    """A device that can be read but cannot read back is staged, and so is the memory of the host."""
+    copies = []
+    monkeypatch.setattr(torch, "zeros", lambda size, device: Foreign(device, copies))
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: a.index < b.index or b.index == 1)
+    devices = [torch.device("cuda", index) for index in range(3)]
+    monkeypatch.setattr(Foreign, "to", lambda self, device: copies.append((self.device.index, device.index)))
+    for device in devices:
+        transfer.add_lane(device, f"stream of {device}")
+    assert transfer._peers == {
+        frozenset((0, 1)): False,
+        frozenset((0, 2)): False,
+        frozenset((1, 2)): True,
+    }
+    assert sorted(copies) == [(1, 2), (2, 1)]
+    assert transfer._readable(devices[2], devices[1])
+    assert not transfer._readable(devices[0], devices[1])
+    assert not transfer._readable(torch.device("cpu"), devices[1])
+
+
+def test_a_lost_peer_is_no_reason_to_lose_another_device(ways, monkeypatch):
+    """What fails while a way is opened leaves the pair staged, and the lane that opens goes on."""
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: True)
+    monkeypatch.setattr(torch, "zeros", fail)
+    transfer.add_lane(CUDA, "first")
+    transfer.add_lane(torch.device("cuda", 1), "second")
+    assert not transfer._readable(CUDA, torch.device("cuda", 1))
+
+
+@pytest.mark.anyio
+async def test_lanes_open_the_ways_between_their_own_devices_at_the_start(cuda_stub, monkeypatch):
+    """Each pair of devices that have lanes is asked once, on lanes' threads; no other device is touched."""
+    asked = []
+
+    def can_access(one, other):
+        asked.append(((one.index, other.index), threading.current_thread().name))
+        return one.index < other.index
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", can_access)
+    for _ in range(2):
+        async with Runtime([cuda_stub.lane(3), cuda_stub.lane(5), cuda_stub.lane(5)]):
+            pass
+    assert {index for pair, _ in asked for index in pair} == {3, 5}
+    assert len(asked) <= 2  # both directions, or the first one that says no
+    assert all(name.startswith("asyncdp-cpu:") for _, name in asked)
+    assert transfer._peers == {frozenset((3, 5)): False}
 
 
 def test_calls_go_to_the_kernels_of_the_destination(monkeypatch):
