@@ -14,6 +14,7 @@ from . import _tree
 from ._parallel_apply import arguments
 from ._runtime import Lane, Runtime, default_runtime
 from ._runtime.ambient import Ambient
+from ._runtime.lane import current_lane
 from ._runtime.passes import Stage
 from ._scatter import split
 from ._training_commit import Accumulated, StepOptions
@@ -110,6 +111,13 @@ class Trainer:
             self._one_at_a_time.release()
 
     async def _run(self, step: Step, lanes: Sequence[Lane], ambient: Ambient | None) -> Tensor:
+        share = self._runtime.thread_share(len(lanes))
+        if len(lanes) == 1:
+            alone = [(lanes[0], partial(self._run_alone, step))]
+            result = await self._runtime.run_pass(
+                alone, num_threads=share, replica_stage=0, ambient=ambient
+            )
+            return result[0]  # type: ignore[no-any-return]
         stage = [(lane, partial(step.run_lane, index)) for index, lane in enumerate(lanes)]
 
         def last_stage(shares: list[Any], last: Lane) -> Stage:
@@ -120,11 +128,18 @@ class Trainer:
             lane = last if is_able else lanes[0]
             return [(lane, partial(self._finish, step, shares))]
 
-        share = self._runtime.thread_share(len(lanes))
         result = await self._runtime.run_pass(
             stage, [last_stage], num_threads=share, replica_stage=0, ambient=ambient
         )
         return result[0]  # type: ignore[no-any-return]
+
+    def _run_alone(self, step: Step) -> Tensor | None:
+        """A whole step on this thread, that of its only lane; None if it was cancelled on the way."""
+        share = step.run_lane(0)
+        lane = current_lane()
+        assert lane is not None
+        assert lane.running is not None
+        return self._finish(step, [share]) if lane.running.go_on() else None
 
     def discard_accumulated(self) -> None:
         """Forget the gradients of steps under `no_sync`."""

@@ -90,11 +90,13 @@ class Commit:
     Args:
         tensors: the module's tensors that learn.
         options: what the user said about the step.
+        plain: whether it is known that all tensors are leaves without hooks and without gradients.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], options: StepOptions) -> None:
+    def __init__(self, tensors: Sequence[Tensor], options: StepOptions, *, plain: bool = False) -> None:
         self._tensors = tensors
         self._options = options
+        self._plain = plain
 
     def run(self, gradients: Gradients, write_buffers: Callable[[], None]) -> None:
         """Do it all.
@@ -105,21 +107,24 @@ class Commit:
                 optimizer itself can still fail.
         """
         options = self._options
-        before = [(tensor, tensor.grad) for tensor in self._tensors if tensor.is_leaf]
+        leaves = self._tensors if self._plain else [tensor for tensor in self._tensors if tensor.is_leaf]
+        before = [None] * len(leaves) if self._plain else [tensor.grad for tensor in leaves]
         try:
             for tensor, gradient in zip(self._tensors, gradients, strict=True):
-                if gradient is not None:
+                if self._plain:
+                    tensor.grad = gradient
+                elif gradient is not None:
                     _deliver(tensor, gradient)
             self._before_step()
         except BaseException:
-            for tensor, old in before:
+            for tensor, old in zip(leaves, before, strict=True):
                 tensor.grad = old
             raise
         write_buffers()
         if not options.reduce_only:
             self._step()
             _clear(options.optimizer)
-            for tensor, _ in before:
+            for tensor in leaves:
                 tensor.grad = None
 
     def _before_step(self) -> None:

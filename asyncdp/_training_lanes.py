@@ -146,6 +146,8 @@ class InPlaceLane:
     def __init__(self, module: nn.Module, learning: list[Tensor]) -> None:
         self._module = module
         self.learning = learning
+        self.has_gradients = False
+        """Whether there are gradients of the module's own to be added to, as of the last forward."""
         self._own: Gradients = []
 
     @classmethod
@@ -172,8 +174,10 @@ class InPlaceLane:
         """The module, ready for one forward and backward."""
         assert report is None, "one lane has nobody to report to"
         self._own = [tensor.grad for tensor in self.learning]
-        for tensor in self.learning:
-            tensor.grad = None
+        self.has_gradients = any(own is not None for own in self._own)
+        if self.has_gradients:
+            for tensor in self.learning:
+                tensor.grad = None
         return self._module
 
     def collect(self) -> Gradients:

@@ -114,7 +114,9 @@ class Step:
     def commit(self, all_threads: int) -> None:
         """Reduce what is left to reduce, and step with all the machine's threads if that pays."""
         lanes, learning, reducer, _ = self._prepare()
-        commit = Commit(learning, self.options)
+        lane = lanes[0]
+        plain = isinstance(lane, InPlaceLane) and not lane.has_gradients
+        commit = Commit(learning, self.options, plain=plain)
         with threads(all_threads) if self.takes_all_threads else nullcontext():
             sums = self._own_sums(learning) if reducer is None else reducer.sums()
             commit.run(sums, partial(lanes[0].write_buffers, self._module))

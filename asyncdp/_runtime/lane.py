@@ -56,6 +56,7 @@ class Lane:
         name: how errors, statistics and thread lists call this lane, "cuda:1" say.
         index: its place in the runtime.
         device: where its tensors live.
+        running: the pass whose work it does, for that work itself; None between works.
         num_done: works done since the lane was made.
         busy_seconds: time spent in works.
     """
@@ -64,6 +65,7 @@ class Lane:
         self.name = name
         self.index = index
         self.driver = driver
+        self.running: Pass | None = None
         self.num_done = 0
         self.busy_seconds = 0.0
         self._num_threads = 0
@@ -187,12 +189,14 @@ class Lane:
         function, work.function = work.function, None
         assert function is not None
         marker: Any = None
+        self.running = owner
         try:
             captured = owner.captured.get(self.device) if owner.captured else None
             work.value, marker = self.driver.issue(captured, function)
         except BaseException as error:
             work.error = error
             work.lost = self.driver.lost(error)
+        self.running = None
         if marker is not None:
             # The call and its inputs stay referenced until the device is done with them.
             self.driver.on_complete(marker, partial(owner.complete, work, function))

@@ -166,6 +166,17 @@ class Pass:
             else:
                 self._finish()
 
+    # Called by a work of the pass itself, without the lock.
+
+    def go_on(self) -> bool:
+        """Begin the next stage within the only work of this one, unless the pass was cancelled.
+
+        It costs less than a stage of its own. Returns whether it may begin.
+        """
+        if self._to_replicas is not None:
+            self._to_replicas -= 1
+        return not self._cancelled
+
     # Called by a device, from any thread, without the lock.
 
     def complete(self, work: Work, _function: object, error: BaseException | None) -> None:
