@@ -114,9 +114,7 @@ class Trainer:
         share = self._runtime.thread_share(len(lanes))
         if len(lanes) == 1:
             alone = [(lanes[0], partial(self._run_alone, step))]
-            result = await self._runtime.run_pass(
-                alone, num_threads=share, replica_stage=0, ambient=ambient
-            )
+            result = await self._runtime.run_pass(alone, num_threads=share, replica_stage=0, ambient=ambient)
             return result[0]  # type: ignore[no-any-return]
         stage = [(lane, partial(step.run_lane, index)) for index, lane in enumerate(lanes)]
 
