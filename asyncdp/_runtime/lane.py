@@ -16,6 +16,7 @@ from .._devices.threads import set_intra_op_threads
 from . import trace
 from .ambient import LaneModes, current_modes
 from .schedule import LaneState
+from .wakeup import LOOK_SECONDS, Wakeup
 
 if TYPE_CHECKING:
     from .core import Core
@@ -68,14 +69,14 @@ class Lane:
         self.running: Pass | None = None
         self.num_done = 0
         self.busy_seconds = 0.0
+        self._last_seconds = 0.0  # that the last work took
         self._num_threads = 0
         self._modes = LaneModes()
         self._core = core  # its lock guards the queue and the two flags
         self._queue: deque[Work] = deque()
         self._sleeping = False
         self._stopping = False
-        self._wake = threading.Lock()
-        self._wake.acquire()
+        self._wakeup = Wakeup()
         self._thread = threading.Thread(target=self._run, name=f"asyncdp-{name}", daemon=True)
 
     @property
@@ -133,7 +134,7 @@ class Lane:
 
     def _rouse(self) -> None:
         self._sleeping = False
-        self._core.to_wake.append(self._wake.release)
+        self._core.to_wake.append(self._wakeup.signal)
 
     def _run(self) -> None:
         _current.lane = self
@@ -149,6 +150,7 @@ class Lane:
                 work = self._queue.popleft() if self._queue else None
                 stopped = work is None and self._stopping
                 self._sleeping = work is None and not stopped
+                idle = self._core.num_running == 0
             # An idle lane must not keep the last pass's tensors alive.
             ended = None
             # Last of all, so that the woken task finds the lock free and this lane ready for more.
@@ -160,7 +162,7 @@ class Lane:
             elif stopped:
                 break
             else:
-                self._wake.acquire()
+                self._wakeup.wait(look=idle and self._last_seconds < LOOK_SECONDS)
         self._modes.leave()  # here, since whichever thread lets go of torch's guards gets their old modes
         self.driver.close()
 
@@ -205,5 +207,6 @@ class Lane:
         if self._modes.are_brief:
             self._modes.leave()
         self.num_done += 1
-        self.busy_seconds += time.perf_counter() - started
+        self._last_seconds = time.perf_counter() - started
+        self.busy_seconds += self._last_seconds
         return marker is None

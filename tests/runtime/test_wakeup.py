@@ -1,0 +1,138 @@
+"""How a lane waits for its next work: awake for a moment, if the moment is likely to be enough."""
+
+from __future__ import annotations
+
+import threading
+from types import SimpleNamespace
+
+import anyio
+import pytest
+
+from asyncdp._runtime import wakeup as wakeup_module
+from asyncdp._runtime.wakeup import LOOK_SECONDS, Wakeup
+
+from .helpers import PATIENCE, Latch, runtime, wait_until
+
+ENDLESS = 300_000_000
+"""Elements per row that take a tenth of a second or so; a look at all rows takes seconds."""
+
+
+@pytest.fixture
+def spare_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine of several cores, whatever this one has."""
+    monkeypatch.setattr(wakeup_module, "_has_spare_core", lambda: True)
+
+
+def expectant() -> Wakeup:
+    """A wakeup whose last wait was short."""
+    wakeup = Wakeup()
+    wakeup.signal()
+    wakeup.wait(look=False)
+    return wakeup
+
+
+@pytest.mark.usefixtures("spare_core")
+def test_a_signal_ends_the_look_from_any_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The look leaves the interpreter to the thread that signals, sees the signal and ends by it."""
+    monkeypatch.setattr(wakeup_module, "_row_length", lambda: ENDLESS)
+    wakeup = expectant()
+    waiter = threading.Thread(target=wakeup.wait, kwargs={"look": True})
+    waiter.start()
+    wakeup.signal()
+    waiter.join(PATIENCE)
+    assert not waiter.is_alive()
+    assert wakeup.seen[-2]
+
+
+@pytest.mark.usefixtures("spare_core")
+def test_a_wait_without_a_signal_outlasts_the_look() -> None:
+    """A look that sees nothing is followed by sleep until the signal comes."""
+    wakeup = expectant()
+    woken = threading.Event()
+
+    def wait() -> None:
+        wakeup.wait(look=True)
+        woken.set()
+
+    waiter = threading.Thread(target=wait)
+    waiter.start()
+    assert not woken.wait(20 * LOOK_SECONDS)
+    wakeup.signal()
+    assert woken.wait(PATIENCE)
+    waiter.join(PATIENCE)
+
+
+@pytest.mark.usefixtures("spare_core")
+def test_each_signal_ends_one_wait() -> None:
+    """Nothing of a signal is left for the look after it."""
+    wakeup = expectant()
+    for _ in range(2):
+        wakeup.signal()
+        wakeup.wait(look=True)
+        assert wakeup.seen[:-1].all()
+        assert not wakeup.seen[-1]
+        assert not any(wakeup._bytes)
+
+
+def test_nobody_looks_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unasked, without a spare core, or after a long wait, the thread sleeps at once."""
+    cores = SimpleNamespace(spare=True)
+    monkeypatch.setattr(wakeup_module, "_has_spare_core", lambda: cores.spare)
+    wakeup = expectant()
+
+    def looked(*, asked: bool = True) -> bool:
+        wakeup.seen[:] = False
+        wakeup.signal()
+        wakeup.wait(look=asked)
+        return bool(wakeup.seen.any())
+
+    assert looked()
+    assert not looked(asked=False)
+    cores.spare = False
+    assert not looked()
+    cores.spare = True
+    assert looked()
+    clock = iter([0.0, 1.0, 2.0, 2.0])
+    monkeypatch.setattr(wakeup_module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    assert looked()  # and this wait took a second
+    assert not looked()
+
+
+@pytest.mark.anyio
+async def test_a_lane_looks_for_more_after_a_short_work_with_nothing_else_under_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Neither a long work nor another pass leaves a lane awake: it would take a core from them."""
+    clock = SimpleNamespace(now=0.0)
+    lane_clock = SimpleNamespace(perf_counter=lambda: clock.now)
+    looks: list[tuple[str, bool]] = []
+    plain_wait = Wakeup.wait
+
+    def wait(self: Wakeup, *, look: bool) -> None:
+        looks.append((threading.current_thread().name, look))
+        plain_wait(self, look=look)
+
+    def pass_time(seconds: float) -> None:
+        clock.now += seconds
+
+    monkeypatch.setattr(Wakeup, "wait", wait)
+    monkeypatch.setattr("asyncdp._runtime.lane.time", lane_clock)
+    async with runtime() as rt:
+        await wait_until(lambda: len(looks) == 2)
+        first, second = rt.lanes
+
+        async def look_after(seconds: float) -> tuple[str, bool]:
+            before = len(looks)
+            await rt.run(pass_time, seconds, lane=first)
+            await wait_until(lambda: len(looks) > before)
+            return looks[-1]
+
+        assert await look_after(LOOK_SECONDS / 2) == ("asyncdp-cpu:0", True)
+        assert await look_after(LOOK_SECONDS * 2) == ("asyncdp-cpu:0", False)
+        latch = Latch()
+        async with anyio.create_task_group() as group:
+            group.start_soon(lambda: rt.run(latch.hold, lane=second))
+            await latch.wait_entered()
+            assert await look_after(LOOK_SECONDS / 2) == ("asyncdp-cpu:0", False)
+            latch.open()
+        assert await look_after(LOOK_SECONDS / 2) == ("asyncdp-cpu:0", True)
