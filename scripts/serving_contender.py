@@ -35,8 +35,8 @@ async def open_asyncdp(folder: str) -> AsyncIterator[Call]:
 
     model, steps = load_embedder(Path(folder))[0].eval(), embed_steps(Path(folder))
 
-    def collate(texts):
-        arguments = steps.collate(steps.preprocess(list(texts)))
+    def collate(samples):
+        arguments = steps.collate(list(samples))
         return arguments["input_ids"], arguments.get("attention_mask")
 
     options = {"collate": collate, "split": lambda output, _: output["embedding"].unbind(), "size_of": len}
@@ -44,7 +44,7 @@ async def open_asyncdp(folder: str) -> AsyncIterator[Call]:
         DataParallel(model, "cpu*2") as engine,
         Batcher(engine, max_batch_size=MAX_BATCH_SIZE, **options) as batcher,
     ):
-        yield batcher
+        yield lambda text: batcher(steps.preprocess([text])[0])
 
 
 @contextlib.asynccontextmanager

@@ -106,6 +106,8 @@ class Tokenize:
     def __init__(self, tokenizer: Any, max_length: int) -> None:
         self._tokenizer = tokenizer
         self._max_length = max_length
+        # The first call changes the tokenizer's settings, which fails while another thread uses it.
+        self([""])
 
     def __call__(self, values: list[Any]) -> list[list[int]]:
         """Tokenizes all texts at once."""

@@ -48,16 +48,15 @@ def make_app(folder: Path, devices: str | None = None, timeout: float = 30.0) ->
     steps = embed_steps(folder)
     registry = prometheus_client.CollectorRegistry()
 
-    def collate(texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        arguments = steps.collate(steps.preprocess(list(texts)))
+    def collate(samples: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        arguments = steps.collate(list(samples))
         return arguments["input_ids"], arguments.get("attention_mask")
 
-    def split(output: dict[str, torch.Tensor], texts: Sequence[str]) -> list[list[float]]:
+    def split(output: dict[str, torch.Tensor], samples: Sequence[list[int]]) -> list[list[float]]:
         return output["embedding"].tolist()
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        # The length in characters is near enough to that in tokens to batch like with like.
         async with (
             DataParallel(model, devices) as engine,
             Batcher(engine, collate=collate, split=split, size_of=len, timeout=timeout) as batcher,
@@ -74,8 +73,11 @@ def make_app(folder: Path, devices: str | None = None, timeout: float = 30.0) ->
             return JSONResponse({"error": str(error)}, status_code=400)
         batcher: Batcher = request.app.state.batcher
         try:
+            # Samples are tokens, so that texts of like length go together with little padding. Off
+            # the loop: a long request would hold up all others.
+            samples = await asyncio.to_thread(steps.preprocess, texts)
             # Refused at once when the queue is full, so that load beyond the lanes' power is shed.
-            calls = [batcher.call_nowait(text) for text in texts]
+            calls = [batcher.call_nowait(sample) for sample in samples]
             vectors = await asyncio.gather(*calls)
         except QueueFull as error:
             return JSONResponse({"error": str(error)}, status_code=429)

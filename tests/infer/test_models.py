@@ -19,6 +19,7 @@ from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 
 from asyncdp.errors import JobError, JobUsageError, ModelLoadError
+from asyncdp.infer.embed import embed_steps
 from asyncdp.infer.exported import load_exported
 from asyncdp.infer.models import load_weights
 
@@ -192,6 +193,15 @@ def test_embeddings_do_not_depend_on_the_batch(run, work, encoder_folder):
     )
     np.testing.assert_allclose(together, alone, atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1.0, rtol=1e-5)
+
+
+def test_a_tokenizer_is_set_up_before_threads_share_it(encoder_folder):
+    """No call changes its settings, which would fail while another thread tokenizes."""
+    tokenize = embed_steps(encoder_folder).preprocess
+    before = tokenize._tokenizer.backend_tokenizer.truncation
+    assert before is not None
+    tokenize(["some words"])
+    assert tokenize._tokenizer.backend_tokenizer.truncation == before
 
 
 def test_texts_are_asked_for(run, work, encoder_folder):
