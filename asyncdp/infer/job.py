@@ -29,7 +29,7 @@ from .records import Failure
 from .setup import find_devices, make_steps
 from .summary import Plan, Reporter, SilentReporter, Summary, summarise
 from .task_groups import plain_task_group
-from .writers import WRITERS
+from .writers import WRITERS, try_writer
 
 SUMMARY_NAME = "_summary.json"
 
@@ -120,6 +120,7 @@ class Job:
 
     def _open_output(self) -> OutputFolder:
         options = self.options
+        try_writer(options.output_format)
         return OutputFolder(
             options.output,
             options.output_format,

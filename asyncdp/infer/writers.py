@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Sequence
 from typing import IO, Any
 
 import numpy as np
 
-from ..errors import JobError
+from ..errors import JobError, MissingExtraError
 from .records import Columns
 
 Encoder = Callable[[IO[bytes], Sequence[Any], Columns], None]
@@ -64,6 +65,18 @@ WRITERS: dict[str, Encoder] = {
     "npy": write_npy,
     "safetensors": write_safetensors,
 }
+
+
+def try_writer(format_name: str) -> None:
+    """Writes one row to nowhere, so that what the format takes is there, and loaded, before any work is done.
+
+    Raises:
+        MissingExtraError: When the format's library is not installed.
+    """
+    try:
+        WRITERS[format_name](io.BytesIO(), [0], {"value": np.zeros((1, 1), np.float32)})
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(f"--output-format {format_name}", error.name or str(error), "cli") from error
 
 
 def _arrow(values: Any) -> Any:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 
 import anyio
 import numpy as np
@@ -17,6 +18,7 @@ from asyncdp.errors import (
     DamagedInputError,
     JobError,
     JobUsageError,
+    MissingExtraError,
     ModelLoadError,
     OutputExistsError,
     RecordError,
@@ -50,6 +52,18 @@ def test_models_run_in_inference_mode(run, work, numbers):
     """No lane keeps a graph for backward."""
     run(numbers(3), "models_for_tests:GradTeller")
     assert [row["output"] for row in rows(work)] == [True] * 3
+
+
+@pytest.mark.parametrize("output_format", ["parquet", "safetensors"])
+def test_a_format_whose_library_is_missing_is_refused_before_any_work(
+    run, work, numbers, monkeypatch, output_format
+):
+    """Not after the first shard's worth of batches: nothing was made, and the error says what to install."""
+    package = {"parquet": "pyarrow.parquet", "safetensors": "safetensors.numpy"}[output_format]
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingExtraError, match=f"{output_format} needs the package {package}.*Install"):
+        run(numbers(5), output_format=output_format)
+    assert not (work / "out").exists()
 
 
 @pytest.mark.parametrize("output_format", ["jsonl", "npy", "safetensors"])
