@@ -209,20 +209,26 @@ class Pipeline:
         """Runs a batch; one that fails is halved until the record at fault is alone."""
         if len(batch.items) > self._batch_size:
             return await self._run_halves(batch)
+        if await self._succeeds(batch):
+            return await self._count(batch)
+        if len(batch.items) > 1:
+            return await self._run_halves(batch)
+        return await self._finish_if_complete(self._open[batch.block])
+
+    async def _succeeds(self, batch: Batch) -> bool:
+        """Runs a batch; what a failure says is noted, and what it holds let go, before anything else runs."""
         try:
             await self._forward(batch)
         except AsyncDPError:
             raise  # no record's fault: a lane is gone, or the outputs are no rows
         except Exception as error:
-            failure = error
-        else:
-            return await self._count(batch)
-        if len(batch.items) == 1:
-            block = self._open[batch.block]
-            self._refuse(block, batch.records[0], failure)
-            return await self._finish_if_complete(block)
-        self._learn(batch, failure)
-        return await self._run_halves(batch)
+            if len(batch.items) == 1:
+                self._refuse(self._open[batch.block], batch.records[0], error)
+            else:
+                self._learn(batch, error)
+            let_go(error)
+            return False
+        return True
 
     async def _run_halves(self, batch: Batch) -> None:
         middle = len(batch.items) // 2
@@ -298,9 +304,20 @@ class Pipeline:
             self._write_block(block.index, block.num_done, block.rows, block.failures)
 
 
+# The allocator of CPU tensors has no exception type of its own, and other words on Linux than on Windows.
+_NO_MEMORY = ("can't allocate memory", "not enough memory")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Tells whether an exception means that a smaller batch may succeed."""
-    # The allocator of CPU tensors has no exception type of its own.
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "not enough memory" in str(error)
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
     )
+
+
+def let_go(error: BaseException | None) -> None:
+    """Drops the tracebacks of an exception and of its causes, whose frames hold all of a batch's tensors."""
+    if error is not None and error.__traceback__ is not None:
+        error.__traceback__ = None
+        let_go(error.__cause__)
+        let_go(error.__context__)
