@@ -74,7 +74,7 @@ class BlockRows:
             JobError: When they have other names, types or shapes than those before.
         """
         with self._lock:
-            self._check_schema(rows.columns)
+            self._check_schema(rows)
             places = self._places(rows.positions)
             self._grow(max(places) + 1)
             for column, values in [(self._ids, rows.ids), *self._paired(rows.columns)]:
@@ -97,12 +97,12 @@ class BlockRows:
             return list(range(self._num_rows, self._num_rows + len(positions)))
         return [position - self._first for position in positions]
 
-    def _check_schema(self, columns: Columns) -> None:
-        schema = schema_of(columns)
+    def _check_schema(self, rows: Rows) -> None:
+        schema = schema_of(rows.columns)
         if not self.schema:
             self.schema = schema
-            self._columns = {name: _empty(values) for name, values in columns.items()}
-        check_same_schema(self.schema, schema)
+            self._columns = {name: _empty(values) for name, values in rows.columns.items()}
+        check_same_schema(self.schema, schema, f"the batch with record {min(rows.positions)}")
 
     def _paired(self, columns: Columns) -> list[tuple[Any, Any]]:
         return [(self._columns[name], values) for name, values in columns.items()]
@@ -127,15 +127,20 @@ def schema_of(columns: Columns) -> dict[str, str]:
     }
 
 
-def check_same_schema(before: dict[str, str], now: dict[str, str]) -> None:
+def check_same_schema(before: dict[str, str], now: dict[str, str], where: str) -> None:
     """Fails when the outputs of two batches do not go into one table.
+
+    Args:
+        before: Type and shape of each column, as `schema_of` gives them.
+        now: Those of outputs that came later.
+        where: What they are the outputs of, for a person to find the records.
 
     Raises:
         JobError: With both schemas.
     """
     if before != now:
         raise JobError(
-            f"The model's outputs differ between batches: {before}, then {now}",
+            f"The model's outputs differ between batches: {before}, then {now} in {where}",
             "Bring every record to one shape and type with --preprocess or --postprocess.",
         )
 

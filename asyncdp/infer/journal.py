@@ -45,12 +45,18 @@ class StoredFile:
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """A finished block: a fixed range of record positions and the files that hold its outputs."""
+    """A finished block: a fixed range of record positions and the files that hold its outputs.
+
+    Attributes:
+        num_records: Records in it, good and bad.
+        schema: Type and shape of each column of its outputs; empty where all its records were bad.
+    """
 
     index: int
     num_records: int
     num_bad: int
     files: tuple[StoredFile, ...]
+    schema: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the journal entry."""
@@ -64,7 +70,7 @@ class Block:
             # A name is only ever one that this job made; never follow one out of the folder.
             if Path(file.name).name != file.name:
                 raise ValueError(f"{file.name!r} is no file name")
-        return cls(entry["block"], entry["num_records"], entry["num_bad"], files)
+        return cls(entry["block"], entry["num_records"], entry["num_bad"], files, dict(entry["schema"]))
 
 
 @dataclasses.dataclass
@@ -74,6 +80,15 @@ class JournalState:
     fingerprint: dict[str, Any]
     blocks: dict[int, Block] = dataclasses.field(default_factory=dict)
     num_records: int | None = None
+
+    @property
+    def schema(self) -> dict[str, str]:
+        """The columns that all shards have, empty before the first one."""
+        return next((block.schema for block in self.blocks.values() if block.schema), {})
+
+    def place_of(self, index: int) -> str:
+        """Tells a person where a block lies in the input."""
+        return f"the shard that begins with record {index * self.fingerprint['shard_size']}"
 
     def entries(self) -> Iterator[dict[str, Any]]:
         """Yields the entries that make this state."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import JobUsageError, ResumeRefusedError
+from .blocks import check_same_schema
 from .files import write_whole
 from .journal import Block, JournalState, load_journal
 from .output import OutputFolder, check_output_free, explain_changes
@@ -33,12 +34,14 @@ def merge_parts(folders: list[Path], output: Path) -> Merged:
 
     Raises:
         JobUsageError: A part is missing, twice there, unfinished, damaged or of another job.
+        JobError: The parts' outputs are of unlike types or shapes.
     """
     check_output_free(output, resume=True)
     parts = {folder: load_journal(folder) for folder in folders}
     whole = _same_job(parts)
     total = _same_length(parts)
     blocks = _all_blocks(parts, total, whole["shard_size"])
+    _check_columns(JournalState(whole, {block.index: block for _, block in blocks}))
     with OutputFolder(output, whole["output_format"], whole, resume=True) as target:
         for folder, block in blocks:
             if block.index not in target.finished:
@@ -87,6 +90,12 @@ def _all_blocks(parts: dict[Path, JournalState], total: int, block_size: int) ->
                 f"Records from {index * block_size} on are in no part", "Run the parts again with --resume."
             )
     return [found[index] for index in sorted(found)]
+
+
+def _check_columns(state: JournalState) -> None:
+    for index, block in state.blocks.items():
+        if block.schema:
+            check_same_schema(state.schema, block.schema, state.place_of(index))
 
 
 def _copy(folder: Path, block: Block, target: OutputFolder) -> None:

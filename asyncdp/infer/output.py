@@ -39,7 +39,6 @@ class OutputFolder:
         self.path = path
         self.warnings: list[str] = []
         self._format = format_name
-        self._schema: dict[str, str] = {}
         self._lock = _locked(path)
         try:
             self.journal = Journal(path, self._intact(read_state(path, fingerprint, resume=resume)))
@@ -72,19 +71,19 @@ class OutputFolder:
             OutputError: When the disk does not take it.
             JobError: When its outputs are of other types or shapes than those of the blocks before.
         """
-        files = []
+        files, schema = [], rows.schema if len(rows) else {}
         if failures:
             files.append(
                 self._write(f"{ERRORS_PREFIX}{index:06d}.jsonl", lambda f: _write_failures(f, failures))
             )
-        if len(rows):
-            self._schema = self._schema or rows.schema
-            check_same_schema(self._schema, rows.schema)
+        if schema:
+            state = self.journal.state
+            check_same_schema(state.schema or schema, schema, state.place_of(index))
             ids, columns = rows.finish()
             encode = WRITERS[self._format]
             name = f"part-{index:06d}.{self._format}"
             files.append(self._write(name, lambda f: encode(f, ids, columns)))
-        self.journal.finish_block(Block(index, num_records, num_records - len(rows), tuple(files)))
+        self.journal.finish_block(Block(index, num_records, num_records - len(rows), tuple(files), schema))
 
     def _write(self, name: str, fill: Any) -> StoredFile:
         write_whole(self.path / name, fill)
