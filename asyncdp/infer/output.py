@@ -19,6 +19,9 @@ from .writers import WRITERS
 LOCK_NAME = ".lock"
 ERRORS_PREFIX = "_errors-"
 
+# What a job may leave in a folder before its journal stands.
+_NOTHING_YET = (LOCK_NAME, TEMPORARY_PREFIX + JOURNAL_NAME)
+
 
 class OutputFolder:
     """A folder that one job at a time writes shards into; a context manager that holds its lock.
@@ -173,7 +176,7 @@ def _check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def _holds_something(path: Path) -> bool:
-    return path.is_dir() and any(entry.name != LOCK_NAME for entry in path.iterdir())
+    return path.is_dir() and any(entry.name not in _NOTHING_YET for entry in path.iterdir())
 
 
 def _locked(path: Path) -> Any:

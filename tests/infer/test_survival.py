@@ -62,6 +62,32 @@ def test_a_read_only_output_is_told(run, numbers, monkeypatch):
         run(numbers(3), "never_imported:Model", output=Path("elsewhere"))
 
 
+class Killed(BaseException):
+    """Ends a job where it stands, without the cleaning up that an error sees."""
+
+
+def test_a_kill_during_the_first_write_of_the_journal(run, work, numbers, monkeypatch):
+    """A folder that holds nothing but a half-made journal takes any job; other files still forbid it."""
+
+    def killed(*names):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(files.os, "replace", killed)
+        run(numbers(5))
+    left = {path.name for path in (work / "out").iterdir()} - {".lock"}
+    assert left == {".tmp-_journal.jsonl"}
+    assert run(numbers(5), resume=True).num_records == 5
+    (work / "other").mkdir()
+    (work / "other" / ".tmp-_journal.jsonl").touch()
+    assert run(numbers(5), output=work / "other").num_records == 5
+    (work / "mine").mkdir()
+    (work / "mine" / ".tmp-mine").touch()
+    with pytest.raises(ResumeRefusedError, match="no journal of a job"):
+        run(numbers(5), output=work / "mine", resume=True)
+    assert (work / "mine" / ".tmp-mine").exists()
+
+
 @pytest.mark.parametrize(("code", "remedy"), [(errno.EFBIG, "ulimit -f"), (errno.EIO, "Check the disk")])
 def test_the_remedy_fits_the_cause(run, numbers, monkeypatch, code, remedy):
     """What a person should do depends on why the disk refused."""
