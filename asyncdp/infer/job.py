@@ -51,7 +51,9 @@ class Job:
         check_output_free(options.output, resume=options.resume)
         _check_apart(options)
         self.devices = find_devices(options.devices)
-        self.inputs = open_inputs(options.inputs, options.input_format, options.selection)
+        self.inputs = open_inputs(
+            options.inputs, options.input_format, options.selection, output=options.output
+        )
         self.steps = make_steps(options, self.inputs.format_name)
         self.model: LoadedModel = load_model(options)
 

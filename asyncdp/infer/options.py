@@ -12,7 +12,7 @@ from ..errors import JobUsageError
 from .files import digest_large_file, digest_weights
 from .models import DTYPES, LoadedModel
 from .names import source_of
-from .readers import FORMATS, STDIN, Inputs, Selection
+from .readers import FORMATS, STDIN, InputFile, Inputs, Selection
 from .writers import WRITERS
 
 ON_ERROR = ("stop", "skip", "record")
@@ -125,16 +125,19 @@ def fingerprint(options: InferOptions, inputs: Inputs, model: LoadedModel) -> di
         source = source_of(spec, f"--{option}") if spec else None
         if source:
             chosen[f"{option} file {source.name}"] = digest_large_file(source)
-    chosen["input"] = [_input_entry(file.path) for file in inputs.files]
+    chosen["input"] = [_input_entry(file) for file in inputs.files]
     plain: dict[str, Any] = json.loads(json.dumps(chosen))
     return plain
 
 
-def _input_entry(path: Path) -> list[Any]:
-    if path == STDIN:
+def _input_entry(file: InputFile) -> list[Any]:
+    if file.path == STDIN:
         return ["-"]
     # By name and contents: the folder may move between machines and runs.
-    return [path.name, path.stat().st_size, digest_large_file(path)]
+    try:
+        return [file.path.name, file.path.stat().st_size, digest_large_file(file.path)]
+    except OSError as error:
+        raise file.broken(error) from error
 
 
 def _at_least_one(name: str, value: int) -> None:

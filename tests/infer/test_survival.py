@@ -72,9 +72,10 @@ def test_a_kill_during_the_first_write_of_the_journal(run, work, numbers, monkey
     def killed(*names):
         raise Killed
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         patch.setattr(files.os, "replace", killed)
-        run(numbers(5))
+        with pytest.raises(Killed):
+            run(numbers(5))
     left = {path.name for path in (work / "out").iterdir()} - {".lock"}
     assert left == {".tmp-_journal.jsonl"}
     assert run(numbers(5), resume=True).num_records == 5

@@ -12,7 +12,7 @@ from . import arrays, images, parquet, text
 from .base import STDIN, InputFile, Reader, Selection
 from .images import decode_image
 
-__all__ = ["FORMATS", "STDIN", "Inputs", "Selection", "decode_image", "open_inputs"]
+__all__ = ["FORMATS", "STDIN", "InputFile", "Inputs", "Selection", "decode_image", "open_inputs"]
 
 FORMATS: dict[str, Reader] = {
     "jsonl": text.JsonlReader(),
@@ -42,18 +42,22 @@ _SUFFIXES = {
 _COMPRESSIONS = frozenset({".gz", ".bz2", ".xz", ".zst"})
 
 
-def open_inputs(specs: Sequence[str], format_name: str | None, selection: Selection) -> Inputs:
+def open_inputs(
+    specs: Sequence[str], format_name: str | None, selection: Selection, *, output: Path | None = None
+) -> Inputs:
     """Finds the files that ``specs`` name.
 
     Args:
         specs: Paths, folders, glob patterns, or ``-`` for standard input.
         format_name: One of `FORMATS`, or None to go by the suffixes.
         selection: Which columns are wanted.
+        output: A folder whose files are passed over: a resumed job must not read its own shards.
 
     Raises:
-        InputError: When a file is missing, its format is unknown, or formats are mixed.
+        InputError: When a file is missing or a pipe, its format is unknown, or formats are mixed.
     """
-    files = [InputFile(path) for spec in specs for path in _expand(spec)]
+    paths = [path for spec in specs for path in _expand(spec)]
+    files = [InputFile(path) for path in (paths if output is None else _outside(output, paths))]
     names = {format_name or _format_of(file.path) for file in files}
     if len(names) != 1:
         raise InputError(
@@ -132,21 +136,40 @@ def _record(position: int, row: Row) -> Record:
     return Record(position, identity, row.value, row.where, row.error)
 
 
+def _outside(folder: Path, paths: list[Path]) -> list[Path]:
+    inside = folder.resolve()
+    kept = [path for path in paths if not path.resolve().is_relative_to(inside)]
+    if not kept:
+        raise InputError(
+            f"All of the input lies in the output folder {folder}", "Name another folder for the output."
+        )
+    return kept
+
+
 def _expand(spec: str) -> list[Path]:
-    path = Path(spec)
     if spec == "-":
         return [STDIN]
-    if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.is_file() and _is_data(p))
-    elif path.exists():
-        return [path]
-    else:
-        found = sorted(Path(p) for p in glob.glob(spec, recursive=True) if Path(p).is_file())
+    found = _find(spec)
     if not found:
         raise InputError(
             f"There is no input at {spec}", "Name a file, a folder of known files, a pattern, or -."
         )
     return found
+
+
+def _find(spec: str) -> list[Path]:
+    path = Path(spec)
+    if path.is_dir():
+        return sorted(p for p in path.rglob("*") if p.is_file() and _is_data(p))
+    if not path.exists():
+        return sorted(Path(p) for p in glob.glob(spec, recursive=True) if Path(p).is_file())
+    if not path.is_file():
+        # The fingerprint would drain a pipe before the job reads it.
+        raise InputError(
+            f"{spec} is no file on disk, and what it gives can be read only once",
+            "Send it to standard input, which is named -, or save it to a file.",
+        )
+    return [path]
 
 
 def _is_data(path: Path) -> bool:
