@@ -61,7 +61,7 @@ def find_code_in_keys(inputs: Any) -> str | None:
 
 
 def _refused(value: Any, key: str, *, free: bool) -> Iterator[str]:
-    """Yields refused texts; they are ``free`` where torch quotes or never runs them: in nodes, in metadata."""
+    """Yields refused texts; they are ``free`` where torch quotes or never runs them: nodes and metadata."""
     free = free or key in ("nodes", "metadata")
     if isinstance(value, Mapping):
         for name, entry in value.items():

@@ -136,4 +136,8 @@ def _column(values: Any) -> Any:
         values = values.detach().cpu()
         # numpy has no bfloat16
         return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
-    return values if isinstance(values, list | np.ndarray) else np.asarray(values)
+    if isinstance(values, list):
+        return values
+    array = np.asarray(values)
+    # An array of texts is as wide as the longest of its batch; no two batches would be alike.
+    return array.tolist() if array.ndim and array.dtype.kind in "OSTU" else array

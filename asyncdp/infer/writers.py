@@ -59,12 +59,43 @@ def write_safetensors(file: IO[bytes], ids: Sequence[Any], columns: Columns) -> 
     file.write(safetensors.numpy.save(tensors, metadata))
 
 
+def _blaming(format_name: str, encode: Encoder) -> Encoder:
+    """Returns an encoder whose errors name the column at fault instead of some call in a library."""
+
+    def encode_or_blame(file: IO[bytes], ids: Sequence[Any], columns: Columns) -> None:
+        try:
+            encode(file, ids, columns)
+        except (JobError, OSError, ImportError):
+            raise
+        except Exception as error:
+            raise JobError(
+                f"Column {_culprit(encode, ids, columns)!r} cannot be written as {format_name}: "
+                f"{type(error).__name__}: {error}",
+                "Make numbers or texts of one kind of it with --postprocess, or change --output-format.",
+            ) from error
+
+    return encode_or_blame
+
+
+def _culprit(encode: Encoder, ids: Sequence[Any], columns: Columns) -> str | None:
+    for name, values in columns.items():
+        try:
+            encode(io.BytesIO(), ids, {name: values})
+        except Exception:
+            return name
+    return None
+
+
 WRITERS: dict[str, Encoder] = {
-    "parquet": write_parquet,
-    "jsonl": write_jsonl,
-    "npy": write_npy,
-    "safetensors": write_safetensors,
+    name: _blaming(name, encode)
+    for name, encode in (
+        ("parquet", write_parquet),
+        ("jsonl", write_jsonl),
+        ("npy", write_npy),
+        ("safetensors", write_safetensors),
+    )
 }
+"""Raise a `JobError` that names the column when a format cannot hold what is in it."""
 
 
 def try_writer(format_name: str) -> None:

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 
 import numpy as np
 import pyarrow as pa
@@ -119,6 +120,50 @@ def test_parquet_by_row_group(tmp_path):
     np.testing.assert_array_equal(values(path, Selection(("v",)))[3], [6, 7])
     with pytest.raises(InputError, match="no column 'w'"):
         values(path, Selection(("w",)))
+
+
+def test_parquet_values_that_python_cannot_hold(tmp_path):
+    """Text that is no UTF-8 and a time beyond microseconds are bad records, named by column and row."""
+    path = tmp_path / "rows.parquet"
+    texts = pa.array([b"ok", b"\xff\xfe", b"ok"]).view(pa.string())
+    times = pa.array([0, 0, 10**18 + 1], pa.timestamp("ns"))
+    pq.write_table(pa.table({"t": texts, "w": times}), path)
+    records = list(open_inputs([str(path)], None, Selection()).read())
+    assert [record.error is None for record in records] == [True, False, False]
+    assert str(records[1].error).startswith("column 't' cannot be read: UnicodeDecodeError: ")
+    assert str(records[2].error).startswith("column 'w' cannot be read: ValueError: Nanosecond")
+    assert records[2].where == f"{path} row 2"
+
+
+def test_parquet_with_a_broken_column_name(tmp_path):
+    """A schema that cannot be decoded is a damaged file."""
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"name": [1, 2]}), path, store_schema=False)
+    path.write_bytes(path.read_bytes().replace(b"name", b"n\xff\xfee"))
+    with pytest.raises(DamagedInputError, match=r"rows.parquet cannot be read: UnicodeDecodeError"):
+        values(path)
+
+
+@pytest.mark.parametrize("name", ["rows.npz", "rows.safetensors"])
+def test_ids_of_several_numbers_are_refused(tmp_path, name):
+    """An id column with a whole array per row makes bad records, not an error of ours."""
+    columns = {"x": np.zeros((2, 3)), "k": np.zeros((2, 2), np.int64), "i": np.arange(2)}
+    np.savez(tmp_path / "rows.npz", **columns)
+    safetensors.numpy.save_file(columns, tmp_path / "rows.safetensors")
+    records = list(open_inputs([str(tmp_path / name)], None, Selection(("x",), "k")).read())
+    assert ["the id must be text or an integer" in str(record.error) for record in records] == [True, True]
+    records = list(open_inputs([str(tmp_path / name)], None, Selection(("x",), "i")).read())
+    assert [record.id for record in records] == ["0", "1"]
+
+
+def test_paths_that_are_no_text(tmp_path):
+    """An image whose name is no valid Unicode is read, but its path is no id."""
+    path = tmp_path / os.fsdecode(b"\xff.png")
+    Image.new("RGB", (1, 1)).save(path)
+    (record,) = open_inputs([str(path)], None, Selection()).read()
+    assert record.value == path
+    (record,) = open_inputs([str(path)], None, Selection((), "path")).read()
+    assert "is not valid Unicode text" in str(record.error)
 
 
 def test_arrays(tmp_path):

@@ -66,7 +66,8 @@ class ArrayReader:
 
 def _row(selection: Selection, entry: Any, where: str) -> Row:
     if isinstance(entry, dict) and selection.id_column in entry:
-        entry[selection.id_column] = entry[selection.id_column].item()
+        identity = entry[selection.id_column]
+        entry[selection.id_column] = identity if identity.ndim else identity.item()
     return selection.row(entry, where)
 
 

@@ -32,8 +32,8 @@ class ImageReader:
         """Yields the path of the image."""
         if importlib.util.find_spec("PIL") is None:
             raise MissingExtraError("Reading images", "pillow", "cli")
-        identity = str(file.path) if selection.id_column else None
-        yield Row(file.path, identity, file.name)
+        row = selection.row({"path": str(file.path)}, file.name)
+        yield row if row.error else row._replace(value=file.path)
 
 
 def decode_image(path: Path) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..records import Row
 from .base import InputFile, Selection
@@ -38,9 +38,8 @@ class ParquetReader:
                 columns = [_values(column) for column in batch.columns]
                 for entries in zip(*columns, strict=True):
                     if number >= start:
-                        yield selection.row(
-                            dict(zip(names, entries, strict=True)), f"{file.name} row {number}"
-                        )
+                        entry = dict(zip(names, entries, strict=True))
+                        yield _row(selection, entry, f"{file.name} row {number}")
                     number += 1
 
 
@@ -75,13 +74,42 @@ def _next_batch(file: InputFile, batches: Iterator[Any]) -> Any:
         raise file.broken(error) from error
 
 
+class _Unreadable(NamedTuple):
+    """Stands in the place of a value that Python cannot hold, as text that is no UTF-8."""
+
+    error: Exception
+
+
+def _row(selection: Selection, entry: dict[str, Any], where: str) -> Row:
+    for name, value in entry.items():
+        if isinstance(value, _Unreadable):
+            why = f"{type(value.error).__name__}: {value.error}"
+            return Row(None, None, where, ValueError(f"column {name!r} cannot be read: {why}"))
+    return selection.row(entry, where)
+
+
 def _values(column: Any) -> Any:
     import pyarrow
 
     kind = column.type
     if not pyarrow.types.is_fixed_size_list(kind) or column.null_count:
-        return column.to_pylist()
+        return _as_python(column)
     numbers = column.flatten()
     if numbers.null_count or not pyarrow.types.is_primitive(numbers.type):
-        return column.to_pylist()
+        return _as_python(column)
     return numbers.to_numpy(zero_copy_only=False).reshape(len(column), kind.list_size)
+
+
+def _as_python(column: Any) -> list[Any]:
+    try:
+        values: list[Any] = column.to_pylist()
+        return values
+    except Exception:  # of any type: dates out of range, unknown time zones, text that is no UTF-8
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except Exception as error:
+        return _Unreadable(error)
