@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 import os
+import tracemalloc
 
 import numpy as np
 import pyarrow as pa
@@ -176,6 +177,49 @@ def test_arrays(tmp_path):
     np.testing.assert_array_equal(values(tmp_path / "b.npz")[5]["x"], array[5])
     assert [float(v) for v in values(tmp_path / "b.npz", Selection(("y",)))[:3]] == [0, 2, 4]
     np.testing.assert_array_equal(values(tmp_path / "c.safetensors")[300], array[300])
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_npz_is_read_as_it_goes(tmp_path, save):
+    """Neither the arrays that nobody asked for nor the rows of a wanted one are in memory all at once."""
+    unwanted = np.zeros((4000, 500), np.float32)
+    save(tmp_path / "a.npz", x=np.arange(500_000.0).reshape(4000, 125), unwanted=unwanted)
+    tracemalloc.start()
+    try:
+        for record in open_inputs([str(tmp_path / "a.npz")], None, Selection(("x",))).read(1):
+            assert record.value[1] == record.position * 125 + 1
+        assert record.position == 3999
+        assert tracemalloc.get_traced_memory()[1] < 2e6  # the arrays have 4 and 8 MB, a chunk 0.25 MB
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_npz_of_every_layout(tmp_path, save):
+    """Arrays stored by columns, empty ones, texts and structures give the rows that numpy gives."""
+    arrays = {
+        "columns": np.asfortranarray(np.arange(3000.0).reshape(600, 5)),
+        "narrow": np.zeros((600, 0)),
+        "texts": np.array([f"t{index}" for index in range(600)]),
+        "pairs": np.array([(index, 0.5) for index in range(600)], dtype=[("a", "i4"), ("b", "f8")]),
+        "cubes": np.arange(2400).reshape(600, 2, 2),
+    }
+    save(tmp_path / "a.npz", **arrays)
+    for start in (0, 399):
+        read = values(tmp_path / "a.npz", start=start)
+        for name, array in arrays.items():
+            np.testing.assert_array_equal([value[name] for value in read], array[start:])
+    assert values(tmp_path / "a.npz")[0]["cubes"].flags.writeable
+
+
+def test_npz_damaged_in_the_middle(tmp_path):
+    """Damage behind the first rows is told when reading gets there, and is no error of zipfile's."""
+    np.savez(tmp_path / "a.npz", x=np.zeros((2000, 100)))
+    damaged = bytearray((tmp_path / "a.npz").read_bytes())
+    damaged[1_000_000] ^= 1
+    (tmp_path / "a.npz").write_bytes(damaged)
+    with pytest.raises(DamagedInputError, match=r"a.npz cannot be read: BadZipFile: Bad CRC-32"):
+        values(tmp_path / "a.npz")
 
 
 def test_arrays_of_different_length_are_refused(tmp_path):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Literal
 
 import numpy as np
 
@@ -41,10 +43,12 @@ class ArrayReader:
 
     def rows(self, file: InputFile, selection: Selection, start: int) -> Iterator[Row]:
         """Yields an array per row, or a dict of them when the file holds several."""
+        needed = selection.needed
         with self._opened(file) as (arrays, length):
+            wanted = {name: take for name, take in arrays.items() if needed is None or name in needed}
             for begin in range(start, length, _CHUNK):
                 end = min(begin + _CHUNK, length)
-                parts = {name: take(begin, end) for name, take in arrays.items()}
+                parts = _taken(file, wanted, begin, end)
                 for index in range(end - begin):
                     entry: Any = {name: part[index] for name, part in parts.items()}
                     if not selection.columns and selection.id_column is None and len(entry) == 1:
@@ -64,6 +68,13 @@ class ArrayReader:
             yield opened
 
 
+def _taken(file: InputFile, arrays: _Arrays, begin: int, end: int) -> dict[str, Any]:
+    try:
+        return {name: take(begin, end) for name, take in arrays.items()}
+    except Exception as error:  # the end of a compressed array may be the first to be damaged
+        raise file.broken(error) from error
+
+
 def _row(selection: Selection, entry: Any, where: str) -> Row:
     if isinstance(entry, dict) and selection.id_column in entry:
         identity = entry[selection.id_column]
@@ -71,18 +82,21 @@ def _row(selection: Selection, entry: Any, where: str) -> Row:
     return selection.row(entry, where)
 
 
-def _same_length(lengths: dict[str, int]) -> int:
+def _num_rows(shapes: dict[str, Sequence[int]]) -> int:
+    for name, shape in shapes.items():
+        if not len(shape):
+            raise ValueError(f"array {name!r} has no dimension to take rows from")
+    lengths = {name: shape[0] for name, shape in shapes.items()}
     if len(set(lengths.values())) != 1:
         raise ValueError(f"its arrays must have one same first dimension, but have {lengths or 'none'}")
     return next(iter(lengths.values()))
 
 
-def _slices(arrays: dict[str, Any]) -> tuple[_Arrays, int]:
-    for name, array in arrays.items():
-        if array.ndim == 0:
-            raise ValueError(f"array {name!r} has no dimension to take rows from")
-    length = _same_length({name: len(array) for name, array in arrays.items()})
-    return {name: functools.partial(_copy, array) for name, array in arrays.items()}, length
+@contextlib.contextmanager
+def _npy(path: Path) -> Iterator[tuple[_Arrays, int]]:
+    # Unlike np.load this closes the file on failure; it refuses arrays of objects by itself.
+    array = np.lib.format.open_memmap(path, mode="r")
+    yield {"value": functools.partial(_copy, array)}, _num_rows({"value": array.shape})
 
 
 def _copy(array: Any, begin: int, end: int) -> Any:
@@ -91,18 +105,67 @@ def _copy(array: Any, begin: int, end: int) -> Any:
 
 
 @contextlib.contextmanager
-def _npy(path: Path) -> Iterator[tuple[_Arrays, int]]:
-    # Unlike np.load this closes the file on failure; it refuses arrays of objects by itself.
-    yield _slices({"value": np.lib.format.open_memmap(path, mode="r")})
-
-
-@contextlib.contextmanager
 def _npz(path: Path) -> Iterator[tuple[_Arrays, int]]:
-    # numpy leaves a file that it opened itself open when the archive is damaged.
-    with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-        if not hasattr(archive, "files"):
-            raise ValueError("it is no .npz archive")
-        yield _slices({name: archive[name] for name in archive.files})
+    with zipfile.ZipFile(path) as archive, contextlib.ExitStack() as stack:
+        arrays = {
+            name.removesuffix(".npy"): stack.enter_context(_StoredArray(archive, name))
+            for name in archive.namelist()
+        }
+        takes: _Arrays = {name: array.take for name, array in arrays.items()}
+        yield takes, _num_rows({name: array.shape for name, array in arrays.items()})
+
+
+class _StoredArray:
+    """One array of an archive, compressed or not, of which only the rows at hand are in memory."""
+
+    def __init__(self, archive: zipfile.ZipFile, name: str) -> None:
+        with archive.open(name) as stream:
+            self.shape, by_columns, self._dtype = _header(stream, name)
+            self._start = stream.tell()
+        self._order: Literal["C", "F"] = "F" if by_columns else "C"
+        self._open = functools.partial(archive.open, name)
+        self._stream: IO[bytes] | None = None
+        self._whole: np.ndarray[Any, Any] | None = None
+
+    def __enter__(self) -> _StoredArray:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._stream is not None:
+            self._stream.close()
+
+    def take(self, begin: int, end: int) -> np.ndarray[Any, Any]:
+        """Returns rows; those before them are read again only when they come out of turn."""
+        if self._order == "C":
+            return self._read(begin, end)
+        if self._whole is None:
+            self._whole = self._read(0, self.shape[0])  # its rows are scattered over all of it
+        return np.array(self._whole[begin:end])
+
+    def _read(self, begin: int, end: int) -> np.ndarray[Any, Any]:
+        row_bytes = self._dtype.itemsize * math.prod(self.shape[1:])
+        stream = self._stream = self._stream or self._open()
+        if stream.tell() != (first := self._start + begin * row_bytes):
+            stream.seek(first)
+        # torch warns of arrays that it may not write to, as those on bytes.
+        data = bytearray(stream.read((end - begin) * row_bytes))
+        return np.ndarray((end - begin, *self.shape[1:]), self._dtype, data, order=self._order)
+
+
+def _header(stream: IO[bytes], name: str) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    version = np.lib.format.read_magic(stream)
+    if version not in _READ_HEADER:
+        raise ValueError(f"{name} is of the unknown version {version}")
+    shape, by_columns, dtype = _READ_HEADER[version](stream)
+    if dtype.hasobject:
+        raise ValueError(f"{name} holds pickled objects")
+    return shape, by_columns, dtype
+
+
+_READ_HEADER: dict[Any, Any] = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 
 
 @contextlib.contextmanager
@@ -112,11 +175,8 @@ def _safetensors(path: Path) -> Iterator[tuple[_Arrays, int]]:
     # Through torch, since numpy has no bfloat16.
     with safetensors.safe_open(path, framework="pt") as archive:
         slices = {name: archive.get_slice(name) for name in archive.keys()}  # noqa: SIM118
-        shapes = {name: part.get_shape() for name, part in slices.items()}
-        if not all(shapes.values()):
-            raise ValueError("an array without dimensions has no rows")
         takes: _Arrays = {name: functools.partial(_slice, part) for name, part in slices.items()}
-        yield takes, _same_length({name: shape[0] for name, shape in shapes.items()})
+        yield takes, _num_rows({name: part.get_shape() for name, part in slices.items()})
 
 
 def _slice(part: Any, begin: int, end: int) -> Any:
