@@ -18,6 +18,10 @@ from .steps import Steps, same
 
 _DEFAULT_MAX_LENGTH = 512
 _WITH_POOLER = ("bert", "roberta", "xlm-roberta")
+_MODULES = ("Transformer", "Pooling", "Normalize")
+
+# What transformers leaves unread here: texts for people, code, and weights other than safetensors.
+_UNREAD = frozenset({".md", ".py", ".bin", ".h5", ".msgpack", ".onnx", ".ot", ".gguf"})
 
 
 class Embedder(nn.Module):
@@ -45,15 +49,18 @@ class Embedder(nn.Module):
         return {"embedding": nn.functional.normalize(pooled, dim=-1)}
 
 
-def load_embedder(folder: Path) -> tuple[Embedder, tuple[Path, ...]]:
+def load_embedder(folder: Path) -> tuple[Embedder, dict[str, Path]]:
     """Loads the encoder of a folder, from safetensors only and without running code in it.
+
+    Returns:
+        The encoder, and the files of the folder that the vectors depend on by their names in it.
 
     Raises:
         MissingExtraError: When transformers is not installed.
         ModelLoadError: When the folder is no complete encoder, or pools in another way.
     """
     transformers = _transformers()
-    _check_pooling(folder)
+    _check_modules(folder)
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         # BERT's own pooler would be computed and thrown away.
@@ -66,8 +73,17 @@ def load_embedder(folder: Path) -> tuple[Embedder, tuple[Path, ...]]:
             f"The folder {folder} holds no model that transformers can load: {brief(error)}",
             "It needs config.json and model.safetensors as save_pretrained writes them.",
         ) from error
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
-    return Embedder(encoder), tuple(files)
+    return Embedder(encoder), _files_read(folder)
+
+
+def _files_read(folder: Path) -> dict[str, Path]:
+    paths = [*folder.iterdir(), *folder.glob("*/config.json")]
+    names = {path.relative_to(folder).as_posix(): path for path in sorted(paths) if path.is_file()}
+    return {
+        name: path
+        for name, path in names.items()
+        if not name.startswith(".") and path.suffix.lower() not in _UNREAD
+    }
 
 
 def embed_steps(folder: Path) -> Steps:
@@ -96,7 +112,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 def max_length(folder: Path, tokenizer: Any) -> int:
     """Returns the number of tokens that a text is cut to."""
-    limit = _json(folder / "sentence_bert_config.json").get("max_seq_length")
+    limit = _json(folder / "sentence_bert_config.json", dict).get("max_seq_length")
     return int(limit or min(tokenizer.model_max_length, _DEFAULT_MAX_LENGTH))
 
 
@@ -137,21 +153,54 @@ class PadTokens:
         return {"input_ids": ids, "attention_mask": (torch.arange(longest) < lengths.unsqueeze(1)).long()}
 
 
-def _check_pooling(folder: Path) -> None:
-    config = _json(folder / "1_Pooling" / "config.json")
-    if config and not config.get("pooling_mode_mean_tokens", True):
-        raise ModelLoadError(
-            f"The model in {folder} does not pool by the mean of its tokens",
-            "Write a factory for it and name that as package.module:factory.",
-        )
+def _check_modules(folder: Path) -> None:
+    """Fails where sentence-transformers would do more, or other things, than `Embedder` does."""
+    modules = _modules(folder)
+    for kind, _ in modules:
+        if kind not in _MODULES:
+            raise _unlike(folder, f"has a module {kind}, which --task embed does not run")
+    for name in [path for kind, path in modules if kind == "Pooling"] or ["1_Pooling"]:
+        modes = _pooling_modes(_json(folder / name / "config.json", dict))
+        if modes not in ([], ["mean"], ["pooling_mode_mean_tokens"]):
+            raise _unlike(folder, f"does not pool by the mean of its tokens, but by {', '.join(modes)}")
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _modules(folder: Path) -> list[tuple[str, str]]:
+    """Returns class and folder of every module that sentence-transformers would run."""
+    path = folder / "modules.json"
     try:
-        loaded = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return loaded if isinstance(loaded, dict) else {}
+        return [(entry["type"].rpartition(".")[2], entry["path"]) for entry in _json(path, list)]
+    except (LookupError, TypeError, AttributeError) as error:
+        raise _unreadable(path, "it holds no list of modules") from error
+
+
+def _pooling_modes(config: dict[str, Any]) -> list[str]:
+    if (modes := config.get("pooling_mode")) is not None:
+        return [modes] if isinstance(modes, str) else list(modes)
+    # Older versions wrote a flag for each.
+    flags = {name: used for name, used in config.items() if name.startswith("pooling_mode_")}
+    return [name for name, used in flags.items() if used] or [f"none of {len(flags)}"] * bool(flags)
+
+
+def _unlike(folder: Path, what: str) -> ModelLoadError:
+    return ModelLoadError(
+        f"The model in {folder} {what}", "Write a factory for it and name that as package.module:factory."
+    )
+
+
+def _json(path: Path, kind: type[Any]) -> Any:
+    """Reads settings of a ``kind``; an empty one where there is no such file."""
+    try:
+        loaded = json.loads(path.read_text()) if path.exists() else kind()
+        if not isinstance(loaded, kind):
+            raise ValueError(f"it holds no {kind.__name__}")
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+    return loaded
+
+
+def _unreadable(path: Path, why: object) -> ModelLoadError:
+    return ModelLoadError(f"{path} cannot be read: {why}", "Copy it from the model anew.")
 
 
 def _transformers() -> Any:

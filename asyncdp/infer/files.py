@@ -6,7 +6,7 @@ import contextlib
 import errno
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO
 
@@ -16,6 +16,9 @@ from torch import nn
 from ..errors import OutputError
 
 TEMPORARY_PREFIX = ".tmp-"
+
+WHOLE_BELOW = 256 << 20
+"""Bytes from which on a file is compared by samples, and by its time where that stays the same."""
 
 _CHUNK = 1 << 20
 
@@ -100,14 +103,20 @@ def digest_weights(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def digest_large_file(path: Path, *, whole_below: int = 256 << 20, num_samples: int = 64) -> str:
-    """Returns a digest of a file: of all bytes, or of samples and times where that would take too long."""
-    status = path.stat()
-    if status.st_size < whole_below:
+def digest_large_file(path: Path, *, num_samples: int = 64) -> str:
+    """Returns a digest of a file: of all bytes, or of size and samples where that would take too long."""
+    size = path.stat().st_size
+    if size < WHOLE_BELOW:
         return digest_file(path)
-    digest = hashlib.blake2b(f"{status.st_size} {status.st_mtime_ns}".encode(), digest_size=16)
+    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
     with open(path, "rb") as file:
         for index in range(num_samples):
-            file.seek((status.st_size - _CHUNK) * index // (num_samples - 1))
+            file.seek(max(size - _CHUNK, 0) * index // (num_samples - 1))
             digest.update(file.read(_CHUNK))
     return digest.hexdigest()
+
+
+def times_of_large_files(paths: Iterable[Path]) -> list[tuple[str, int]]:
+    """Returns name and time of change (ns) of each file whose digest covers samples only."""
+    found = [(path.name, path.stat()) for path in paths]
+    return [(name, status.st_mtime_ns) for name, status in found if status.st_size >= WHOLE_BELOW]

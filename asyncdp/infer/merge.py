@@ -12,6 +12,7 @@ from ..errors import JobUsageError, ResumeRefusedError
 from .blocks import check_same_schema
 from .files import write_whole
 from .journal import Block, JournalState, load_journal
+from .options import TIMES
 from .output import OutputFolder, check_output_free, explain_changes
 
 
@@ -52,9 +53,10 @@ def merge_parts(folders: list[Path], output: Path) -> Merged:
 
 def _same_job(parts: dict[Path, JournalState]) -> dict[str, Any]:
     """Returns the fingerprint of the unsplit job."""
-    wholes = [{**state.fingerprint, "shard": [0, 1]} for state in parts.values()]
-    for folder, whole in zip(parts, wholes, strict=True):
-        if changes := explain_changes(wholes[0], whole):
+    wholes = {folder: {**state.fingerprint, "shard": [0, 1], TIMES: None} for folder, state in parts.items()}
+    first = next(iter(wholes.values()))
+    for folder, whole in wholes.items():
+        if changes := explain_changes(first, whole):
             raise ResumeRefusedError(
                 f"{folder} belongs to a different job: {'; '.join(changes)}", "Merge parts of one job."
             )
@@ -67,7 +69,9 @@ def _same_job(parts: dict[Path, JournalState]) -> dict[str, Any]:
             f"{len(shards)} folders for a job of {num_parts} parts; missing: {names}",
             "Name the folder of every part once.",
         )
-    return wholes[0]
+    # The times are those of the first part, whatever order the folders are named in.
+    one = min(parts.values(), key=lambda state: state.fingerprint["shard"])
+    return {**one.fingerprint, "shard": [0, 1]}
 
 
 def _same_length(parts: dict[Path, JournalState]) -> int:

@@ -7,6 +7,7 @@ import dataclasses
 import os
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,12 +34,12 @@ class LoadedModel:
 
     Attributes:
         module: Runs without gradients; safe to replicate over lanes.
-        files: What its behaviour depends on, for the fingerprint.
+        files: What its behaviour depends on, by what it is, for the fingerprint.
         made_by_code: Whether its weights may come from elsewhere than ``files``.
     """
 
     module: nn.Module
-    files: tuple[Path, ...]
+    files: Mapping[str, Path]
     made_by_code: bool = False
 
 
@@ -107,17 +108,18 @@ def load_model(options: InferOptions) -> LoadedModel:
     if Path(spec).is_dir():
         from .embed import load_embedder
 
-        module, files = load_embedder(Path(spec))
+        module, names = load_embedder(Path(spec))
+        files = {f"model file {name}": path for name, path in names.items()}
     elif spec.endswith(".pt2"):
         path = _existing(Path(spec), "model")
-        module, files = load_exported(path, allow_pickle=options.allow_unsafe_pickle), (path,)
+        module, files = load_exported(path, allow_pickle=options.allow_unsafe_pickle), {"model file": path}
     else:
         module, files = _from_factory(spec)
         made_by_code = True
     if options.weights:
         path = _existing(Path(options.weights), "weights")
         load_weights(module, path, allow_pickle=options.allow_unsafe_pickle)
-        files = (*files, path)
+        files["weights"] = path
     return LoadedModel(_prepared(module, options), files, made_by_code)
 
 
@@ -144,7 +146,7 @@ def _prepared(module: nn.Module, options: InferOptions) -> nn.Module:
     return InferenceModule(module, dtype, DTYPES.get(options.autocast or ""), options.compile)
 
 
-def _from_factory(spec: str) -> tuple[nn.Module, tuple[Path, ...]]:
+def _from_factory(spec: str) -> tuple[nn.Module, dict[str, Path]]:
     if Path(spec).is_file():
         raise ModelLoadError(
             f"{spec} is no exported program (.pt2), and no other file is loaded as a model",
@@ -168,7 +170,7 @@ def _from_factory(spec: str) -> tuple[nn.Module, tuple[Path, ...]]:
             f"The factory {spec} returned {type(module).__name__}", "It must return a torch.nn.Module."
         )
     source = source_of(spec, "--model")
-    return module, (source,) if source else ()
+    return module, {f"model file {source.name}": source} if source else {}
 
 
 def load_weights(module: nn.Module, path: Path, *, allow_pickle: bool) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import JobUsageError
-from .files import digest_large_file, digest_weights
+from .files import digest_large_file, digest_weights, times_of_large_files
 from .models import DTYPES, LoadedModel
 from .names import source_of
 from .readers import FORMATS, STDIN, InputFile, Inputs, Selection
@@ -18,6 +18,9 @@ from .writers import WRITERS
 ON_ERROR = ("stop", "skip", "record")
 ORDERS = ("input", "completion")
 TASKS = ("embed",)
+
+TIMES = "times of large files"
+"""The entry of a fingerprint that differs between machines even where all contents are the same."""
 
 # These change which rows come out or how they are grouped into batches, which changes the last bits.
 _FINGERPRINTED = (
@@ -115,19 +118,25 @@ def fingerprint(options: InferOptions, inputs: Inputs, model: LoadedModel) -> di
     chosen = {name: getattr(options, name) for name in _FINGERPRINTED}
     chosen["input_format"] = inputs.format_name
     chosen["shard"] = list(options.part)
-    for path in model.files:
-        chosen[f"model file {path.name}"] = digest_large_file(path)
     if model.made_by_code:
         # Weights that the factory read from somewhere, or that it drew at random.
         chosen["model weights"] = digest_weights(model.module)
-    for option in ("preprocess", "collate", "postprocess"):
-        spec = getattr(options, option)
-        source = source_of(spec, f"--{option}") if spec else None
-        if source:
-            chosen[f"{option} file {source.name}"] = digest_large_file(source)
+    else:
+        chosen["model"] = None  # its files tell which one it is, wherever they lie
+    files = {**model.files, **_sources(options)}
+    chosen |= {name: digest_large_file(path) for name, path in files.items()}
     chosen["input"] = [_input_entry(file) for file in inputs.files]
+    on_disk = [file.path for file in inputs.files if file.path != STDIN]
+    chosen[TIMES] = times_of_large_files([*files.values(), *on_disk])
     plain: dict[str, Any] = json.loads(json.dumps(chosen))
     return plain
+
+
+def _sources(options: InferOptions) -> dict[str, Path]:
+    """Returns the files with the functions around the model."""
+    named = {name: getattr(options, name) for name in ("preprocess", "collate", "postprocess")}
+    found = {name: source_of(spec, f"--{name}") for name, spec in named.items() if spec}
+    return {f"{name} file {source.name}": source for name, source in found.items() if source}
 
 
 def _input_entry(file: InputFile) -> list[Any]:
