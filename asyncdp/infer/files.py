@@ -69,6 +69,24 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(path: Path) -> None:
+    """Makes a folder and those above it, such that they survive a power loss.
+
+    Raises:
+        OSError: When one of them cannot be made.
+        OutputError: When the disk does not keep one that was made.
+    """
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    for folder in reversed(missing):
+        folder.mkdir(exist_ok=True)
+        try:
+            # A folder may take new names without letting itself be opened.
+            with contextlib.suppress(PermissionError):
+                sync_folder(folder.parent)
+        except OSError as error:
+            raise write_failed(folder, error) from error
+
+
 def write_failed(path: Path, error: OSError) -> OutputError:
     """Builds the error for a file that could not be written."""
     remedy = {

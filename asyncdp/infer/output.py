@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from ..errors import JobUsageError, OutputExistsError, ResumeRefusedError
 from .blocks import BlockRows, check_same_schema
-from .files import TEMPORARY_PREFIX, write_whole
+from .files import TEMPORARY_PREFIX, make_folder, write_whole
 from .journal import JOURNAL_NAME, Block, Journal, JournalState, StoredFile, load_journal
 from .records import Failure
 from .writers import WRITERS
@@ -185,7 +185,7 @@ def _locked(path: Path) -> Any:
     # Taken in one thread and released in another.
     lock = filelock.FileLock(path / LOCK_NAME, thread_local=False)
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        make_folder(path)
         lock.acquire(blocking=False)
     except filelock.Timeout:
         raise JobUsageError(

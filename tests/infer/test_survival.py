@@ -62,6 +62,22 @@ def test_a_read_only_output_is_told(run, numbers, monkeypatch):
         run(numbers(3), "never_imported:Model", output=Path("elsewhere"))
 
 
+@pytest.mark.skipif(os.name == "nt", reason="folders cannot be flushed there")
+def test_a_new_output_folder_is_on_the_disk(run, work, numbers, monkeypatch):
+    """The names of all folders that the job made are flushed, so that none is gone after a power loss."""
+    flush, flushed = os.fsync, []
+
+    def noted(descriptor):
+        status = os.fstat(descriptor)
+        flushed.append((status.st_dev, status.st_ino))
+        flush(descriptor)
+
+    monkeypatch.setattr(files.os, "fsync", noted)
+    run(numbers(3), output=Path("a/b/out"))
+    for parent in (work, work / "a", work / "a" / "b", work / "a" / "b" / "out"):
+        assert (parent.stat().st_dev, parent.stat().st_ino) in flushed, parent
+
+
 class Killed(BaseException):
     """Ends a job where it stands, without the cleaning up that an error sees."""
 
