@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
+
+_STAGES = ("read", "preprocess", "collate", "lanes", "postprocess", "write")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Monitor:
 
     Attributes:
         num_earlier: Records that an earlier run had finished.
-        stages: Seconds spent in each stage, summed over its workers.
+        stages: Seconds spent in each stage but the lanes, summed over its workers.
     """
 
     num_earlier: int = 0
@@ -44,6 +47,7 @@ class Monitor:
     warnings: list[str] = dataclasses.field(default_factory=list)
     samples: list[Sample] = dataclasses.field(default_factory=list)
     started: float = dataclasses.field(default_factory=time.perf_counter)
+    _lock: Any = dataclasses.field(default_factory=threading.Lock, repr=False)
 
     def restart(self, engine: Any) -> None:
         """Starts the clock, and takes the lanes' load so far as zero."""
@@ -54,11 +58,19 @@ class Monitor:
         """Returns which part of the time each lane was busy, 0 to 1."""
         if len(self.samples) < 2:
             return {}
-        first, last = self.samples[0], self.samples[-1]
-        elapsed = max(last.seconds - first.seconds, 1e-9)
-        return {
-            name: min(1.0, (busy - first.lanes.get(name, 0.0)) / elapsed) for name, busy in last.lanes.items()
-        }
+        elapsed = max(self.samples[-1].seconds - self.samples[0].seconds, 1e-9)
+        return {name: min(1.0, busy / elapsed) for name, busy in self._busy_seconds().items()}
+
+    def stage_seconds(self) -> dict[str, float]:
+        """Returns the seconds spent in each stage; on the lanes those of work, without waiting for them."""
+        stages = dict(self.stages)
+        if len(self.samples) > 1:
+            stages["lanes"] = sum(self._busy_seconds().values())
+        return {name: stages[name] for name in _STAGES if name in stages}
+
+    def _busy_seconds(self) -> dict[str, float]:
+        first, last = self.samples[0].lanes, self.samples[-1].lanes
+        return {name: busy - first.get(name, 0.0) for name, busy in last.items()}
 
     @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -67,7 +79,9 @@ class Monitor:
         try:
             yield
         finally:
-            self.stages[stage] = self.stages.get(stage, 0.0) + time.perf_counter() - start
+            spent = time.perf_counter() - start
+            with self._lock:
+                self.stages[stage] = self.stages.get(stage, 0.0) + spent
 
     def warn_once(self, text: str) -> None:
         """Keeps a warning for the person, unless it was given before."""

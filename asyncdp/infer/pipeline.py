@@ -246,8 +246,7 @@ class Pipeline:
 
     async def _forward(self, batch: Batch) -> None:
         args, kwargs = await anyio.to_thread.run_sync(self._collate, batch.items)
-        with self._monitor.timed("lanes"):
-            output = await self._engine.on_one_lane(*args, **kwargs)
+        output = await self._engine.on_one_lane(*args, **kwargs)
         await anyio.to_thread.run_sync(self._keep, output, batch)
 
     def _collate(self, items: list[Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
@@ -272,7 +271,7 @@ class Pipeline:
         monitor.num_done += len(batch.records)
         monitor.num_batches += 1
         monitor.cost += sum(batch.costs)
-        monitor.padding += padding(batch.costs)
+        monitor.padding += padding(batch.costs) if self._steps.pads else 0
         await self._finish_if_complete(block)
 
     def _refuse(self, block: OpenBlock, record: Record, error: Exception) -> None:

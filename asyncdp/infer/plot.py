@@ -37,13 +37,27 @@ def draw_plot(path: Path, samples: list[Sample]) -> None:
     figure = figure_class(figsize=(9, 5), layout="constrained")
     rate, load = figure.subplots(2, 1, sharex=True)
     spans = [(a, b) for a, b in pairwise(samples) if b.seconds > a.seconds]
-    times = [b.seconds for _, b in spans]
+    times = [after.seconds for _, after in spans]
     rate.plot(times, [(b.num_done - a.num_done) / (b.seconds - a.seconds) for a, b in spans])
     rate.set_ylabel("records per second")
     for name in samples[-1].lanes if samples else ():
-        busy = [(b.lanes[name] - a.lanes.get(name, 0.0)) / (b.seconds - a.seconds) for a, b in spans]
-        load.plot(times, [min(1.0, part) for part in busy], label=name)
+        load.plot(times, lane_loads(spans, name), label=name)
     load.set(ylabel="lane busy", xlabel="seconds", ylim=(0, 1.05))
     if spans:
         load.legend(loc="lower right")
     write_whole(path, lambda file: figure.savefig(file, format=path.suffix[1:]))
+
+
+def lane_loads(spans: list[tuple[Sample, Sample]], name: str) -> list[float]:
+    """Returns which part of each span of time a lane was busy, 0 to 1.
+
+    A lane tells of a work only once it has ended, so what does not fit into a span was done in those before.
+    """
+    loads, untold = [], 0.0
+    for before, after in reversed(spans):
+        seconds = after.seconds - before.seconds
+        untold += after.lanes[name] - before.lanes.get(name, 0.0)
+        busy = min(seconds, untold)
+        untold -= busy
+        loads.append(busy / seconds)
+    return loads[::-1]

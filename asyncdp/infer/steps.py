@@ -32,6 +32,11 @@ class Steps:
     postprocess: Callable[[Any], Any]
     cost: Callable[[Any], int]
 
+    @property
+    def pads(self) -> bool:
+        """Whether the items of a batch may be padded to the longest one; stacking them never does."""
+        return self.collate is not default_collate
+
 
 @dataclasses.dataclass(frozen=True)
 class EachValue:

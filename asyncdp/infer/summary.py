@@ -19,8 +19,8 @@ class Summary:
         num_bad: Those of them that were refused, earlier runs included.
         seconds: Time this run took, loading not included.
         rate: Records per second of this run.
-        padding: Part of the work that went into padding, 0 to 1.
-        stages: Seconds by stage, summed over its workers.
+        padding: Part of the work that went into padding, 0 to 1; stacks and lists of texts have none.
+        stages: Seconds by stage, summed over its workers; on the lanes without waiting for them.
         lanes: Part of the time each lane was busy, 0 to 1.
         files: Shards with outputs in the output folder.
         error_files: Files there that tell of bad records.
@@ -100,7 +100,7 @@ def summarise(monitor: Monitor, output: OutputFolder) -> Summary:
         seconds=seconds,
         rate=monitor.num_done / seconds if seconds else 0.0,
         padding=monitor.padding / work if work else 0.0,
-        stages=dict(monitor.stages),
+        stages=monitor.stage_seconds(),
         lanes=busy,
         files=len(names) - num_told,
         output=str(output.path),
