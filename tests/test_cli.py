@@ -157,6 +157,66 @@ def test_exit_code_130_when_interrupted(work, number, args, told):
     assert told in errors
 
 
+def test_an_error_does_not_wait_for_standard_input(work):
+    """A job that fails ends at once, though whoever writes its input neither writes nor closes it."""
+    command = [sys.executable, "-m", "asyncdp.cli", "infer", *SILENT, "--devices", "cpu", "-o", "out"]
+    command += ["--json", "--preprocess", "models_for_tests:refuse_b", "--window", "1", "--batch-size", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(MODELS)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, text=True, env=environment) as job:
+        job.stdin.write("a\nb\n")
+        job.stdin.flush()
+        try:
+            assert job.wait(timeout=20) == 1
+        finally:
+            job.kill()
+        assert "Record 1 (standard input:2) was refused" in job.stderr.read()
+        assert json.loads(job.stdout.read().splitlines()[-1])["code"] == 1
+
+
+LOADING = """
+import threading
+
+def model():
+    print("loading", flush=True)
+    threading.Event().wait()
+"""
+
+READING = """
+import sys, threading, types, torch
+
+class Silent:
+    def readline(self, limit):
+        print("reading", flush=True)
+        threading.Event().wait()
+
+def model():
+    sys.stdin = types.SimpleNamespace(buffer=Silent())
+    return torch.nn.Identity()
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize(
+    ("code", "args", "sign"),
+    [(LOADING, ["in.jsonl"], "loading"), (READING, ["-", "--input-format", "lines", "--dry-run"], "reading")],
+    ids=["loading", "dry run"],
+)
+def test_exit_code_130_at_any_time(work, code, args, sign):
+    """A signal ends the command with 130 also while the model loads, and a dry run of a silent input."""
+    (work / "slow.py").write_text(code)
+    command = [sys.executable, "-m", "asyncdp.cli", "infer", *args, "--model", "slow:model", "-o", "out"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as job:
+        assert job.stdout.readline() == f"{sign}\n"
+        job.send_signal(signal.SIGTERM)
+        try:
+            assert job.wait(timeout=20) == 130
+        finally:
+            job.kill()
+        assert job.stderr.read().startswith("interrupted")
+    assert not (work / "out").exists()
+
+
 def test_worker_processes_of_the_command(work):
     """Worker processes start up as children of `python -m asyncdp.cli`, which they import again."""
     command = [sys.executable, "-m", "asyncdp.cli", "infer", "in.jsonl", "--model", "models_for_tests:Sums"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import signal
 import sys
 
 _PACKAGES = ("typer", "rich", "pyarrow", "safetensors", "filelock")
@@ -34,4 +35,6 @@ def main() -> None:
     _keep_memory_flat()
     from .app import app
 
+    # Until a job waits for signals itself, SIGTERM ends the command as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     app(prog_name="asyncdp")

@@ -9,13 +9,13 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 from ..errors import AsyncDPError
 from ..infer import InferOptions
-from .running import EXIT_INTERRUPTED, Interrupted, exit_code_of
+from .running import EXIT_INTERRUPTED, Abandoned, Interrupted, exit_code_of
 
 _WIDTH = 100
 
@@ -149,14 +149,28 @@ def _exit_with(run: Callable[[], int], *, as_json: bool = False) -> None:
         code = run()
     except Interrupted as interrupted:
         print(interrupted, file=sys.stderr)
-        sys.stdout.flush()
-        # A thread may wait for standard input for ever; everything worth keeping is on the disk.
-        os._exit(EXIT_INTERRUPTED)
-    except KeyboardInterrupt:  # before the job began
+        _leave_at_once(EXIT_INTERRUPTED)
+    except Abandoned as abandoned:
+        _leave_at_once(_tell(abandoned.error, as_json=as_json))
+    except KeyboardInterrupt:  # before the job began, or after its end
+        print("interrupted", file=sys.stderr)
         code = EXIT_INTERRUPTED
     except AsyncDPError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = exit_code_of(0, error)
-        if as_json:
-            print(json.dumps({"event": "error", "code": code, "text": str(error)}))
+        code = _tell(error, as_json=as_json)
     raise typer.Exit(code)
+
+
+def _tell(error: AsyncDPError, *, as_json: bool) -> int:
+    """Prints an error; gives the exit code for it."""
+    code = exit_code_of(0, error)
+    print(f"error: {error}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"event": "error", "code": code, "text": str(error)}))
+    return code
+
+
+def _leave_at_once(code: int) -> NoReturn:
+    """Waits for no thread: one may read standard input for ever, and all worth keeping is on the disk."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import TypeVar
 
 import anyio
 
-from ..errors import JobUsageError, MissingExtraError
-from ..infer import InferOptions, Job, Reporter, Summary
+from ..errors import AsyncDPError, JobUsageError, MissingExtraError
+from ..infer import InferOptions, Job
 from ..infer.monitor import Monitor
 from ..infer.readers import STDIN
 from ..infer.task_groups import plain_task_group
+
+T = TypeVar("T")
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -22,6 +27,14 @@ EXIT_INTERRUPTED = 130
 
 class Interrupted(Exception):
     """A person or the system asked the job to stop; the text says how to go on."""
+
+
+class Abandoned(Exception):
+    """A job has failed, but a thread of it may wait for standard input for ever."""
+
+    def __init__(self, error: AsyncDPError) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 def exit_code_of(num_bad: int, error: Exception | None = None) -> int:
@@ -40,22 +53,32 @@ def run_infer(options: InferOptions, *, dry_run: bool, plot: Path | None, as_jso
         check_plot(plot)
     job = Job(options)
     if dry_run:
-        print(tell_plan(anyio.run(job.plan), as_json=as_json))
+        print(tell_plan(_run(job.plan, options, "nothing was written"), as_json=as_json))
         return 0
     monitor = Monitor()
-    try:
-        summary = anyio.run(run_until_signal, job, make_reporter(as_json=as_json), monitor)
-    except Interrupted:
-        if str(STDIN) in options.inputs:
-            raise Interrupted("interrupted; standard input cannot be read again, so start anew") from None
-        raise Interrupted("interrupted; the same command with --resume continues") from None
+    run = functools.partial(job.run, make_reporter(as_json=as_json), monitor)
+    summary = _run(run, options, "the same command with --resume continues")
     print(tell_summary(summary, as_json=as_json))
     if plot is not None:
         draw_plot(plot, monitor.samples)
     return exit_code_of(summary.num_bad)
 
 
-async def run_until_signal(job: Job, reporter: Reporter, monitor: Monitor) -> Summary:
+def _run(job: Callable[[], Awaitable[T]], options: InferOptions, going_on: str) -> T:
+    """Runs a job to its end, or until a signal comes; then the person is told how it goes on."""
+    reads_stdin = str(STDIN) in options.inputs
+    try:
+        return anyio.run(run_until_signal, job)
+    except Interrupted:
+        told = "standard input cannot be read again, so start anew" if reads_stdin else going_on
+        raise Interrupted(f"interrupted; {told}") from None
+    except AsyncDPError as error:
+        if reads_stdin:
+            raise Abandoned(error) from error
+        raise
+
+
+async def run_until_signal(job: Callable[[], Awaitable[T]]) -> T:
     """Runs a job; SIGINT and SIGTERM stop it after the batches at hand.
 
     Raises:
@@ -64,9 +87,9 @@ async def run_until_signal(job: Job, reporter: Reporter, monitor: Monitor) -> Su
     async with plain_task_group() as group:
         if os.name != "nt":
             group.start_soon(_raise_on_signal)
-        summary = await job.run(reporter, monitor)
+        result = await job()
         group.cancel_scope.cancel()
-    return summary
+    return result
 
 
 async def _raise_on_signal() -> None:

@@ -99,7 +99,7 @@ class Job:
             pipeline = self._pipeline(engine, ErrorPolicy(), keep, Monitor())
             size = self.options.batch_size
             windows = cut_windows(first, block_size=size, window=size, wanted=lambda block: True)
-            await pipeline.run(windows)
+            await pipeline.run(windows, abandon_reads=self._reads_stdin)
             names = tuple(lane.name for lane in engine.runtime.lanes)
         inputs = self.inputs
         return Plan(
@@ -111,6 +111,10 @@ class Job:
             inputs.num_records_read,
             num_earlier,
         )
+
+    @property
+    def _reads_stdin(self) -> bool:
+        return STDIN in [file.path for file in self.inputs.files]
 
     def _num_earlier(self) -> int:
         """Returns the number of records that a resumed job would find done."""
@@ -154,8 +158,7 @@ class Job:
             group.start_soon(self._tick, engine, reporter, monitor)
             try:
                 pipeline = self._pipeline(engine, policy, output.write_block, monitor)
-                from_terminal = STDIN in [file.path for file in self.inputs.files]
-                await pipeline.run(self._windows(output), abandon_reads=from_terminal)
+                await pipeline.run(self._windows(output), abandon_reads=self._reads_stdin)
             finally:
                 monitor.sample(engine)
                 reporter.progressed(self._estimate(), monitor)
