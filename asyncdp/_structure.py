@@ -14,6 +14,10 @@ from torch import Tensor, nn
 
 from ._replicate import KEPT, PLAIN
 
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
+
+_CONTAINERS = (list, tuple, dict, OrderedDict)
+
 
 def modules_of(module: nn.Module) -> list[nn.Module]:
     """A module and all below it. `module.modules()` makes names on the way, which takes far longer."""
@@ -54,26 +58,33 @@ class Structure:
     def take_note(self) -> None:
         """Remember the values as they are now."""
         namespaces = [each.__dict__ for each in self._modules() or ()]
-        registries = [
-            namespace[name] for namespace in namespaces for name in ("_parameters", "_buffers", "_modules")
-        ]
+        registries = [namespace[name] for namespace in namespaces for name in _REGISTRIES]
         hooks = [
             values
             for namespace in namespaces
             for name, values in namespace.items()
             if name.endswith("_hooks") and isinstance(values, dict)
         ]
-        parts = [value for namespace in namespaces for value in namespace.values() if _holds_parts(value)]
+        parts = [
+            each
+            for namespace in namespaces
+            for name, value in namespace.items()
+            if name not in _REGISTRIES and _holds_parts(value)
+            for each in _containers_in(value)
+        ]
         # Views and lists, all of them live. A hook's key is never used again, so keys tell all of hooks.
         self._values = [_values_of(each) for each in (*registries, *parts)]
-        self._names = [each.keys() for each in (*registries, *hooks) if each]
-        self._empty = [each for each in (*registries, *hooks) if not each]
+        named = [*registries, *hooks, *(each for each in parts if isinstance(each, dict))]
+        self._names = [each.keys() for each in named if each]
+        self._empty = [each for each in named if not each]
         self._attribute_names = [list(namespace) for namespace in namespaces]
         self._noted_names = list(chain.from_iterable(self._names))
         # The root's may hold this very object by its replicas, so of them all but those are kept.
         self._root_ids = [id(value) for value in namespaces[0].values()] if namespaces else []
         self._root = [value for name, value in namespaces[0].items() if name != KEPT] if namespaces else []
-        self._noted = [value for each in self._containers(namespaces) for value in each]
+        containers = self._containers(namespaces)
+        self._lengths = [*map(len, containers)]
+        self._noted = [*chain.from_iterable(containers)]
 
     def is_same(self) -> bool:
         """Whether nothing at all was replaced, added or removed."""
@@ -84,7 +95,7 @@ class Structure:
         containers = self._containers(namespaces)
         return (
             [id(value) for value in namespaces[0].values()] == self._root_ids
-            and sum(map(len, containers)) == len(self._noted)
+            and [*map(len, containers)] == self._lengths
             and all(map(is_, chain.from_iterable(containers), self._noted))
             and self._has_same_names()
         )
@@ -94,7 +105,10 @@ class Structure:
         modules = self._modules()
         if modules is None or not self._has_same_names():
             return None
-        if [list(each.__dict__) for each in modules] != self._attribute_names:
+        namespaces = [each.__dict__ for each in modules]
+        if [*map(list, namespaces)] != self._attribute_names:
+            return None
+        if [*map(len, self._containers(namespaces))] != self._lengths:
             return None
         before = chain(self._root, self._noted)
         changes = {
@@ -126,6 +140,15 @@ def _values_of(container: Any) -> Any:
 
 def _holds_parts(value: Any) -> bool:
     """Whether a plain container holds parts of a module, for which a replica has others."""
-    return type(value) in (list, dict, OrderedDict) and any(
-        isinstance(entry, (nn.Module, Tensor, MethodType)) for entry in _values_of(value)
+    return type(value) in _CONTAINERS and any(
+        isinstance(entry, (nn.Module, Tensor, MethodType)) or _holds_parts(entry)
+        for entry in _values_of(value)
     )
+
+
+def _containers_in(value: Any) -> list[Any]:
+    """A container and all those within it, but for tuples: they never change."""
+    if type(value) not in _CONTAINERS:
+        return []
+    within = [each for entry in _values_of(value) for each in _containers_in(entry)]
+    return within if type(value) is tuple else [value, *within]

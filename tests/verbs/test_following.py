@@ -167,6 +167,72 @@ def test_edited_list_of_parts_is_seen(dp: Passes) -> None:
     torch.testing.assert_close(dp(module, x), first(second(x)))
 
 
+def run_nested(m: Any, x: Tensor) -> Tensor:
+    for each in (*m.order[0]["first"], *m.order[1], *m.order[2][0]):
+        x = each(x)
+    return x
+
+
+def swap(order: Any) -> None:
+    order[0]["first"].reverse()
+
+
+def move_over(order: Any) -> None:
+    order[1].append(order[2][0].pop(0))
+
+
+def fill(order: Any) -> None:
+    order[1].append(nn.Tanh())
+
+
+def put_in(order: Any) -> None:
+    order[0]["first"][0] = nn.Tanh()
+
+
+def rename(order: Any) -> None:
+    order[0]["second"] = order[0].pop("first")
+    order[0]["first"] = []
+
+
+@pytest.mark.parametrize("change", [swap, move_over, fill, put_in, rename])
+def test_edited_containers_within_containers_are_seen(dp: Passes, change: Callable[[Any], None]) -> None:
+    """Lists and dicts of layers are followed however deep they are, also inside tuples and when empty."""
+    first, second = nn.Linear(3, 3).double(), nn.Tanh()
+    order = [{"first": [first, second]}, [], ([nn.Linear(3, 3).double(), nn.Sigmoid()],)]
+    module = Fn(run_nested, first=first, third=order[2][0][0], order=order)
+    x = rows(3)()
+    torch.testing.assert_close(dp(module, x), module(x))
+    change(module.order)
+    torch.testing.assert_close(dp(module, x), module(x))
+
+
+def test_entry_that_moves_to_the_list_beside_is_seen(dp: Passes) -> None:
+    """A layer moved from the front of one list to the end of the list before changes what replicas run."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        for each in m.before:
+            x = each(x)
+        return x if not m.after else -x
+
+    first, second = nn.Tanh(), nn.Sigmoid()
+    module = Fn(forward, first=first, second=second, before=[first], after=[second])
+    x = rows(3)()
+    torch.testing.assert_close(dp(module, x), module(x))
+    module.before.append(module.after.pop(0))
+    torch.testing.assert_close(dp(module, x), module(x))
+
+
+def test_entry_under_another_name_is_seen(dp: Passes) -> None:
+    """A layer of a plain dict that gets another key is found under that key by replicas."""
+    head, names = nn.Tanh(), ["a"]
+    module = Fn(lambda m, x: m.heads[names[0]](x), head=head, heads={"a": head})
+    x = rows(3)()
+    torch.testing.assert_close(dp(module, x), module(x))
+    names[0] = "b"
+    module.heads["b"] = module.heads.pop("a")
+    torch.testing.assert_close(dp(module, x), module(x))
+
+
 def test_own_methods_rebound_twice_are_seen(dp: Passes) -> None:
     """A forward rebound twice between passes is noticed although the method's address may come again."""
     module, x = nn.Identity(), rows(3)()
