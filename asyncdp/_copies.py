@@ -8,15 +8,23 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ._buckets import buckets
 
+_STRIDED = torch.strided
+
 
 class Stamp(NamedTuple):
-    """Tells whether a tensor's values may have changed."""
+    """Tells whether a tensor's values may have changed.
+
+    For longer than a storage lives only together with `hold_storages`: another storage may get the place
+    in memory of one that is gone.
+    """
 
     version: int
-    address: int
+    storage: int = 0
+    address: int = 0
     checksum: int = 0
 
     @classmethod
@@ -29,12 +37,23 @@ class Stamp(NamedTuple):
         """
         if tensor.is_inference():
             return None
-        is_dense = tensor.layout is torch.strided
+        if tensor.layout is not _STRIDED:
+            return cls(tensor._version)
         return cls(
             tensor._version,
-            tensor.data_ptr() if is_dense else 0,
-            _checksum(tensor) if checksum and is_dense else 0,
+            tensor.untyped_storage()._cdata,
+            tensor.data_ptr(),
+            _checksum(tensor) if checksum else 0,
         )
+
+
+def hold_storages(tensors: Sequence[Tensor]) -> list[StorageWeakRef]:
+    """Keep the places of the tensors' storages from being taken by others, but none of their values.
+
+    Returns:
+        What to keep for as long as stamps of these tensors shall tell them from later ones.
+    """
+    return [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors if tensor.layout is _STRIDED]
 
 
 def copies_on(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ._autograd import broadcast_first
 from ._buckets import DEFAULT_BUCKET_BYTES, buckets
-from ._copies import Stamp, copies_on
+from ._copies import Stamp, copies_on, hold_storages
 from ._replicate import KEPT, AttributeMap, Replica, TensorMap, check_module, stand_ins
 from ._structure import Structure, modules_of
 
@@ -82,6 +82,7 @@ class _Copies:
         self._device = device
         self._checksum = checksum
         self._stamps: dict[int, Stamp | None] = {}
+        self._held = hold_storages(())
         self._copies: TensorMap = {}
 
     def has(self, tensor: Tensor) -> bool:
@@ -93,16 +94,19 @@ class _Copies:
 
     def up_to_date(self, tensors: TensorMap) -> TensorMap:
         """Complete `tensors` by copies of all it lacks; copy anew only what changed."""
+        before = self._stamps
         stamps = {id(tensor): Stamp.of(tensor, checksum=self._checksum) for tensor in self._originals}
         changed = [
             tensor
             for tensor in self._originals
-            if stamps[id(tensor)] is None or self._stamps.get(id(tensor)) != stamps[id(tensor)]
+            if stamps[id(tensor)] is None or before.get(id(tensor)) != stamps[id(tensor)]
         ]
         if changed:
-            self._stamps = stamps
+            held = hold_storages(self._originals)
             fresh = copies_on(changed, self._device)
             self._copies = {**self._copies, **stand_ins(changed, fresh)}
+            if self._stamps is before:  # and was not forgotten meanwhile
+                self._stamps, self._held = stamps, held
         return {**self._copies, **tensors} if tensors else self._copies
 
 
@@ -131,6 +135,7 @@ class ReplicaSet:
         self._structure: Structure | None = None  # until the first pass builds the replicas
         self._handed_out: dict[tuple[int, ...], list[LaneModule]] = {}  # what later passes may have too
         self._buffer_stamps: list[Stamp | None] = []  # empty if buffers may change without a trace
+        self._held = hold_storages(())  # those of the stamps
 
     def refresh(self) -> None:
         """Copy everything anew for the next pass, also what was changed behind autograd's back."""
@@ -247,6 +252,7 @@ class ReplicaSet:
 
         New ones instead of writing into the old: a pass under way may still read those.
         """
+        before = self._buffer_stamps
         self._handed_out = {}
         own = [buffer for buffer in self._buffers if self._is_own(buffer, 0)]
         self._shared[0] = {**self._shared[0], **stand_ins(own, own)}
@@ -257,7 +263,9 @@ class ReplicaSet:
             self._shared[lane] = {**self._shared[lane], **stand_ins(self._buffers, copies)}
         # Made on one lane's stream, read on those of others.
         _wait_issued({buffer.device for buffer in [*self._buffers, *self._lane_buffers]})
-        self._buffer_stamps = self._current_stamps()
+        if self._buffer_stamps is before:  # and no refresh was asked for meanwhile
+            self._buffer_stamps = self._current_stamps()
+            self._held = hold_storages(self._buffers)
 
     def _aliases(self, lanes: Sequence[int]) -> list[TensorMap] | None:
         """Each lane's own parameters for a pass that records their gradients; None for any other."""

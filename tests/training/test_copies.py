@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import asyncdp
 from asyncdp._copies import Stamp, copies_on, flat_copies
-from asyncdp._replica_set import _Copies
+from asyncdp._replica_set import ReplicaSet, _Copies
+from asyncdp.testing import fake_devices
 
 CPU = torch.device("cpu")
 
@@ -84,3 +88,94 @@ async def test_changed_buffers_behind_autograds_back(checksum: bool) -> None:
         assert torch.allclose(again[2:], module(x)[2:]) == checksum
         engine.refresh()
         assert torch.allclose(await engine(x), module(x))
+
+
+def put_elsewhere(tensor: Tensor, memory: np.ndarray, value: float) -> None:
+    """Give a tensor new values by other storage at the same address, as an allocator may after `to()`.
+
+    In between it has yet other storage, so that the first is gone when the last is made.
+    """
+    tensor.data = torch.full_like(tensor, -1.0)
+    memory[:] = value
+    tensor.data = torch.from_numpy(memory)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("kind", ["parameter", "buffer"])
+async def test_storage_that_comes_again_at_the_same_address(kind: str) -> None:
+    """Assigning to .data twice between two passes is noticed, even if address and version are the same."""
+    memory = np.zeros(2, dtype=np.float32)
+    module = nn.BatchNorm1d(2).eval()
+    tensor: Any = module.bias if kind == "parameter" else module.running_mean
+    x = torch.ones(4, 2)
+    async with (
+        asyncdp.Runtime(fake_devices(2)) as runtime,  # to torch another device than the module's
+        asyncdp.DataParallel(module, runtime=runtime, num_lanes="all") as engine,
+    ):
+        for turn in range(20):
+            put_elsewhere(tensor, memory, float(turn))
+            with torch.no_grad():
+                assert torch.equal(await engine(x), module(x))
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("num_passes", [0, 1])
+async def test_a_failed_copy_is_made_again(num_passes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a pass whose copies found no memory, the next one copies and has the module's weights."""
+    full = []
+
+    def copy(tensors: Any, device: torch.device) -> list[Tensor]:
+        if device in full:
+            raise torch.OutOfMemoryError
+        return copies_on(tensors, device)
+
+    monkeypatch.setattr("asyncdp._replica_set.copies_on", copy)
+    module, x = nn.Linear(3, 2), torch.ones(4, 3)
+    async with (
+        asyncdp.Runtime(fake_devices(2)) as runtime,
+        asyncdp.DataParallel(module, runtime=runtime, num_lanes="all") as engine,
+    ):
+        with torch.no_grad():
+            for _ in range(num_passes):
+                await engine(x)
+            module.weight.mul_(2.0)
+            full.append(runtime.lanes[1].device)
+            with pytest.raises(torch.OutOfMemoryError):
+                await engine(x)
+            full.clear()
+            assert torch.equal(await engine(x), module(x))
+
+
+def test_a_refresh_while_copies_are_made_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is forgotten in the midst of copying is copied anew by the next pass."""
+    weight = torch.ones(3)
+    copies = _Copies([weight], CPU, False)
+
+    def copy(tensors: Any, device: torch.device) -> list[Tensor]:
+        made = copies_on(tensors, device)
+        weight.data.add_(1)
+        copies.forget()
+        return made
+
+    with monkeypatch.context() as patch:
+        patch.setattr("asyncdp._replica_set.copies_on", copy)
+        copies.up_to_date({})
+    assert torch.equal(copies.up_to_date({})[id(weight)], weight)
+
+
+def test_a_refresh_while_buffers_are_copied_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same for the lanes' own buffers."""
+    module = nn.BatchNorm1d(2).eval()
+    mean: Any = module.running_mean
+    replicas = ReplicaSet(module, [CPU, CPU])
+
+    def copy(tensors: Any, device: torch.device) -> list[Tensor]:
+        made = copies_on(tensors, device)
+        mean.data.add_(1)
+        replicas.refresh()
+        return made
+
+    with monkeypatch.context() as patch:
+        patch.setattr("asyncdp._replica_set.copies_on", copy)
+        replicas.prepare(module, [0, 1])
+    assert torch.equal(replicas.prepare(module, [0, 1])[1].tensors[id(mean)], mean)
