@@ -9,7 +9,7 @@ from pathlib import Path
 from ...errors import InputError
 from ..records import Record, Row
 from . import arrays, images, parquet, text
-from .base import STDIN, InputFile, Reader, Selection
+from .base import COMPRESSIONS, STDIN, InputFile, Reader, Selection
 from .images import decode_image
 
 __all__ = ["FORMATS", "STDIN", "InputFile", "Inputs", "Selection", "decode_image", "open_inputs"]
@@ -38,8 +38,6 @@ _SUFFIXES = {
     ".safetensors": "safetensors",
     **dict.fromkeys(images.SUFFIXES, "images"),
 }
-
-_COMPRESSIONS = frozenset({".gz", ".bz2", ".xz", ".zst"})
 
 
 def open_inputs(
@@ -115,7 +113,7 @@ class Inputs:
 
     def _check_binary(self) -> None:
         for file in self.files if self._reader.binary else ():
-            if file.path == STDIN or file.path.suffix.lower() in _COMPRESSIONS:
+            if file.path == STDIN or file.path.suffix.lower() in COMPRESSIONS:
                 raise InputError(
                     f"{file.name} cannot be read as {self.format_name}",
                     "This format needs a plain, uncompressed file on disk.",
@@ -179,7 +177,7 @@ def _is_data(path: Path) -> bool:
 
 def _known_suffix(path: Path) -> str | None:
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in _COMPRESSIONS:
+    if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
     return _SUFFIXES.get(suffixes[-1]) if suffixes else None
 

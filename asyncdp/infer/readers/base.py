@@ -19,6 +19,8 @@ from ..records import Row
 
 STDIN = Path("-")
 
+COMPRESSIONS = frozenset({".gz", ".bz2", ".xz", ".zst"})
+
 _MAX_LINE = 64 << 20
 _BROKEN_STREAM = (EOFError, OSError, zlib.error, lzma.LZMAError)
 
@@ -137,7 +139,8 @@ class InputFile:
             yield sys.stdin.buffer
             return
         try:
-            with open(self.path, "rb") as self._raw, _decompressed(self._raw, self.path) as stream:
+            with open(self.path, "rb") as raw, _decompressed(raw, self.path) as stream:
+                self._raw = raw
                 yield stream
         except _BROKEN_STREAM as error:
             raise self.broken(error) from error
@@ -164,8 +167,12 @@ class InputFile:
         )
 
 
-def _decompressed(raw: IO[bytes], path: Path) -> contextlib.AbstractContextManager[IO[bytes]]:
-    match path.suffix.lower():
+def _decompressed(raw: io.BufferedReader, path: Path) -> contextlib.AbstractContextManager[IO[bytes]]:
+    suffix = path.suffix.lower()
+    if suffix in COMPRESSIONS and not raw.peek(1):
+        # To some of the libraries it holds nothing; but whoever began to write it meant to write more.
+        raise EOFError("the file is empty")
+    match suffix:
         case ".gz":
             return cast("IO[bytes]", gzip.GzipFile(fileobj=raw))
         case ".bz2":
