@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import os
 import sys
 import threading
@@ -48,15 +49,20 @@ def new_completion(on_cancel: Callable[[], None]) -> Completion:
 
 
 class _AsyncioCompletion(asyncio.Future[None]):
-    """A future whose cancellation takes effect when it is finished, not before."""
+    """A future whose cancellation takes effect when it is finished, not before.
 
-    __slots__ = ("_cancelling", "_message", "_on_cancel", "_waker")
+    The task that awaits it goes on at once when it is settled: a future's own way, by the loop's next
+    turn, costs that turn, which is a good part of a short call.
+    """
+
+    __slots__ = ("_cancelling", "_go_on", "_message", "_on_cancel", "_waker")
 
     def __init__(self, on_cancel: Callable[[], None]) -> None:
         loop = get_running_loop()
         super().__init__(loop=loop)
         self._on_cancel: Callable[[], None] | None = on_cancel
         self._waker = _waker_of(loop)
+        self._go_on: tuple[contextvars.Context, Callable[[Any], object]] | None = None
         self._cancelling = False
         self._message: Any = None
 
@@ -77,13 +83,25 @@ class _AsyncioCompletion(asyncio.Future[None]):
             self._on_cancel()
         return True
 
+    def add_done_callback(
+        self, fn: Callable[[Any], object], /, *, context: contextvars.Context | None = None
+    ) -> None:
+        """Keep the first, by which a task waits, for `settle` to call."""
+        if self._go_on is None and context is not None and not self.done():
+            self._go_on = context, fn
+        else:
+            super().add_done_callback(fn, context=context)
+
     def settle(self) -> None:
-        """End the future on its loop's thread."""
+        """End the future, and let the task that awaits it go on; called on the loop, outside of any task."""
         self._on_cancel = None  # the pass it belongs to refers to this future: break the cycle
         if self._cancelling:
             super().cancel(msg=self._message)
         else:
             self.set_result(None)
+        if self._go_on is not None:
+            (context, fn), self._go_on = self._go_on, None
+            context.run(fn, self)
 
 
 class _LoopWaker:
@@ -131,8 +149,14 @@ class _LoopWaker:
     def _settle_all(self) -> None:
         # Cleared first: a completion appended during the loop below signals again.
         self.is_signalled = False
-        while self.outbox:
-            self.outbox.popleft().settle()
+        try:
+            while self.outbox:
+                self.outbox.popleft().settle()
+        finally:
+            # A task may end the loop by a KeyboardInterrupt; the others go on when it runs again.
+            if self.outbox and not self.is_signalled:
+                self.is_signalled = True
+                self.signal()
 
 
 def _open_eventfd() -> int | None:
