@@ -302,7 +302,8 @@ class TooManyBadRecordsError(JobError):
     def __init__(self, num_bad: int, limit: int, last: str) -> None:
         super().__init__(
             f"{num_bad} records were refused, more than the {limit} allowed; the last one with {last}",
-            "Look at the records, then continue with --resume and a higher --max-errors.",
+            "With --on-error record they are told in _errors-*.jsonl of the output: look at them, then "
+            "continue with --resume and a higher --max-errors.",
         )
 
 

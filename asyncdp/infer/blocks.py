@@ -40,13 +40,18 @@ class Batch:
 
 @dataclasses.dataclass
 class OpenBlock:
-    """A block that still misses records."""
+    """A block that is not written yet.
+
+    Attributes:
+        complete: Whether all of its records are in, so that it waits for the writer.
+    """
 
     index: int
     rows: BlockRows
     size: int | None = None
     num_done: int = 0
     failures: list[Failure] = dataclasses.field(default_factory=list)
+    complete: bool = False
 
 
 class BlockRows:

@@ -14,7 +14,7 @@ import anyio
 import anyio.to_thread
 
 from .._data_parallel import DataParallel
-from ..errors import JobUsageError
+from ..errors import JobUsageError, TooManyBadRecordsError
 from .batching import Window, cut_windows
 from .blocks import BlockRows
 from .files import write_whole_bytes
@@ -159,6 +159,9 @@ class Job:
             try:
                 pipeline = self._pipeline(engine, policy, output.write_block, monitor)
                 await pipeline.run(self._windows(output), abandon_reads=self._reads_stdin)
+            except TooManyBadRecordsError:
+                await anyio.to_thread.run_sync(output.write_unfinished, pipeline.failures_left())
+                raise
             finally:
                 monitor.sample(engine)
                 reporter.progressed(self._estimate(), monitor)

@@ -88,6 +88,11 @@ class OutputFolder:
             files.append(self._write(name, lambda f: encode(f, ids, columns)))
         self.journal.finish_block(Block(index, num_records, num_records - len(rows), tuple(files), schema))
 
+    def write_unfinished(self, failures: Sequence[Failure]) -> None:
+        """Keeps the bad records of blocks that will not be finished; a resume removes them as strays."""
+        if failures:
+            self._write(f"{ERRORS_PREFIX}unfinished.jsonl", lambda file: _write_failures(file, failures))
+
     def _write(self, name: str, fill: Any) -> StoredFile:
         write_whole(self.path / name, fill)
         return StoredFile.of(self.path / name)

@@ -130,6 +130,10 @@ class Pipeline:
                     stream.close()
         assert not self._open, "every block that was read has been written"
 
+    def failures_left(self) -> list[Failure]:
+        """Returns the refused records of the blocks that were not written, after a run that failed."""
+        return [failure for block in self._open.values() for failure in block.failures]
+
     async def _read(self, windows: Windows, out: MemoryObjectSendStream[Window], abandon: bool) -> None:
         read = functools.partial(anyio.to_thread.run_sync, self._next, windows, abandon_on_cancel=abandon)
         async with out:
@@ -289,8 +293,8 @@ class Pipeline:
             raise TooManyBadRecordsError(self._num_bad, limit, failure.error)
 
     async def _finish_if_complete(self, block: OpenBlock) -> None:
-        if block.num_done == block.size and block.index in self._open:
-            del self._open[block.index]
+        if block.num_done == block.size and not block.complete:
+            block.complete = True
             await self._to_write.send(block)
 
     async def _write(self, blocks: MemoryObjectReceiveStream[OpenBlock]) -> None:
@@ -301,6 +305,7 @@ class Pipeline:
     def _write_one(self, block: OpenBlock) -> None:
         with self._monitor.timed("write"):
             self._write_block(block.index, block.num_done, block.rows, block.failures)
+            del self._open[block.index]
 
 
 # The allocator of CPU tensors has no exception type of its own, and other words on Linux than on Windows.
