@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pyarrow.dataset
+import pyarrow.parquet
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -126,6 +128,28 @@ def test_exit_code_2_before_anything_runs(work, args):
     assert result.exit_code == 2, result.output
     assert result.stderr
     assert not (work / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "begins"),
+    [
+        ("cut.parquet", 1, False),
+        ("cut.csv.gz", 1, True),  # behind its header
+        ("gone.parquet", 2, False),
+        ("short.csv", 2, False),
+        ("notes.md", 2, False),
+    ],
+)
+def test_exit_codes_of_inputs_that_cannot_be_read(work, name, code, begins):
+    """A damaged file is a failure, whenever it is found; one that was not asked for rightly is usage."""
+    pyarrow.parquet.write_table(pyarrow.table({"x": [1.0] * 9}), work / "whole.parquet")
+    (work / "cut.parquet").write_bytes((work / "whole.parquet").read_bytes()[:-9])
+    (work / "cut.csv.gz").write_bytes(gzip.compress(b"x\n1\n")[:-9])
+    (work / "short.csv").write_text("y\n1\n")
+    (work / "notes.md").write_text("x\n")
+    result = invoke("infer", name, "--model", "models_for_tests:Sums", "-o", "out", "--column", "x")
+    assert (result.exit_code, result.stderr.count("error: ")) == (code, 1), result.output
+    assert (work / "out").exists() == begins
 
 
 def test_exit_code_3_for_bad_records(work):

@@ -99,9 +99,8 @@ class JsonReporter:
         if self._paced.due():
             rate, eta = pace(num_records, monitor)
             done = monitor.num_earlier + monitor.num_done
-            self._say(
-                "progress", done=done, num_records=num_records, rate=rate, eta=eta, num_bad=monitor.num_bad
-            )
+            bad = monitor.num_earlier_bad + monitor.num_bad
+            self._say("progress", done=done, num_records=num_records, rate=rate, eta=eta, num_bad=bad)
 
     def finished(self) -> None:
         """Has nothing to close."""

@@ -68,6 +68,17 @@ def test_json_events(monitor, monkeypatch):
     assert (events[2]["done"], events[2]["num_bad"]) == (60, 2)
 
 
+def test_bad_records_of_earlier_runs_count(monitor, monkeypatch):
+    """Whoever reads progress sees bad records of the same records that are done: earlier ones included."""
+    monitor.num_earlier_bad = 3
+    lines, events = io.StringIO(), io.StringIO()
+    for reporter in (LineReporter(lines), JsonReporter(events)):
+        monkeypatch.setattr(reporter._paced, "_last", -1e9)
+        reporter.progressed(110, monitor)
+    assert lines.getvalue().strip().endswith(" 5 bad")
+    assert json.loads(events.getvalue())["num_bad"] == 5
+
+
 def test_a_pipe_gets_lines():
     """What is no terminal gets no bar."""
     assert isinstance(make_reporter(as_json=False, out=io.StringIO()), LineReporter)
