@@ -234,5 +234,8 @@ class _TrioCompletion:
             return
         import outcome
 
-        result = outcome.Value(None) if self._raise_cancel is None else outcome.capture(self._raise_cancel)
-        self._trio.lowlevel.reschedule(self._task, result)
+        # In no variable: a cancellation's traceback keeps this frame, and itself keeps many, alive.
+        self._trio.lowlevel.reschedule(
+            self._task,
+            outcome.Value(None) if self._raise_cancel is None else outcome.capture(self._raise_cancel),
+        )

@@ -6,11 +6,12 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
 from .._devices import LaneDevice
-from ..errors import AsyncDPError, DeviceLostError, RuntimeClosedError
+from ..errors import AsyncDPError, DeviceLostError, QueueFullError, RuntimeClosedError
 from .completion import Completion, new_completion
 from .lane import Lane
 from .passes import Pass, PassState
@@ -52,14 +53,18 @@ class Core:
 
     # The following are called with the lock held.
 
-    def submit(self, one: Pass) -> None:
-        """Give a pass to the schedule."""
+    def submit(self, one: Pass, waits: bool) -> None:
+        """Give a pass to the schedule; refuse it if there is no room and it does not wait."""
         self.num_running += 1
         action = self.schedule.submit(one, one.lanes)
         if type(action) is Admit:
             one.enqueue()
         elif action is not None:
             self.act([action])
+        elif not waits:
+            self.schedule.withdraw(one)
+            names = " or ".join(self.lanes[lane].name for lane in sorted(set(one.lanes)))
+            one.refuse(QueueFullError(f"lane {names}", self.schedule.max_queue))
 
     def act(self, actions: Iterable[Action]) -> None:
         """Perform what the schedule decided."""
@@ -116,6 +121,25 @@ class Core:
             self._stop_if_idle()
 
     # Called without the lock.
+
+    def capture(self, lanes: Iterable[Lane]) -> dict[torch.device, Any]:
+        """Note, on the submitting thread, what works on the devices of `lanes` have to wait for.
+
+        A device may prove to be lost only here, while no lane works on it.
+        """
+        captured: dict[torch.device, Any] = {}
+        for lane in lanes:
+            if lane.device in captured or lane.state is not LaneState.OPEN:
+                continue
+            try:
+                captured[lane.device] = lane.driver.capture()
+            except Exception as error:
+                if not lane.driver.lost(error):
+                    raise
+                with self.lock:
+                    self.lose(lane, error)
+                self.wake()
+        return captured
 
     def wake(self) -> None:
         """Wake the lanes and tasks that have something to do.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +23,8 @@ Stage = Sequence[tuple[Lane, Callable[[], Any]]]
 NextStage = Callable[[list[Any], Lane], Stage]
 """Makes the following stage from the results of one and the lane that ended last.
 
-Called under the runtime's lock: it only pairs lanes with calls and does no work itself.
+Called under the runtime's lock: it only pairs lanes with calls and does no work itself. After a stage
+of no works the lane is the runtime's first.
 """
 
 
@@ -60,6 +61,7 @@ class Pass:
         num_threads: intra-op threads of each work on a CPU lane.
         replica_stage: which stage's works are replicas, for the notes on exceptions; None if none's.
         ambient: what the caller had switched on; what it has now, if None.
+        lanes: all that stages may use; those of the first if None.
     """
 
     __slots__ = (
@@ -88,12 +90,13 @@ class Pass:
         num_threads: int,
         replica_stage: int | None,
         ambient: Ambient | None = None,
+        lanes: Iterable[Lane] | None = None,
     ) -> None:
         self._core = core
         self.num_threads = num_threads
         self.ambient = ambient or Ambient(core.device_types)
         self.captured: Mapping[torch.device, Any] = (
-            {lane.device: lane.driver.capture() for lane, _ in stage} if core.captures else _NOTHING
+            core.capture(lanes or [lane for lane, _ in stage]) if core.captures else _NOTHING
         )
         self._following = list(following) if following else []
         self._completion = new_completion(self._on_cancel)
@@ -106,16 +109,25 @@ class Pass:
     def __repr__(self) -> str:
         return f"<Pass {self.state.name.lower()}: {self._num_left} of {len(self._works)} works left>"
 
-    async def run(self) -> list[Any]:
+    async def run(self, *, waits: bool = True) -> list[Any]:
         """Submit the pass, wait for its end and return the results of the last stage.
 
+        Args:
+            waits: whether to wait for room in the lanes' queues, if need be.
+
         Raises:
+            QueueFullError: there is no room, and the pass does not wait.
             BaseException: the first failure in time, the very object a lane raised.
         """
         with self._core.lock:
-            self._core.submit(self)
+            self._core.submit(self, waits)
         self._core.wake()
-        await self._completion
+        try:
+            await self._completion
+        except BaseException:
+            # The traceback of a failure refers to this pass: they would keep each other alive.
+            self._failures = []
+            raise
         failures, self._failures = self._failures, []
         if not failures:
             return self._results
@@ -133,6 +145,8 @@ class Pass:
         self.state = _RUNNING
         for work in self._works:
             work.lane.put(work, first=first)
+        if not self._works:
+            self._go_over(self._core.lanes[0])
 
     def refuse(self, error: AsyncDPError) -> None:
         """End a pass that was never admitted."""
@@ -161,10 +175,7 @@ class Pass:
             self._fail(work)
         self._num_left -= 1
         if self._num_left == 0:
-            if self._following and not self._failures and not self._cancelled:
-                self._advance(work.lane)
-            else:
-                self._finish()
+            self._go_over(work.lane)
 
     # Called by a work of the pass itself, without the lock.
 
@@ -213,6 +224,13 @@ class Pass:
         lane = f"lane {work.lane.name}"
         return f"replica {work.index} on {lane}" if self._to_replicas == 0 else lane
 
+    def _go_over(self, lane: Lane) -> None:
+        """Begin the next stage or end the pass: the current stage has ended, with a work of `lane`."""
+        if self._following and not self._failures and not self._cancelled:
+            self._advance(lane)
+        else:
+            self._finish()
+
     def _advance(self, lane: Lane) -> None:
         """Begin the next stage."""
         if self._to_replicas is not None:
@@ -248,7 +266,8 @@ class Pass:
         if self.state > _RUNNING:
             return
         if self._failures or self._cancelled:
-            self.state = PassState.FAILED if self._failures else PassState.CANCELLED
+            # Whoever was cancelled is told only that, whatever else has failed.
+            self.state = PassState.CANCELLED if self._cancelled else PassState.FAILED
             self._results = []
         else:
             self.state = _DONE

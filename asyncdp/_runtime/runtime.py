@@ -16,7 +16,6 @@ from .. import _devices, _kernels
 from .._devices import Devices, LaneDevice, parse_devices
 from ..errors import (
     NestedPassError,
-    QueueFullError,
     UnknownDeviceError,
 )
 from .ambient import Ambient
@@ -194,16 +193,18 @@ class Runtime:
         num_threads: int | None = None,
         replica_stage: int | None = None,
         ambient: Ambient | None = None,
+        lanes: Sequence[Lane] | None = None,
     ) -> list[Any]:
         """Run stages of work, each after all of the one before, and return the last one's results.
 
         The first stage waits in order of arrival for room in its lanes' queues. `replica_stage` tells
         which of the stages runs replicas, for the notes on exceptions. `ambient` is what `ambient()`
-        gave earlier, for a pass that had to wait for its turn.
+        gave earlier, for a pass that had to wait for its turn. `lanes` are all that any stage may use;
+        without it, later stages must not read the caller's tensors on another device than the first's.
         """
         self._refuse_nested()
         num_threads = num_threads or self.num_intra_op_threads
-        one = Pass(self._core, stage, following, num_threads, replica_stage, ambient)
+        one = Pass(self._core, stage, following, num_threads, replica_stage, ambient, lanes)
         return await one.run()
 
     def ambient(self) -> Ambient:
@@ -212,15 +213,9 @@ class Runtime:
 
     async def run_pass_nowait(self, stage: Stage, following: Sequence[NextStage] = ()) -> list[Any]:
         """As `run_pass`, but raise `QueueFullError` instead of waiting for room."""
-        with self._core.lock:
-            full = [
-                lane
-                for lane, _ in stage
-                if self._core.schedule.load(lane.index) > self._core.schedule.max_queue
-            ]
-        if full:
-            raise QueueFullError(f"lane {full[0].name}", self._core.schedule.max_queue)
-        return await self.run_pass(stage, following)
+        self._refuse_nested()
+        one = Pass(self._core, stage, following, self.num_intra_op_threads, None)
+        return await one.run(waits=False)
 
     async def warm_up(self) -> None:
         """Build and load the kernels of every device now, on lanes, so that no later pass has to.

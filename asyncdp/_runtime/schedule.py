@@ -62,7 +62,8 @@ class Schedule:
 
     A ticket names the lanes it needs and is admitted only when all of them have room, so that two
     tickets can never hold half of each other's lanes. Tickets are admitted in order of arrival;
-    one may overtake only such as share no lane with it.
+    one may overtake only such as share no lane with it. One that needs more places on a lane than it
+    has is admitted once all its lanes are idle.
 
     Args:
         num_lanes: lanes, named 0 .. num_lanes - 1.
@@ -171,7 +172,15 @@ class Schedule:
             if self._lanes[lane].load >= limit:
                 for taken in lanes[:position]:
                     self._lanes[taken].load -= 1
-                return False
+                return self._take_if_idle(lanes)
+            self._lanes[lane].load += 1
+        return True
+
+    def _take_if_idle(self, lanes: Sequence[int]) -> bool:
+        """Take the places if no lane has anything to do: however many they are, more room never comes."""
+        if any(self._lanes[lane].load for lane in lanes):
+            return False
+        for lane in lanes:
             self._lanes[lane].load += 1
         return True
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import weakref
 
 import anyio
 import pytest
+import torch
 
 import asyncdp
 
@@ -143,6 +146,37 @@ async def test_a_timeout_is_a_cancellation() -> None:
                 await rt.run(latch.hold)
         assert await rt.run(int) == 0
         timer.join(PATIENCE)
+
+
+async def test_a_call_that_fails_while_it_drains_leaves_no_cycle() -> None:
+    """The caller sees a cancellation, which is what is counted; its tensors are free at once."""
+    latch = Latch()
+    given: list[weakref.ref[torch.Tensor]] = []
+
+    def fail(tensor: torch.Tensor) -> None:
+        given.append(weakref.ref(tensor))
+        latch.hold()
+        raise ValueError(tensor.shape)
+
+    async with runtime(1) as rt, anyio.create_task_group() as group:
+        gc.collect()
+        gc.disable()
+        try:
+            with anyio.CancelScope() as scope:
+
+                async def cancel() -> None:
+                    await latch.wait_entered()
+                    scope.cancel()
+                    latch.open()
+
+                group.start_soon(cancel)
+                await rt.run(fail, torch.ones(3))
+            assert scope.cancelled_caught
+            await rt.run(int)
+            assert given[0]() is None
+        finally:
+            gc.enable()
+        assert (rt.statistics().num_failed, rt.statistics().num_cancelled) == (0, 1)
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])

@@ -23,7 +23,7 @@ from asyncdp.errors import (
     UnknownDeviceError,
 )
 
-from .helpers import Latch, lane_threads, runtime, wait_until
+from .helpers import PATIENCE, Latch, lane_threads, runtime, wait_until
 
 pytestmark = pytest.mark.anyio
 
@@ -185,6 +185,52 @@ async def test_who_does_not_want_to_wait_is_told() -> None:
         with pytest.raises(QueueFullError, match="lane cpu:0 is full"):
             await rt.run_pass_nowait([(rt.lanes[0], int)])
         latch.open()
+
+
+async def test_who_does_not_want_to_wait_is_told_of_those_ahead_too() -> None:
+    """`run_pass_nowait` raises also where there is room, but an earlier pass waits for it."""
+    latch = Latch()
+    async with runtime(2, max_queue=0) as rt, anyio.create_task_group() as group:
+        first, second = rt.lanes
+        group.start_soon(partial(rt.run, latch.hold, lane=first))
+        await latch.wait_entered()
+        group.start_soon(rt.run_pass, [(first, int), (second, int)])
+        await wait_until(lambda: rt.statistics().num_waiting == 1)
+        with pytest.raises(QueueFullError, match="lane cpu:1 is full"):
+            await rt.run_pass_nowait([(second, int)])
+        assert rt.statistics().num_waiting == 1
+        latch.open()
+
+
+async def test_a_pass_larger_than_a_queue_runs() -> None:
+    """A stage with more works for a lane than ever find room there runs once the lane is idle."""
+    latch = Latch()
+    order: list[int] = []
+
+    async def pass_of(count: int) -> None:
+        await rt.run_pass([(rt.lanes[0], partial(order.append, count))] * count)
+
+    async with runtime(1, max_queue=0) as rt, anyio.create_task_group() as group:
+        group.start_soon(rt.run, latch.hold)
+        await latch.wait_entered()
+        group.start_soon(pass_of, 3)
+        await wait_until(lambda: rt.statistics().num_waiting == 1)
+        group.start_soon(pass_of, 1)
+        await wait_until(lambda: rt.statistics().num_waiting == 2)
+        latch.open()
+    assert order == [3, 3, 3, 1]
+
+
+async def test_a_stage_of_no_works_ends_at_once() -> None:
+    """A pass goes over an empty stage to the next, and ends after the last."""
+    async with runtime(1) as rt:
+        lane = rt.lanes[0]
+        with anyio.fail_after(PATIENCE):
+            assert await rt.run_pass([]) == []
+            assert await rt.run_pass([(lane, int)], [lambda *_: []]) == []
+            empty_twice = [lambda *_: [], lambda results, last: [(last, lambda: (results, last))]]
+            assert await rt.run_pass([], empty_twice) == [([], lane)]
+        assert rt.statistics().num_done == 3
 
 
 async def test_statistics_and_repr_tell_the_state() -> None:
