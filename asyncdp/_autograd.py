@@ -154,10 +154,20 @@ def concatenate(shards: Sequence[Tensor], dim: int, device: torch.device) -> Ten
     try:
         return _kernels.gather(shards, dim, device)
     except (RuntimeError, IndexError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if _fit(shards, dim):
             raise
         shapes = ", ".join(str(list(shard.shape)) for shard in shards)
         raise GatherError(f"sizes {shapes} do not fit together along dim {dim}") from error
+
+
+def _fit(shards: Sequence[Tensor], dim: int) -> bool:
+    """Whether the sizes of tensors differ along `dim` only, so that their gather failed by something else."""
+    shapes = [list(shard.shape) for shard in shards]
+    if not all(-len(shape) <= dim < len(shape) for shape in shapes):
+        return False
+    for shape in shapes:
+        shape[dim] = 0
+    return all(shape == shapes[0] for shape in shapes)
 
 
 def _own(tensor: Tensor, device: torch.device, copy: bool) -> Tensor:

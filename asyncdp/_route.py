@@ -62,7 +62,11 @@ class Route:
             stage = [(self.lanes[0], partial(replicas.prepare, module, positions))]
             following.insert(0, lambda results, _: apply_stage(results[0]))
         outputs = await self.runtime.run_pass(
-            stage, following, num_threads=num_threads, replica_stage=len(following) - 1
+            stage,
+            following,
+            num_threads=num_threads,
+            replica_stage=len(following) - 1,
+            lanes=self.lanes,
         )
         return outputs[0]
 

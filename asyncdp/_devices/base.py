@@ -18,8 +18,8 @@ class LaneDevice:
     """What one lane needs to know of its device; one object serves exactly one lane.
 
     Work on a device is first *issued* and later *complete*. On a CPU the two are the same, which is
-    what this base class does; on CUDA an event tells them apart. All methods but `capture` and `prefetch`
-    run on the lane's thread.
+    what this base class does; on CUDA an event tells them apart. All methods but `capture`, `prefetch`
+    and, after a `capture` that raised, `lost` run on the lane's thread.
 
     Attributes:
         device: where this lane's tensors live.

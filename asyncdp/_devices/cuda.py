@@ -28,18 +28,19 @@ class _Pending(NamedTuple):
 class _EventWaiter:
     """Waits for the events of one device on a daemon thread and reports each end.
 
-    One pending event is waited for in a blocking synchronise, which costs no CPU. With several, a
-    long one must not hide a short one behind it, so they are queried in turn.
+    The events of one lane come in the order they were recorded, and are waited for in a blocking
+    synchronise, which costs no CPU. With several lanes a long event of one must not hide a short one
+    of another, so all are queried in turn, every 50 us while any is pending.
+
+    Attributes:
+        num_lanes: lanes on the device, of all runtimes.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._arrivals: queue.SimpleQueue[_Pending] = queue.SimpleQueue()
-        self._num_lanes = 0
+        self.num_lanes = 0
         threading.Thread(target=self._run, name=f"asyncdp-events-{device}", daemon=True).start()
-
-    def add_lane(self) -> None:
-        self._num_lanes += 1
 
     def watch(self, pending: _Pending) -> None:
         self._arrivals.put(pending)
@@ -52,7 +53,7 @@ class _EventWaiter:
                 waiting.append(self._arrivals.get())
             while not self._arrivals.empty():
                 waiting.append(self._arrivals.get())
-            if self._num_lanes == 1:
+            if self.num_lanes == 1:
                 self._finish(waiting.popleft())
             elif not self._sweep(waiting):
                 time.sleep(_POLL_SECONDS)
@@ -91,14 +92,23 @@ _waiters_lock = threading.Lock()
 
 def forget_waiters() -> None:
     """Forget the waiter threads; called in a forked child, where they no longer exist."""
+    global _waiters_lock
+    _waiters_lock = threading.Lock()
     _waiters.clear()
 
 
-def _waiter_of(device: torch.device) -> _EventWaiter:
+def _join_waiter(device: torch.device) -> _EventWaiter:
+    """The waiter of a device, which counts one more lane from now on."""
     with _waiters_lock:
         if device not in _waiters:
             _waiters[device] = _EventWaiter(device)
+        _waiters[device].num_lanes += 1
         return _waiters[device]
+
+
+def _leave_waiter(waiter: _EventWaiter) -> None:
+    with _waiters_lock:
+        waiter.num_lanes -= 1
 
 
 class _Captured(NamedTuple):
@@ -113,7 +123,7 @@ class CudaLane(LaneDevice):
     prefetches = True
 
     _stream: torch.cuda.Stream
-    _waiter: _EventWaiter
+    _waiter: _EventWaiter | None = None  # until it is open
     _copies: torch.cuda.Stream | None = None  # made when first needed
     _timing: Timing | None = None  # of the next work
 
@@ -123,8 +133,12 @@ class CudaLane(LaneDevice):
         self._stream = torch.cuda.Stream(self.device)
         self._stream.query()
         transfer.add_lane(self.device, self._stream)
-        self._waiter = _waiter_of(self.device)
-        self._waiter.add_lane()
+        self._waiter = _join_waiter(self.device)
+
+    def close(self) -> None:
+        """Leave the device's waiter to the other lanes."""
+        if self._waiter is not None:
+            _leave_waiter(self._waiter)
 
     def capture(self) -> _Captured:
         """Record an event behind everything the caller has issued on this device."""
@@ -194,11 +208,14 @@ class CudaLane(LaneDevice):
 
     def on_complete(self, marker: torch.cuda.Event, callback: Callable[[BaseException | None], None]) -> None:
         """Hand the event to the device's waiter thread."""
+        assert self._waiter is not None
         self._waiter.watch(_Pending(marker, callback))
 
     def lost(self, error: BaseException) -> bool:
         """Ask the stream again: after a context error every further call fails too."""
         if not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError):
+            return False
+        if self._waiter is None:  # not open yet, which finds it out
             return False
         try:
             self._stream.query()

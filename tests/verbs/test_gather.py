@@ -120,3 +120,21 @@ def test_packed_inputs_reach_their_modules() -> None:
     outputs = asyncio.run(main())
     assert outputs[0][0].data.shape == (5, 4)
     assert torch.equal(outputs[1].data, packed.data)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_what_torch_cannot_concatenate_is_not_called_unfit() -> None:
+    """Equal sizes are never said not to fit: the error of torch comes out as it is."""
+    rows = torch.eye(2).to_sparse_csr()
+    with pytest.raises(RuntimeError, match="Sparse CSR") as caught:
+        asyncdp.gather([rows, rows], "cpu")
+    assert not isinstance(caught.value, GatherError)
+
+
+@pytest.mark.parametrize("others", [[2], [2, 3, 4], [2, 4], []])
+def test_sizes_that_do_not_fit_are_told(others: list[int]) -> None:
+    """Tensors of other sizes outside the dimension, or of more or fewer dimensions, are a GatherError."""
+    with pytest.raises(GatherError, match=r"sizes \[5, 3\], .* do not fit together along dim 0"):
+        asyncdp.gather([torch.zeros(5, 3), torch.zeros(others)], "cpu")
+    with pytest.raises(GatherError, match="along dim 2"):
+        asyncdp.gather([torch.zeros(5, 3)] * 2, "cpu", dim=2)

@@ -1,0 +1,136 @@
+"""What the runtime does over CUDA lanes, shown on a stub in place of CUDA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from asyncdp import DataParallel, LaneState, Runtime
+from asyncdp._devices import cuda
+from asyncdp._kernels import transfer
+from asyncdp.errors import DeviceLostError, GatherError
+from tests.cuda_stub import CudaStub, cuda_stub
+
+__all__ = ["cuda_stub"]
+
+pytestmark = pytest.mark.anyio
+
+WORDS = "CUDA error: an illegal memory access was encountered"
+
+
+@pytest.fixture(autouse=True)
+def no_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stub's devices do not read each other's memory."""
+    monkeypatch.setattr(transfer, "_open_way", lambda one, other: False)
+
+
+async def test_every_stage_is_ordered_behind_the_caller(
+    cuda_stub: CudaStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All lanes wait for the caller's stream, also if another lane prepares; the result is lent to it.
+
+    The first pass that records gradients has a stage of its own on the first lane.
+    """
+    cuda_stub.watch_copies(monkeypatch)
+    home = cuda.CudaLane(torch.device("cpu"))  # whose tensors torch says to be on its very device
+    async with Runtime([cuda_stub.lane(1), home]) as runtime:
+        async with DataParallel(nn.Linear(1, 1), output_device="cpu", runtime=runtime) as engine:
+            await runtime.run_pass([(lane, int) for lane in runtime.lanes])  # both are open
+            cuda_stub.log.clear()
+            output = await engine(torch.tensor([[1.0], [2.0]]))
+        streams = [str(lane.driver._stream) for lane in runtime.lanes]  # type: ignore[attr-defined]
+    log = cuda_stub.log
+    noted = {line.removeprefix("default records ") for line in log if line.startswith("default records")}
+    assert len(noted) == 2, "once for each device"
+    waits = [line.split(" waits for ") for line in log if " waits for " in line]
+    assert {stream for stream, event in waits if event in noted} == set(streams)
+    assert f"default borrows {output.tolist()}" in log
+
+
+async def test_a_device_lost_between_passes_is_told(cuda_stub: CudaStub) -> None:
+    """A device found lost at the call fails that pass and all later ones alike, and closes its lanes."""
+    async with Runtime([cuda_stub.lane()]) as runtime:
+        await runtime.run(int)
+        cuda_stub.lost = True
+        for _ in range(2):
+            with pytest.raises(DeviceLostError, match="illegal memory access"):
+                await runtime.run(int)
+        assert runtime.statistics().lanes[0].state is LaneState.LOST
+        assert runtime.statistics().num_failed == 2
+
+
+async def test_after_a_loss_callers_get_no_raw_errors(cuda_stub: CudaStub) -> None:
+    """The pass that a device is lost under has the very error, each later one a `DeviceLostError`."""
+
+    def lose() -> None:
+        cuda_stub.lost = True
+        raise RuntimeError(WORDS)
+
+    async with Runtime([cuda_stub.lane()]) as runtime:
+        with pytest.raises(RuntimeError, match=f"^{WORDS}"):
+            await runtime.run(lose)
+        for _ in range(2):
+            with pytest.raises(DeviceLostError, match="illegal memory access"):
+                await runtime.run(lose)
+        assert runtime.statistics().num_failed == 3
+
+
+async def test_an_error_of_capturing_that_is_no_loss_is_raised(
+    cuda_stub: CudaStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the caller's stream cannot be noted for another reason, the caller gets that; the lane goes on."""
+
+    def record(self: Any, stream: Any) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    async with Runtime([cuda_stub.lane()]) as runtime:
+        await runtime.run(int)
+        with monkeypatch.context() as patch:
+            patch.setattr("tests.cuda_stub.Event.record", record)
+            with pytest.raises(RuntimeError, match="not permitted"):
+                await runtime.run(int)
+        assert await runtime.run(int) == 0
+
+
+async def test_a_loss_under_a_gather_is_a_loss(cuda_stub: CudaStub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A context error while outputs are put together is not taken for outputs that do not fit."""
+
+    def lose(*_: Any) -> torch.Tensor:
+        cuda_stub.lost = True
+        raise RuntimeError(WORDS)
+
+    monkeypatch.setattr("asyncdp._kernels.gather", lose)
+    async with Runtime([cuda_stub.lane()]) as runtime:
+        from asyncdp import gather
+
+        with pytest.raises(RuntimeError, match=f"^{WORDS}") as caught:
+            await runtime.run(gather, [torch.ones(2), torch.ones(2)], "cpu")
+        assert not isinstance(caught.value, GatherError)
+        assert runtime.statistics().lanes[0].state is LaneState.LOST
+
+
+async def test_the_waiter_counts_the_lanes_there_are(cuda_stub: CudaStub) -> None:
+    """Lanes of a closed runtime do not make the one lane of the next be waited for by polling."""
+    device = torch.device("cpu", 0)
+    for _ in range(2):
+        async with Runtime([cuda_stub.lane(), cuda_stub.lane()]) as runtime:
+            await runtime.run_pass([(lane, int) for lane in runtime.lanes])
+            assert cuda._waiters[device].num_lanes == 2
+        assert cuda._waiters[device].num_lanes == 0
+
+
+async def test_a_lane_that_never_opened_can_be_closed(
+    cuda_stub: CudaStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lane whose device cannot be bound ends with its runtime, and is told of as lost."""
+
+    def refuse(device: torch.device) -> None:
+        raise RuntimeError("no context for you")
+
+    monkeypatch.setattr(torch.cuda, "set_device", refuse)
+    async with Runtime([cuda_stub.lane()]) as runtime:
+        with pytest.raises(DeviceLostError, match="no context for you"):
+            await runtime.run(int)
