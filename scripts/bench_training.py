@@ -3,6 +3,9 @@
 Every contender is a process of its own (DDP: two), made anew for every workload. They take turns, a few
 steps each, so that whatever else the machine does hits all of them alike. Told are medians over all
 timed steps, and the peak memory of each contender's processes added up.
+
+With lanes on a GPU (`--devices cuda:0,cuda:0`) all of them work on that GPU, every step is timed to its end
+there, and memory is what torch allocated on it. DDP takes part only where two different GPUs are named.
 """
 
 from __future__ import annotations
@@ -28,15 +31,52 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import asyncdp
+from asyncdp._devices import parse_devices
 
 SCRIPT = Path(__file__).resolve()
 RESULTS = SCRIPT.parent.parent / "docs" / "results"
-CONTENDERS = {
-    "plain": "plain torch, all threads",
-    "ddp": "DDP gloo, 2 processes x 1 thread",
-    "asyncdp": "asyncdp",
-    "asyncdp-all": "asyncdp, always 2 lanes",
-}
+CONTENDERS = ("plain", "ddp", "asyncdp", "asyncdp-all")
+
+
+class Place:
+    """Where all contenders work.
+
+    Args:
+        spec: the lanes' devices, as asyncdp takes them.
+    """
+
+    def __init__(self, spec: str) -> None:
+        self.spec = spec
+        self.lanes = parse_devices(spec)
+        self.home = self.lanes[0]
+        self.is_cpu = self.home.type == "cpu"
+        self.has_ddp = self.is_cpu or len(set(self.lanes)) > 1
+
+    def titles(self) -> dict[str, str]:
+        """Who takes part, and as what."""
+        ddp = "DDP gloo, 2 processes x 1 thread" if self.is_cpu else "DDP nccl, 2 processes"
+        return {
+            "plain": "plain torch, all threads" if self.is_cpu else "plain torch",
+            **({"ddp": ddp} if self.has_ddp else {}),
+            "asyncdp": "asyncdp",
+            "asyncdp-all": f"asyncdp, always {len(self.lanes)} lanes",
+        }
+
+    def of_rank(self, rank: int) -> torch.device:
+        """Where a process of DDP works."""
+        return self.home if self.is_cpu else sorted(set(self.lanes), key=str)[rank]
+
+    def wait(self, device: torch.device | None = None) -> None:
+        """Wait until what was issued on a device, or on the first one, is done."""
+        if not self.is_cpu:
+            torch.cuda.synchronize(device or self.home)
+
+    def peak_bytes(self) -> int:
+        """The most memory this process had at once: on the CPU all of it, else what torch had on the GPUs."""
+        if not self.is_cpu:
+            return sum(torch.cuda.max_memory_allocated(device) for device in set(self.lanes))
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 class Workload(NamedTuple):
@@ -139,43 +179,60 @@ def answer(value: Any) -> None:
     print(json.dumps(value), flush=True)
 
 
-def peak_bytes() -> int:
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.split("VmHWM:")[1].split()[0])
-
-
-def serve(step: Step) -> None:
+def serve(step: Step, place: Place) -> None:
     """Run steps as the driver asks for them."""
     answer("ready")
     for line in sys.stdin:
         count = int(line)
-        answer(timed(step, count) if count else peak_bytes())
+        answer(timed(step, count) if count else place.peak_bytes())
 
 
-def run_plain(workload: Workload) -> None:
-    module, batch = workload.make(), workload.batch()
+def made(workload: Workload, device: torch.device) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    """The module and its batch on a device."""
+    inputs, targets = workload.batch()
+    return workload.make().to(device), (inputs.to(device), targets.to(device))
+
+
+def run_plain(workload: Workload, place: Place) -> None:
+    module, batch = made(workload, place.home)
     optimizer = optimizer_of(module)
-    serve(lambda: plain_step(module, optimizer, batch))
+
+    def step() -> None:
+        plain_step(module, optimizer, batch)
+        place.wait()
+
+    serve(step, place)
 
 
-def run_ddp(workload: Workload, rank: int, port: int) -> None:
+def run_ddp(workload: Workload, place: Place, rank: int, port: int) -> None:
     torch.set_num_threads(1)
+    device = place.of_rank(rank)
+    if not place.is_cpu:
+        torch.cuda.set_device(device)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
+        "gloo" if place.is_cpu else "nccl",
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=2,
     )
-    module = nn.parallel.DistributedDataParallel(workload.make())
+    inner, whole = made(workload, device)
+    module = nn.parallel.DistributedDataParallel(inner)
     optimizer = optimizer_of(module)
-    whole = workload.batch()
     batch = (whole[0].chunk(2)[rank].clone(), whole[1].chunk(2)[rank].clone())
     del whole
-    serve(lambda: plain_step(module, optimizer, batch))
+
+    def step() -> None:
+        plain_step(module, optimizer, batch)
+        place.wait(device)
+
+    serve(step, place)
 
 
-async def run_asyncdp(workload: Workload, num_lanes: str) -> None:
-    module, batch = workload.make(), workload.batch()
+async def run_asyncdp(workload: Workload, place: Place, num_lanes: str) -> None:
+    module, batch = made(workload, place.home)
     optimizer = optimizer_of(module)
     answer("ready")
-    async with asyncdp.DataParallel(module, "cpu*2", num_lanes=num_lanes) as engine:
+    async with asyncdp.DataParallel(module, place.spec, num_lanes=num_lanes) as engine:
         for line in sys.stdin:
             count = int(line)
             times = []
@@ -183,12 +240,12 @@ async def run_asyncdp(workload: Workload, num_lanes: str) -> None:
                 started = time.perf_counter()
                 await engine.train_step(*batch, functional.cross_entropy, optimizer)
                 times.append(time.perf_counter() - started)
-            answer(times if count else peak_bytes())
+            answer(times if count else place.peak_bytes())
 
 
-async def run_stall(workload: Workload, inline: bool) -> None:
+async def run_stall(workload: Workload, place: Place, inline: bool) -> None:
     """How late a tick of 2 ms comes while steps are taken, in seconds."""
-    module, batch = workload.make(), workload.batch()
+    module, batch = made(workload, place.home)
     optimizer = optimizer_of(module)
     late: list[float] = []
 
@@ -198,7 +255,7 @@ async def run_stall(workload: Workload, inline: bool) -> None:
             await asyncio.sleep(0.002)
             late.append(time.perf_counter() - due)
 
-    async with asyncdp.DataParallel(module, "cpu*2") as engine:
+    async with asyncdp.DataParallel(module, place.spec) as engine:
         for _ in range(24):
             await engine.train_step(*batch, functional.cross_entropy, optimizer)
         ticker = asyncio.create_task(tick())
@@ -206,6 +263,7 @@ async def run_stall(workload: Workload, inline: bool) -> None:
         while time.perf_counter() < ends:
             if inline:
                 plain_step(module, optimizer, batch)
+                place.wait()
                 await asyncio.sleep(0)
             else:
                 await engine.train_step(*batch, functional.cross_entropy, optimizer)
@@ -223,9 +281,9 @@ async def run_stall(workload: Workload, inline: bool) -> None:
 class Contender:
     """The processes of one contender, waiting for their turn."""
 
-    def __init__(self, name: str, workload: str) -> None:
+    def __init__(self, name: str, workload: str, place: Place) -> None:
         self.times: list[float] = []
-        commands = [["--contender", name, "--workload", workload]]
+        commands = [["--contender", name, "--workload", workload, "--devices", place.spec]]
         environment = dict(os.environ)
         if name == "ddp":
             port = free_port()
@@ -270,9 +328,9 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
-def race(workload: str, num_rounds: int, names: list[str]) -> dict[str, Any]:
+def race(workload: str, num_rounds: int, place: Place) -> dict[str, Any]:
     count = WORKLOADS[workload].num_steps
-    contenders = {name: Contender(name, workload) for name in names}
+    contenders = {name: Contender(name, workload, place) for name in place.titles()}
     for each in contenders.values():
         each.ask(24)  # warm up; asyncdp learns how many lanes pay
     for turn in range(num_rounds):
@@ -292,25 +350,27 @@ def race(workload: str, num_rounds: int, names: list[str]) -> dict[str, Any]:
     return found
 
 
-def measure_stall(workload: str) -> dict[str, Any]:
+def measure_stall(workload: str, place: Place) -> dict[str, Any]:
     found = {}
     for name in ("asyncdp", "inline"):
-        command = [sys.executable, str(SCRIPT), "--stall", name, "--workload", workload]
+        asked = ["--stall", name, "--workload", workload, "--devices", place.spec]
+        command = [sys.executable, str(SCRIPT), *asked]
         found[name] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return found
 
 
-async def measure_equality() -> dict[str, float]:
+async def measure_equality(place: Place) -> dict[str, float]:
     """The largest difference of a weight from the serial run after 50 steps."""
     found = {}
     for dtype in (torch.float64, torch.float32):
         torch.manual_seed(0)
-        module = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 10)).to(dtype)
+        module = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 10)).to(place.home, dtype)
         serial = copy.deepcopy(module)
         optimizer, serial_optimizer = optimizer_of(module), optimizer_of(serial)
-        async with asyncdp.DataParallel(module, "cpu*2", num_lanes="all") as engine:
+        async with asyncdp.DataParallel(module, place.spec, num_lanes="all") as engine:
             for _ in range(50):
                 x, y = torch.randn(33, 64, dtype=dtype), torch.randint(0, 10, (33,))
+                x, y = x.to(place.home), y.to(place.home)
                 await engine.train_step(x, y, functional.cross_entropy, optimizer)
                 plain_step(serial, serial_optimizer, (x, y))
         pairs = zip(module.parameters(), serial.parameters(), strict=True)
@@ -318,20 +378,21 @@ async def measure_equality() -> dict[str, float]:
     return found
 
 
-async def measure_digits() -> dict[str, float]:
+async def measure_digits(place: Place) -> dict[str, float]:
     """Test accuracy on scikit-learn's digits, trained alike in series and on two lanes."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
     x, y = torch.tensor(data.data / 16.0, dtype=torch.float32), torch.tensor(data.target)
+    x, y = x.to(place.home), y.to(place.home)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     train, test = order[:1437], order[1437:]
     torch.manual_seed(0)
-    module = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
+    module = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10)).to(place.home)
     serial = copy.deepcopy(module)
     optimizer = torch.optim.AdamW(module.parameters(), 3e-3)
     serial_optimizer = torch.optim.AdamW(serial.parameters(), 3e-3)
-    async with asyncdp.DataParallel(module, "cpu*2", num_lanes="all") as engine:
+    async with asyncdp.DataParallel(module, place.spec, num_lanes="all") as engine:
         for epoch in range(30):
             shuffled = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(epoch))]
             for rows in shuffled.split(64):
@@ -343,8 +404,8 @@ async def measure_digits() -> dict[str, float]:
     }
 
 
-def table(report: dict[str, Any]) -> str:
-    names = [name for name in CONTENDERS if name in next(iter(report["workloads"].values()))["contenders"]]
+def table(report: dict[str, Any], titles: dict[str, str]) -> str:
+    has_ddp = "ddp" in titles
     lines = [
         "# Training steps",
         "",
@@ -352,21 +413,25 @@ def table(report: dict[str, Any]) -> str:
         f"The load of the machine before it began: {report['load']:.1f}.",
         "",
         "| workload | "
-        + " | ".join(f"{CONTENDERS[name]}, ms" for name in names)
-        + " | asyncdp / better peer |",
-        "|---|" + "---:|" * (len(names) + 1),
+        + " | ".join(f"{title}, ms" for title in titles.values())
+        + (" | asyncdp / better peer |" if has_ddp else " | asyncdp / plain |"),
+        "|---|" + "---:|" * (len(titles) + 1),
     ]
     for one in report["workloads"].values():
-        cells = [f"{one['contenders'][name]['median_ms']:.2f}" for name in names]
+        cells = [f"{one['contenders'][name]['median_ms']:.2f}" for name in titles]
         lines.append(f"| {one['title']} | {' | '.join(cells)} | {one['ratio']:.3f} |")
     lines += [
         "",
-        "| workload | " + " | ".join(f"{CONTENDERS[name]}, MiB" for name in names) + " | asyncdp / DDP |",
-        "|---|" + "---:|" * (len(names) + 1),
+        "| workload | "
+        + " | ".join(f"{title}, MiB" for title in titles.values())
+        + (" | asyncdp / DDP |" if has_ddp else " |"),
+        "|---|" + "---:|" * (len(titles) + has_ddp),
     ]
     for one in report["workloads"].values():
-        cells = [f"{one['contenders'][name]['peak_mib']:.0f}" for name in names]
-        lines.append(f"| {one['title']} | {' | '.join(cells)} | {one['memory_ratio']:.2f} |")
+        cells = [f"{one['contenders'][name]['peak_mib']:.0f}" for name in titles]
+        if has_ddp:
+            cells.append(f"{one['memory_ratio']:.2f}")
+        lines.append(f"| {one['title']} | {' | '.join(cells)} |")
     lines += [
         "",
         "| workload | lanes chosen | loop late by, p99 | the same inline, p99 |",
@@ -390,54 +455,71 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def drive(num_rounds: int, names: list[str], out: Path) -> None:
+def machine(place: Place) -> str:
+    gpu = "" if place.is_cpu else f"{torch.cuda.get_device_name(place.home)}, "
+    return (
+        f"{gpu}{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, "
+        f"torch {torch.__version__}"
+    )
+
+
+def drive(num_rounds: int, workloads: list[str], place: Place, out: Path) -> None:
     report: dict[str, Any] = {
         "load": os.getloadavg()[0],
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, "
-        f"torch {torch.__version__}",
+        "machine": machine(place),
         "num_rounds": num_rounds,
         "workloads": {},
     }
-    for name, workload in WORKLOADS.items():
-        found = race(name, num_rounds, names)
-        better = min(found[peer]["median_ms"] for peer in ("plain", "ddp"))
-        report["workloads"][name] = {
-            "title": workload.title,
+    for name in workloads:
+        found = race(name, num_rounds, place)
+        better = min(found[peer]["median_ms"] for peer in ("plain", "ddp") if peer in found)
+        one: dict[str, Any] = {
+            "title": WORKLOADS[name].title,
             "contenders": found,
             "ratio": found["asyncdp"]["median_ms"] / better,
-            "memory_ratio": found["asyncdp"]["peak_mib"] / found["ddp"]["peak_mib"],
-            "stall": measure_stall(name),
         }
+        if "ddp" in found:
+            one["memory_ratio"] = found["asyncdp"]["peak_mib"] / found["ddp"]["peak_mib"]
+        report["workloads"][name] = {**one, "stall": measure_stall(name, place)}
         print(name, json.dumps(report["workloads"][name]), file=sys.stderr, flush=True)
-    report["equality"] = asyncio.run(measure_equality())
-    report["digits"] = asyncio.run(measure_digits())
+    report["equality"] = asyncio.run(measure_equality(place))
+    report["digits"] = asyncio.run(measure_digits(place))
     out.mkdir(parents=True, exist_ok=True)
     (out / "bench_training.json").write_text(json.dumps(report, indent=2) + "\n")
-    (out / "bench_training.md").write_text(table(report))
-    print(table(report))
+    text = table(report, place.titles())
+    (out / "bench_training.md").write_text(text)
+    print(text)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15, help="turns of each contender")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
+    parser.add_argument(
+        "--devices", default="cpu*2", help="lanes of asyncdp; the others work where the first is"
+    )
+    parser.add_argument(
+        "--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), help="which ones to race"
+    )
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--stall", choices=["asyncdp", "inline"], help=argparse.SUPPRESS)
     parser.add_argument("--workload", choices=WORKLOADS, help=argparse.SUPPRESS)
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    if asked.stall:
-        asyncio.run(run_stall(WORKLOADS[asked.workload], asked.stall == "inline"))
-    elif asked.contender is None:
-        drive(asked.rounds, list(CONTENDERS), asked.out)
+    place = Place(asked.devices)
+    workload = WORKLOADS.get(asked.workload)
+    if workload is None:
+        drive(asked.rounds, asked.workloads, place, asked.out)
+    elif asked.stall:
+        asyncio.run(run_stall(workload, place, asked.stall == "inline"))
     elif asked.contender == "plain":
-        run_plain(WORKLOADS[asked.workload])
+        run_plain(workload, place)
     elif asked.contender == "ddp":
-        run_ddp(WORKLOADS[asked.workload], asked.rank, asked.port)
+        run_ddp(workload, place, asked.rank, asked.port)
     else:
         num_lanes = "all" if asked.contender == "asyncdp-all" else "auto"
-        asyncio.run(run_asyncdp(WORKLOADS[asked.workload], num_lanes))
+        asyncio.run(run_asyncdp(workload, place, num_lanes))
 
 
 if __name__ == "__main__":
