@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,14 +50,15 @@ def snapshot(module: nn.Module, optimizer: torch.optim.Optimizer) -> Snapshot:
     )
 
 
-def same(one: Any, other: Any) -> bool:
-    """Whether two snapshots agree to the last bit."""
+def same(one: Any, other: Any, within: float = 0.0) -> bool:
+    """Whether two snapshots agree, to the last bit or within a tolerance."""
     if isinstance(one, Tensor):
-        return isinstance(other, Tensor) and torch.equal(one, other)
+        agrees = partial(torch.allclose, rtol=within, atol=within) if within else torch.equal
+        return isinstance(other, Tensor) and agrees(one, other)
     if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+        return one.keys() == other.keys() and all(same(one[key], other[key], within) for key in one)
     if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(same, one, other))
+        return len(one) == len(other) and all(map(partial(same, within=within), one, other))
     return bool(one == other)
 
 
@@ -66,6 +68,6 @@ def distance(one: nn.Module, other: nn.Module) -> float:
     return max(float((mine[name].double() - theirs[name].double()).abs().max()) for name in mine)
 
 
-def engine(module: nn.Module, num_lanes: int = 2) -> asyncdp.DataParallel:
-    """An engine that always uses all its CPU lanes."""
-    return asyncdp.DataParallel(module, f"cpu*{num_lanes}", num_lanes="all")
+def engine(module: nn.Module, num_lanes: int = 2, home: str = "cpu") -> asyncdp.DataParallel:
+    """An engine that always uses all its lanes, which are on the device `home`."""
+    return asyncdp.DataParallel(module, [home] * num_lanes, num_lanes="all")
