@@ -14,6 +14,7 @@ from ._replica_set import ReplicaSet
 from ._route import Route
 from ._structure import modules_of
 from ._training import count_rows
+from ._training_lanes import Modes
 from ._tuner import LaneChoice, Tuner, Workload
 
 T = TypeVar("T")
@@ -41,7 +42,7 @@ class Adaptive:
         """Run one batch."""
         batch = args if not kwargs else (args, dict(kwargs))
         tensors = tensors_of(batch)
-        workload = self._workload("call", tensors)
+        workload = self._workload("call", tensors, modules_of(self._module))
         is_trial = workload.is_learning
         num_lanes = workload.choose()
         num_elements = sum(tensor.numel() for tensor in tensors)
@@ -54,16 +55,15 @@ class Adaptive:
                 return await self._run(self._all, replicas, args, kwargs)
         return result
 
-    async def train(self, batch: Any, step: Callable[[int], Awaitable[T]]) -> T:
-        """Take one training step; `step` takes the number of lanes."""
+    async def train(
+        self, batch: Any, modes: Modes, step: Callable[[int, Callable[[float], None]], Awaitable[T]]
+    ) -> T:
+        """Take one training step; `step` takes the number of lanes and what to tell its seconds to."""
         tensors = tensors_of(batch)
-        workload = self._workload("train_step", tensors)
+        workload = self._workload("train_step", tensors, modes.modules)
         num_lanes = workload.choose()
-        num_elements = sum(tensor.numel() for tensor in tensors)
-        started = time.perf_counter()
-        result = await step(num_lanes)
-        workload.record(num_lanes, time.perf_counter() - started, num_elements)
-        return result
+        size = sum(tensor.numel() for tensor in tensors)
+        return await step(num_lanes, lambda seconds: workload.record(num_lanes, seconds, size))
 
     async def _run(
         self, num_lanes: int, replicas: ReplicaSet, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -72,10 +72,10 @@ class Adaptive:
             return await self._route.run_whole(self._module, replicas, args, kwargs)
         return await self._route.run(self._module, replicas, args, kwargs, num_lanes)
 
-    def _workload(self, kind: str, tensors: Sequence[Tensor]) -> Workload:
+    def _workload(self, kind: str, tensors: Sequence[Tensor], modules: Sequence[nn.Module]) -> Workload:
         """The workload of a call; one that may not be tuned is fixed here."""
         mode = "train" if self._module.training else "eval"
-        reason = why_fixed(self._module)
+        reason = why_fixed(modules)
         if reason is None:
             return self._tuner.workload(Key((kind, mode, _torch_mode(), *map(roughly, tensors))))
         key = Key((kind, mode, _torch_mode(), *map(roughly, tensors), f"({reason})"))
@@ -132,11 +132,11 @@ def _torch_mode() -> str:
     return f"{mode} autocast" if is_mixed else mode
 
 
-def why_fixed(module: nn.Module) -> str | None:
-    """Why a module's results may depend on how a batch is split, or None."""
+def why_fixed(modules: Sequence[nn.Module]) -> str | None:
+    """Why the results of a module, given with all below it, may depend on how a batch is split, or None."""
     if torch.are_deterministic_algorithms_enabled():
         return "torch's deterministic mode is on"
-    for each in modules_of(module):
+    for each in modules:
         if not each._buffers:
             continue
         if isinstance(each, nn.modules.batchnorm._BatchNorm):

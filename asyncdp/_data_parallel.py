@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from ._route import Route
 from ._runtime import Lane, Runtime, RuntimeStatistics, default_runtime
 from ._training import Trainer
 from ._training_commit import StepOptions
+from ._training_lanes import Modes
 from ._tuner import LaneChoice
 from .errors import NotAModuleError
 
@@ -289,9 +289,15 @@ class DataParallel:
         """
         options = StepOptions(loss_fn, optimizer, loss_reduction, before_step, scaler, reduce_only)
         options.check()
-        step = partial(self._trainer.step, inputs, targets, options, accumulate=self in _accumulating.get())
+        modes, accumulate = Modes(self.module), self in _accumulating.get()
+
+        def step(num_lanes: int, record: Callable[[float], None] | None = None) -> Awaitable[Tensor]:
+            return self._trainer.step(
+                inputs, targets, options, num_lanes, modes, accumulate=accumulate, record=record
+            )
+
         if self._adaptive is not None:
-            return await self._adaptive.train((inputs, targets), step)
+            return await self._adaptive.train((inputs, targets), modes, step)
         return await step(self._num_lanes)
 
     @contextmanager

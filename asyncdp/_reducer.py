@@ -55,6 +55,7 @@ class Reducer:
         self.gradients: list[Gradients] = [[None] * len(tensors) for _ in range(num_lanes)]
         """What each lane reported and no sum has taken yet."""
         self._sums: Gradients = [None] * len(tensors)
+        self._taken: Gradients = []  # by launches that may still read it, on another stream than its own
 
     def report(self, lane: int, position: int, gradient: Tensor) -> None:
         """Take one gradient of a lane; called during its backward."""
@@ -106,6 +107,8 @@ class Reducer:
         """What there is to add for one tensor; on a second visit only late reports, if any."""
         reported = [self._sums[position], *(own[position] for own in self.gradients)]
         for own in self.gradients:
+            if not self._overlap:
+                self._taken.append(own[position])
             own[position] = None
         return reported, [] if self._summed[bucket] else [each[position] for each in self._kept]
 

@@ -58,7 +58,7 @@ class LaneModule:
                 continue
             if own is None or updated is None or updated is not installed.get(id(own)):
                 # Forward put another tensor in the buffer's place.
-                owner._buffers[name] = _brought_back(updated, own)
+                owner._buffers[name] = brought_back(updated, own)
             elif self._is_copied(own) and (owner.training or before.get(id(updated)) != Stamp.of(updated)):
                 # Asked for the mode too: batch norm changes its statistics without counting a version.
                 with torch.no_grad():
@@ -68,7 +68,8 @@ class LaneModule:
         return self.source is not None and self.source.has(tensor)
 
 
-def _brought_back(updated: Tensor | None, own: Tensor | None) -> Tensor | None:
+def brought_back(updated: Tensor | None, own: Tensor | None) -> Tensor | None:
+    """What a forward put in a buffer's place, on the device of the one that it replaces."""
     if updated is None or own is None:
         return updated
     return updated.detach().to(own.device)
@@ -262,7 +263,7 @@ class ReplicaSet:
             self._lane_buffers += copies
             self._shared[lane] = {**self._shared[lane], **stand_ins(self._buffers, copies)}
         # Made on one lane's stream, read on those of others.
-        _wait_issued({buffer.device for buffer in [*self._buffers, *self._lane_buffers]})
+        wait_issued({buffer.device for buffer in [*self._buffers, *self._lane_buffers]})
         if self._buffer_stamps is before:  # and no refresh was asked for meanwhile
             self._buffer_stamps = self._current_stamps()
             self._held = hold_storages(self._buffers)
@@ -335,7 +336,7 @@ def replica_set_of(module: nn.Module, devices: Sequence[torch.device]) -> Replic
     return kept[key]
 
 
-def _wait_issued(devices: Iterable[torch.device]) -> None:
+def wait_issued(devices: Iterable[torch.device]) -> None:
     """Block until everything this thread has issued on its current streams of `devices` is done."""
     for device in devices:
         if device.type == "cuda":

@@ -151,6 +151,11 @@ class Replica:
                 self._modules[owner].__dict__[name] = value
             self._installed_changes = changes
 
+    def set_modes(self, training: Mapping[int, bool]) -> None:
+        """Put the copies of the original's modules, named by their ids, in train mode or out of it."""
+        for owner, mode in training.items():
+            self._modules[owner].__dict__["training"] = mode
+
     def buffers_of(self, original: nn.Module) -> dict[str, Tensor | None]:
         """The buffers of the copy of one of the original's modules."""
         return self._modules[id(original)]._buffers

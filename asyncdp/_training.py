@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ from ._runtime.lane import current_lane
 from ._runtime.passes import Stage
 from ._scatter import split
 from ._training_commit import Accumulated, StepOptions
-from ._training_lanes import TrainingLanes
+from ._training_lanes import Modes, TrainingLanes
 from ._training_step import Shard, Step, recording
 
 
@@ -80,7 +81,6 @@ class Trainer:
     def __init__(
         self, module: nn.Module, runtime: Runtime, lanes: Sequence[Lane], output: torch.device, dim: int
     ) -> None:
-        self._module = module
         self._runtime = runtime
         self._lanes = lanes
         self._output = output
@@ -92,23 +92,38 @@ class Trainer:
         """Optimizer steps taken, also those whose caller was cancelled too late to hold them up."""
 
     async def step(
-        self, inputs: Any, targets: Any, options: StepOptions, num_lanes: int, *, accumulate: bool
+        self,
+        inputs: Any,
+        targets: Any,
+        options: StepOptions,
+        num_lanes: int,
+        modes: Modes,
+        *,
+        accumulate: bool,
+        record: Callable[[float], None] | None = None,
     ) -> Tensor:
-        """Take one step; see `DataParallel.train_step`."""
+        """Take one step; see `DataParallel.train_step`. `record` gets the seconds that it took."""
         shards, num_rows = _divide(inputs, targets, num_lanes, self._dim)
         weights = _weights(num_rows) if options.loss_reduction == "mean" else [1.0] * len(shards)
         lanes = self._lanes[: len(shards)]
-        step = Step(self._module, self._replicas, self._kept, lanes, shards, weights, options, accumulate)
+        step = Step(modes, self._replicas, self._kept, lanes, shards, weights, options, accumulate)
         if not self._one_at_a_time.locked():
             self._one_at_a_time.acquire_nowait()
             ambient = None
         else:  # a step that has to wait must not find the state that torch has by then
             ambient = self._runtime.ambient()
             await self._one_at_a_time.acquire()
+        started = time.perf_counter()
         try:
-            return await self._run(step, lanes, ambient)
+            loss = await self._run(step, lanes, ambient)
+        except BaseException:
+            step.undo()
+            raise
         finally:
             self._one_at_a_time.release()
+        if record is not None:
+            record(time.perf_counter() - started)
+        return loss
 
     async def _run(self, step: Step, lanes: Sequence[Lane], ambient: Ambient | None) -> Tensor:
         share = self._runtime.thread_share(len(lanes))
@@ -122,7 +137,7 @@ class Trainer:
             # The lane that is awake already, if it can reach the first lane's tensors. But only the
             # first lane ever has many threads: OpenMP threads of two lanes together outnumber the
             # cores, and the waits of all of them get slow for good.
-            is_able = last.device == lanes[0].device and not step.takes_all_threads
+            is_able = last.device == lanes[0].device and not (step.takes_all_threads or step.needs_first_lane)
             lane = last if is_able else lanes[0]
             return [(lane, partial(self._finish, step, shares))]
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import is_
 from typing import Any
 
 import torch
@@ -57,6 +58,9 @@ class Accumulated:
         # The tensors themselves are kept too, so that their ids stay theirs.
         self._by_lane: list[dict[int, tuple[Tensor, Tensor]]] = [{} for _ in range(num_lanes)]
 
+    def __bool__(self) -> bool:
+        return any(self._by_lane)
+
     def clear(self) -> None:
         """Forget everything."""
         for held in self._by_lane:
@@ -84,103 +88,135 @@ class Accumulated:
                 held[id(tensors[place])] = (tensors[place], total)
 
 
-class Commit:
-    """Takes one optimizer step with given gradients; a failure before the optimizer leaves no trace.
+class Held:
+    """The gradients that a step finds, put aside so that it begins without any.
+
+    What the step's backwards add to `.grad` of these tensors directly, by a loss that looks at the
+    module's parameters itself or learns a temperature, say, is then the step's own.
 
     Args:
-        tensors: the module's tensors that learn.
-        options: what the user said about the step.
-        plain: whether it is known that all tensors are leaves without hooks and without gradients.
+        learning: the module's tensors that learn.
+        optimizer: whose tensors may learn too; may be None.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], options: StepOptions, *, plain: bool = False) -> None:
-        self._tensors = tensors
-        self._options = options
-        self._plain = plain
+    def __init__(self, learning: Sequence[Tensor], optimizer: Any) -> None:
+        own = [tensor for tensor in learning if tensor.is_leaf]
+        groups = getattr(optimizer, "param_groups", ())
+        others = [tensor for group in groups for tensor in group["params"]]
+        if len(others) == len(own) and all(map(is_, others, own)):
+            others = []  # by far the most frequent case, spared the search
+        known = set(map(id, own)) if others else set()
+        self.outsiders = [tensor for tensor in others if id(tensor) not in known]
+        """The optimizer's tensors that are not the module's."""
+        self.tensors = own + self.outsiders
+        self.gradients = [tensor.grad for tensor in self.tensors]
+        self.is_empty = self.gradients.count(None) == len(self.gradients)
+        """Whether there were none."""
+        if not self.is_empty:
+            clear(self.tensors)
 
-    def run(self, gradients: Gradients, write_buffers: Callable[[], None]) -> None:
-        """Do it all.
+    def restore(self) -> None:
+        """Put them back."""
+        for tensor, gradient in zip(self.tensors, self.gradients, strict=True):
+            tensor.grad = gradient
 
-        Args:
-            gradients: one per tensor; they may be written to.
-            write_buffers: makes the module's buffers those of the step; called when only the
-                optimizer itself can still fail.
-        """
-        options = self._options
-        leaves = self._tensors if self._plain else [tensor for tensor in self._tensors if tensor.is_leaf]
-        before = [None] * len(leaves) if self._plain else [tensor.grad for tensor in leaves]
-        try:
-            for tensor, gradient in zip(self._tensors, gradients, strict=True):
-                if self._plain:
-                    tensor.grad = gradient
-                elif gradient is not None:
-                    _deliver(tensor, gradient)
-            self._before_step()
-        except BaseException:
-            for tensor, old in zip(leaves, before, strict=True):
-                tensor.grad = old
-            raise
-        write_buffers()
-        if not options.reduce_only:
-            self._step()
-            _clear(options.optimizer)
-            for tensor in leaves:
-                tensor.grad = None
-
-    def _before_step(self) -> None:
-        options = self._options
-        if options.before_step is None:
-            return
-        unscales = options.scaler is not None and not options.reduce_only
-        if unscales:
-            options.scaler.unscale_(options.optimizer)
-        try:
-            options.before_step()
-        except BaseException:
-            if unscales:  # or the next step could not unscale: forget that this one has
-                options.scaler.update(options.scaler.get_scale())
-            raise
-
-    def _step(self) -> None:
-        options = self._options
-        try:
-            if options.scaler is None:
-                options.optimizer.step()
-            else:
-                options.scaler.step(options.optimizer)
-                options.scaler.update()
-        except BaseException as error:
-            error.add_note("raised by the optimizer itself, which may have changed some parameters already")
-            raise
+    def direct(self) -> Gradients:
+        """What the step's backwards have added to the tensors themselves."""
+        return [tensor.grad for tensor in self.tensors]
 
 
-def _clear(optimizer: Any) -> None:
-    """As `optimizer.zero_grad()`; where that is torch's own, without its profiler marks."""
-    if getattr(optimizer.zero_grad, "__func__", None) is not torch.optim.Optimizer.zero_grad:
-        optimizer.zero_grad()
+def clear(tensors: Sequence[Tensor]) -> None:
+    """Let tensors have no gradients."""
+    for tensor in tensors:
+        tensor.grad = None
+
+
+def deliver(held: Held, learning: Sequence[Tensor], sums: Gradients, kept: Sequence[Gradients]) -> None:
+    """Put whole gradients into `.grad`: those of the step, and those that were there before it.
+
+    Args:
+        held: what was there before, and the tensors to deliver to.
+        learning: the module's tensors that learn.
+        sums: what lanes have found for each of `learning`; may be written to.
+        kept: what earlier steps have kept for each of the outsiders.
+    """
+    own: dict[int, Tensor] = {}
+    for tensor, gradient in zip(learning, sums, strict=True):
+        if gradient is not None and tensor.is_leaf:
+            own[id(tensor)] = gradient
+        elif gradient is not None:  # it was made of leaves, which get what is theirs
+            torch.autograd.backward(tensor, gradient)
+    devices = [tensor.device for tensor in held.tensors]
+    fresh = [[own.get(id(tensor)), tensor.grad] for tensor in held.tensors]
+    for place, tensor in enumerate(held.tensors):
+        if has_hooks(tensor) and id(tensor) in own:
+            fresh[place] = [_hooked(tensor, fresh[place])]
+    earlier: list[Gradients] = [[gradient] for gradient in held.gradients]
+    first_outsider = len(earlier) - len(held.outsiders)
+    for gradients in kept:
+        for place, gradient in enumerate(gradients, start=first_outsider):
+            earlier[place].insert(-1, gradient)
+    totals = add_up(list(zip(fresh, earlier, strict=True)), devices)
+    for tensor, total in zip(held.tensors, totals, strict=True):
+        tensor.grad = total
+
+
+def _hooked(tensor: Tensor, gradients: Gradients) -> Tensor | None:
+    """Send gradients through autograd, so that the hooks of the parameter see the whole batch's."""
+    total = add_up([(gradients, [])], [tensor.device])[0]
+    tensor.grad = None
+    torch.autograd.backward(tensor, total)
+    return tensor.grad
+
+
+def commit(held: Held, options: StepOptions, write_buffers: Callable[[], None]) -> None:
+    """Take the optimizer's step with the gradients that are in `.grad`, and clear them.
+
+    Args:
+        held: the tensors that have them.
+        options: what the user said about the step.
+        write_buffers: makes the module's buffers those of the step; called when only the optimizer
+            itself can still fail.
+    """
+    if options.before_step is not None:
+        _before_step(options, options.before_step)
+    write_buffers()
+    if options.reduce_only:
         return
-    for group in optimizer.param_groups:
-        for tensor in group["params"]:
-            tensor.grad = None
+    try:
+        if options.scaler is None:
+            options.optimizer.step()
+        else:
+            options.scaler.step(options.optimizer)
+            options.scaler.update()
+    except BaseException as error:
+        _forget_unscaling(options)
+        error.add_note("raised by the optimizer itself, which may have changed some parameters already")
+        raise
+    clear(held.tensors)
+    if getattr(options.optimizer.zero_grad, "__func__", None) is not torch.optim.Optimizer.zero_grad:
+        options.optimizer.zero_grad()  # torch's own would do the same once more
+
+
+def _before_step(options: StepOptions, call: Callable[[], object]) -> None:
+    try:
+        if options.scaler is not None and not options.reduce_only:
+            options.scaler.unscale_(options.optimizer)
+        call()
+    except BaseException:
+        _forget_unscaling(options)
+        raise
+
+
+def _forget_unscaling(options: StepOptions) -> None:
+    """Let the next step unscale its gradients although this one, which failed, has done so."""
+    if options.scaler is not None and not options.reduce_only:
+        options.scaler.update(options.scaler.get_scale())
 
 
 def has_hooks(tensor: Tensor) -> bool:
     """Whether someone waits for a tensor's gradient."""
     return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
-
-
-def _deliver(tensor: Tensor, gradient: Tensor) -> None:
-    """Add a gradient to `tensor.grad`, into memory of its own, so that the old one can be put back."""
-    old = tensor.grad if tensor.is_leaf else None
-    if not tensor.is_leaf or has_hooks(tensor):
-        if tensor.is_leaf:
-            tensor.grad = None
-        # Through autograd, so that the hooks of the parameter see the whole batch's gradient.
-        torch.autograd.backward(tensor, gradient)
-        if not tensor.is_leaf or tensor.grad is None:
-            return
-        gradient = tensor.grad
-    tensor.grad = gradient if old is None else add_up([([gradient], [old])], [tensor.device])[0]
 
 
 @contextmanager

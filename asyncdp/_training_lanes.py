@@ -16,13 +16,28 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ._reducer import Gradients, bucket_positions
-from ._replica_set import ReplicaSet
+from ._replica_set import ReplicaSet, brought_back
 from ._replicate import Replica, stand_ins
 from ._structure import modules_of
 from ._training_commit import has_hooks
 
 Report = Callable[[int, Tensor], None]
 """Takes the position of a tensor that learns, and its gradient."""
+
+
+class Modes:
+    """Which parts of a module are in train mode, as of a call.
+
+    The module's own thread may change it while a step is queued or running.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.modules = modules_of(module)
+        self.training = [each.training for each in self.modules]
+
+    def hold(self) -> bool:
+        """Whether they are so still."""
+        return [each.training for each in self.modules] == self.training
 
 
 class TrainingLane:
@@ -54,11 +69,12 @@ class TrainingLane:
         self._report: Report | None = None
         self._hooks: list[RemovableHandle] = []
 
-    def module(self, report: Report | None) -> nn.Module:
+    def module(self, report: Report | None, modes: Modes) -> nn.Module:
         """The replica, ready for one forward and backward.
 
         Args:
             report: gets every gradient as soon as it is complete; None to `collect` them later.
+            modes: which parts of it shall be in train mode.
         """
         self._report_to(report)
         if self._copies:
@@ -67,6 +83,8 @@ class TrainingLane:
                 torch._foreach_copy_([own for own, _ in self._copies], [source for _, source in self._copies])
         self._versions = {id(own): own._version for own, _ in self._copies}
         self._replica.install(self._tensors)
+        self._training = dict(zip(map(id, modes.modules), modes.training, strict=True))
+        self._replica.set_modes(self._training)
         return self._replica.module
 
     def report(self, position: int, leaf: Tensor) -> None:
@@ -90,6 +108,7 @@ class TrainingLane:
 
     def collect(self) -> Gradients:
         """Take the gradients that nobody was told of; after a failure too, or the next step had them."""
+        self._report = None  # or what it belongs to would live on until the next step, sums and all
         gradients = [leaf.grad for leaf in self._leaves]
         for leaf in self._leaves:
             leaf.grad = None
@@ -105,9 +124,13 @@ class TrainingLane:
                     continue  # it learns, on the module's own storage
                 if own is None or updated is None or updated is not self._tensors.get(id(own)):
                     if updated is not own:  # the forward put another tensor in the buffer's place
-                        owner._buffers[name] = None if updated is None else updated.detach()
+                        owner._buffers[name] = (
+                            None if updated is None else brought_back(updated.detach(), own)
+                        )
                 # Asked for the mode too: batch norm changes its statistics without counting a version.
-                elif owner.training or self._versions.get(id(updated), 0) != updated._version:
+                elif self._versions.get(id(updated), 0) != updated._version or (
+                    self._training.get(id(owner)) and not _overlaps_itself(own)
+                ):
                     with torch.no_grad():
                         own.copy_(updated)
 
@@ -132,11 +155,19 @@ def _copy(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.detach().to(device, copy=True)
 
 
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether elements share memory, as after `expand`: then nothing can write to it as it is."""
+    if tensor.layout is not torch.strided:
+        return False
+    return any(
+        stride == 0 and length > 1 for stride, length in zip(tensor.stride(), tensor.shape, strict=True)
+    )
+
+
 class InPlaceLane:
     """The only lane of a step, on which the module itself can train as in plain torch.
 
-    The gradients that its parameters have are put aside meanwhile. Without buffers there is nothing
-    else that a step which fails would have to put back.
+    Without buffers there is nothing but gradients that a step which fails would have to put back.
 
     Args:
         module: what to train.
@@ -146,15 +177,12 @@ class InPlaceLane:
     def __init__(self, module: nn.Module, learning: list[Tensor]) -> None:
         self._module = module
         self.learning = learning
-        self.has_gradients = False
-        """Whether there are gradients of the module's own to be added to, as of the last forward."""
-        self._own: Gradients = []
 
     @classmethod
-    def of(cls, module: nn.Module, device: torch.device) -> InPlaceLane | None:
+    def of(cls, modes: Modes, device: torch.device) -> InPlaceLane | None:
         """The lane on `device`, or None if the module has to have a replica there."""
         found: dict[int, nn.Parameter | None] = {}
-        for each in modules_of(module):
+        for each in modes.modules:
             if each._buffers:
                 return None
             for tensor in each._parameters.values():
@@ -168,24 +196,16 @@ class InPlaceLane:
                 return None
             if tensor.requires_grad:
                 learning.append(tensor)
-        return cls(module, learning)
+        return cls(modes.modules[0], learning)
 
-    def module(self, report: Report | None) -> nn.Module:
-        """The module, ready for one forward and backward."""
+    def module(self, report: Report | None, modes: Modes) -> nn.Module:
+        """The module, for one forward and backward."""
         assert report is None, "one lane has nobody to report to"
-        self._own = [tensor.grad for tensor in self.learning]
-        self.has_gradients = any(own is not None for own in self._own)
-        if self.has_gradients:
-            for tensor in self.learning:
-                tensor.grad = None
         return self._module
 
     def collect(self) -> Gradients:
-        """Take the gradients, and put back what was there before."""
-        gradients = [tensor.grad for tensor in self.learning]
-        for tensor, own in zip(self.learning, self._own, strict=True):
-            tensor.grad = own
-        return gradients
+        """No gradients: they are in `.grad` of the module's own parameters."""
+        return [None] * len(self.learning)
 
     def write_buffers(self, module: nn.Module) -> None:
         """The module has none."""
@@ -204,6 +224,11 @@ class TrainingLanes(ReplicaSet):
         """Which of them are reduced together."""
         self.num_elements = 0
         """Of all of them."""
+
+    @property
+    def has_buffers(self) -> bool:
+        """Whether a step may change buffers of the module; as of the last `prepare_training`."""
+        return self._has_buffers
 
     def prepare_training(self, module: nn.Module, num_lanes: int) -> list[TrainingLane]:
         """Make the first `num_lanes` lanes ready for one step of `module` as it is now.

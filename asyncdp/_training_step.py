@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ._reducer import Gradients, Reducer, add_kept
+from ._replica_set import wait_issued
 from ._runtime import Lane
 from ._scatter import move
-from ._training_commit import Accumulated, Commit, StepOptions, threads
-from ._training_lanes import InPlaceLane, TrainingLane, TrainingLanes
+from ._structure import modules_of
+from ._training_commit import Accumulated, Held, StepOptions, commit, deliver, threads
+from ._training_lanes import InPlaceLane, Modes, TrainingLane, TrainingLanes
 from .errors import LossNotScalarError
 
 # Below this an optimizer's step takes less time than changing the thread count twice.
@@ -48,6 +50,7 @@ class _Prepared(NamedTuple):
     learning: list[Tensor]
     reducer: Reducer | None
     """None where one lane is alone: it has nothing to reduce."""
+    held: Held
     scale: Tensor | None
     """The factor of a GradScaler."""
 
@@ -56,7 +59,7 @@ class Step:
     """One step, from the first lane's forward to the optimizer.
 
     Args:
-        module: what to train.
+        modes: the module to train, with its modes as of the call.
         replicas: its training replicas.
         kept: gradients that earlier steps held back.
         lanes: where to work, one shard on each.
@@ -68,7 +71,7 @@ class Step:
 
     def __init__(
         self,
-        module: nn.Module,
+        modes: Modes,
         replicas: TrainingLanes,
         kept: Accumulated,
         lanes: Sequence[Lane],
@@ -79,7 +82,8 @@ class Step:
     ) -> None:
         self.options = options
         self.accumulate = accumulate
-        self._module = module
+        self._modes = modes
+        self._module = modes.modules[0]
         self._replicas = replicas
         self._kept = kept
         self._lanes = lanes
@@ -88,17 +92,23 @@ class Step:
         self._prepared: _Prepared | None = None
         self._lock = threading.Lock()
         self._own_gradients: Gradients = []
+        self._is_done = False
 
     def run_lane(self, index: int) -> Tensor:
         """One lane's forward, loss and backward. Returns its share of the loss."""
         with recording():
-            lanes, _, reducer, scale = self._prepare()
+            lanes, _, reducer, _, scale = self._prepare()
+            lane = lanes[index]
             try:
-                module = lanes[index].module(None if reducer is None else partial(reducer.report, index))
-                share = self._loss_of(index, module)
+                report = None if reducer is None else partial(reducer.report, index)
+                share = self._loss_of(index, lane.module(report, self._modes))
+                if isinstance(lane, InPlaceLane) and not self._modes.hold():
+                    # Layers of the module itself may have run in different modes: once more, on a replica.
+                    self._prepared = self._prepare_lanes()
+                    return self.run_lane(index)
                 _backward(share if scale is None else share * scale.to(share.device))
             finally:
-                gradients = lanes[index].collect()
+                gradients = lane.collect()
             if reducer is None:
                 self._own_gradients = gradients
             else:
@@ -107,26 +117,40 @@ class Step:
 
     def keep(self) -> None:
         """Put the lanes' gradients aside for the next step that reduces."""
-        lanes, learning, reducer, _ = self._prepare()
+        lanes, learning, reducer, held, _ = self._prepare()
+        direct = held.direct()
         self._kept.add(learning, [self._own_gradients] if reducer is None else reducer.gradients)
+        self._kept.add(held.tensors, [direct])
+        held.restore()
         lanes[0].write_buffers(self._module)
+        self._is_done = True
 
     def commit(self, all_threads: int) -> None:
         """Reduce what is left to reduce, and step with all the machine's threads if that pays."""
-        lanes, learning, reducer, _ = self._prepare()
-        lane = lanes[0]
-        plain = isinstance(lane, InPlaceLane) and not lane.has_gradients
-        commit = Commit(learning, self.options, plain=plain)
+        lanes, learning, reducer, held, _ = self._prepare()
         with threads(all_threads) if self.takes_all_threads else nullcontext():
-            sums = self._own_sums(learning) if reducer is None else reducer.sums()
-            commit.run(sums, partial(lanes[0].write_buffers, self._module))
+            if not isinstance(lanes[0], InPlaceLane) or self._kept or not held.is_empty:
+                sums = self._own_sums(learning) if reducer is None else reducer.sums()
+                deliver(held, learning, sums, self._kept.of(held.outsiders))
+            commit(held, self.options, partial(lanes[0].write_buffers, self._module))
         self._kept.clear()
+        self._is_done = True
+
+    def undo(self) -> None:
+        """After a failure or a cancellation, when all lanes are done: let the gradients be as they were."""
+        if self._prepared is not None and not self._is_done:
+            self._prepared.held.restore()
 
     @property
     def takes_all_threads(self) -> bool:
         """Whether the commit pays for giving its lane all the machine's threads; after `run_lane`."""
         is_spread = len(self._lanes) > 1 and self._lanes[0].device.type == "cpu"
         return is_spread and self._replicas.num_elements >= _MIN_ELEMENTS_FOR_THREADS
+
+    @property
+    def needs_first_lane(self) -> bool:
+        """Whether the commit has to be the first lane's: no other may write to the module's buffers."""
+        return self._replicas.has_buffers
 
     def _loss_of(self, index: int, module: nn.Module) -> Tensor:
         device = self._lanes[index].device
@@ -137,10 +161,7 @@ class Step:
         return loss if weight == 1.0 else loss * weight
 
     def _own_sums(self, learning: Sequence[Tensor]) -> Gradients:
-        kept = self._kept.of(learning)
-        if not kept and isinstance(self._prepare().lanes[0], InPlaceLane):
-            return self._own_gradients
-        return add_kept(self._own_gradients, kept, [each.device for each in learning])
+        return add_kept(self._own_gradients, self._kept.of(learning), [each.device for each in learning])
 
     def _prepare(self) -> _Prepared:
         """What the first lane to come here makes for all."""
@@ -148,15 +169,17 @@ class Step:
             return self._prepared
         with self._lock:
             if self._prepared is None:
+                if modules_of(self._module) != self._modes.modules:  # changed since the call
+                    self._modes = Modes(self._module)
                 self._prepared = self._prepare_alone() or self._prepare_lanes()
             return self._prepared
 
     def _prepare_alone(self) -> _Prepared | None:
         """The module as it is for one lane, where that can do without a replica."""
-        if len(self._lanes) > 1:
+        if len(self._lanes) > 1 or not self._modes.hold():
             return None
-        lane = InPlaceLane.of(self._module, self._lanes[0].device)
-        return None if lane is None else _Prepared([lane], lane.learning, None, self._scale(lane.learning))
+        lane = InPlaceLane.of(self._modes, self._lanes[0].device)
+        return None if lane is None else self._shared([lane], lane.learning, None)
 
     def _prepare_lanes(self) -> _Prepared:
         num_lanes = len(self._lanes)
@@ -167,13 +190,19 @@ class Step:
             overlap = not self.accumulate and all(lane.device.type == "cpu" for lane in self._lanes)
             kept = [] if self.accumulate else self._kept.of(learning)
             reducer = Reducer(learning, self._replicas.buckets, num_lanes, kept, overlap=overlap)
-        return _Prepared(lanes, learning, reducer, self._scale(learning))
+        prepared = self._shared(lanes, learning, reducer)
+        if num_lanes > 1:  # made on this lane's stream, read on those of others
+            wait_issued({*(lane.device for lane in self._lanes), *(each.device for each in learning)})
+        return prepared
 
-    def _scale(self, learning: Sequence[Tensor]) -> Tensor | None:
-        if self.options.scaler is None or not learning:
-            return None
-        scale: Tensor = self.options.scaler.scale(torch.ones((), device=learning[0].device))
-        return scale
+    def _shared(
+        self, lanes: Sequence[TrainingLane | InPlaceLane], learning: list[Tensor], reducer: Reducer | None
+    ) -> _Prepared:
+        scale: Tensor | None = None
+        if self.options.scaler is not None and learning:
+            scale = self.options.scaler.scale(torch.ones((), device=learning[0].device))
+        held = Held(learning, self.options.optimizer) if self._prepared is None else self._prepared.held
+        return _Prepared(lanes, learning, reducer, held, scale)
 
 
 def _checked(loss: Any) -> Tensor:
