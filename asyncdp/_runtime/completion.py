@@ -150,7 +150,9 @@ class _LoopWaker:
         # Cleared first: a completion appended during the loop below signals again.
         self.is_signalled = False
         try:
-            while self.outbox:
+            # Only those of now: what tasks that go on here bring to an end comes after all else that is
+            # due on the loop, such as cancellations.
+            for _ in range(len(self.outbox)):
                 self.outbox.popleft().settle()
         finally:
             # A task may end the loop by a KeyboardInterrupt; the others go on when it runs again.

@@ -90,3 +90,28 @@ def test_a_second_waiter_is_told_too() -> None:
         return sorted(heard)
 
     assert asyncio.run(main()) == ["first", "second"]
+
+
+def test_completions_that_follow_leave_the_loop_its_turn() -> None:
+    """A task that goes on and finishes the next completion at once holds up nothing else on the loop."""
+
+    async def main() -> list[str]:
+        order: list[str] = []
+        first, second = new_completion(lambda: None), new_completion(lambda: None)
+
+        async def go_on() -> None:
+            await first
+            asyncio.get_running_loop().call_soon(order.append, "what was due")
+            second.finish()
+
+        async def wait() -> None:
+            await second
+            order.append("what followed")
+
+        tasks = [asyncio.create_task(wait()), asyncio.create_task(go_on())]
+        await asyncio.sleep(0)
+        first.finish()
+        await asyncio.gather(*tasks)
+        return order
+
+    assert asyncio.run(main()) == ["what was due", "what followed"]
