@@ -259,8 +259,10 @@ class TrainingLanes(ReplicaSet):
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:
     """What stays the same while a leaf or a copy made of `tensor` can go on standing for it."""
+    is_strided = tensor.layout is torch.strided
     return (
-        tensor.data_ptr() if tensor.layout is torch.strided else id(tensor),
+        tensor.data_ptr() if is_strided else id(tensor),
+        tensor.stride() if is_strided else (),
         tensor.requires_grad,
         tensor.dtype,
         tensor.shape,

@@ -133,11 +133,11 @@ async def test_groups_and_frozen_parameters() -> None:
 
 
 async def test_changes_of_the_module_between_steps() -> None:
-    """A replaced layer, other weights in place, other storage and another dtype are all noticed."""
+    """A replaced layer, other weights in place, other storage, strides and dtype are all noticed."""
     torch.manual_seed(0)
     module = mlp()
     async with engine(module) as one:
-        for change in ("nothing", "layer", "in place", "data", "storage", "dtype", "mode"):
+        for change in ("nothing", "layer", "in place", "data", "storage", "strides", "dtype", "mode"):
             if change == "layer":
                 module[2] = nn.Linear(8, 8).double()  # type: ignore[operator]
             elif change == "in place":
@@ -147,6 +147,8 @@ async def test_changes_of_the_module_between_steps() -> None:
                 module[0].weight.data.mul_(2.0)  # type: ignore[index]
             elif change == "storage":
                 module[0].weight.data = torch.randn(8, 5, dtype=torch.float64)  # type: ignore[index]
+            elif change == "strides":
+                module[2].weight.data = module[2].weight.data.t()  # type: ignore[index]
             elif change == "dtype":
                 module.float()
             elif change == "mode":
