@@ -261,7 +261,7 @@ class Batcher:
             if not call.done:
                 call.done = True
                 self._recorder.num_cancelled += not isinstance(error, CallTimeoutError)
-                self._schedule.remove(call)
+                self._schedule.remove(call, time.perf_counter())
             raise
         if call.error is None:
             return call.value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from bisect import bisect_left, insort
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -31,6 +32,8 @@ class Item:
 
 ItemT = TypeVar("ItemT", bound=Item)
 
+_MIN_FORGOTTEN = 64  # so many that left are cleared away at once, to make it worth while
+
 
 @dataclass(slots=True)
 class _Level(Generic[ItemT]):
@@ -48,9 +51,9 @@ class _Level(Generic[ItemT]):
 class BatchSchedule(Generic[ItemT]):
     """The queue of a batcher.
 
-    At most `max_queue` items are queued; later ones stay outside and are let in as others leave, by
-    priority and then in order of arrival. A batch is led by the most urgent item: the oldest one if
-    it has waited for `max_age`, else the first of the highest priority. The leader takes along the
+    At most `max_queue` items are queued; later ones stay outside, and the most urgent is let in as
+    another leaves. A batch is led by the most urgent item of the queue. Most urgent is the oldest one
+    if it has waited for `max_age`, else the first of the highest priority. The leader takes along the
     items nearest to it in size, so that little is padded and yet nobody starves.
 
     Args:
@@ -76,8 +79,10 @@ class BatchSchedule(Generic[ItemT]):
     _ranks: list[int] = field(default_factory=list)  # the priorities present, highest first
     _num_queued: int = 0
     _total_size: float = 0.0
-    _outside: list[tuple[int, int, ItemT]] = field(default_factory=list)
-    _gone: set[ItemT] = field(default_factory=set)  # removed while outside; the heap forgets them later
+    # By ordinal, so in order of arrival; an `OrderedDict` finds its first in no time after many have left.
+    _outside: OrderedDict[int, ItemT] = field(default_factory=OrderedDict)
+    # Priority, negated, and ordinal of those outside: a heap, which forgets who left only later.
+    _outside_ranks: list[tuple[int, int]] = field(default_factory=list)
     _ordinals: Iterator[int] = field(default_factory=itertools.count)
 
     @property
@@ -88,7 +93,7 @@ class BatchSchedule(Generic[ItemT]):
     @property
     def num_outside(self) -> int:
         """Items that wait for room in the queue."""
-        return len(self._outside) - len(self._gone)
+        return len(self._outside)
 
     @property
     def is_full(self) -> bool:
@@ -106,19 +111,20 @@ class BatchSchedule(Generic[ItemT]):
         if self._num_queued < self.max_queue:
             self._enqueue(item)
         else:
-            heapq.heappush(self._outside, (-item.priority, item.ordinal, item))
+            heapq.heappush(self._outside_ranks, (-item.priority, item.ordinal))
+            self._outside[item.ordinal] = item
 
-    def remove(self, item: ItemT) -> bool:
+    def remove(self, item: ItemT, now: float) -> bool:
         """An item gives up; tell whether it was still waiting."""
         level = self._levels.get(item.priority)
         if level is not None and item in level.items:
             self._dequeue(level, item)
-            self._let_in()
+            self._let_in(now)
             return True
-        if item not in self._gone and any(item is each for _, _, each in self._outside):
-            self._gone.add(item)
-            return True
-        return False
+        if self._outside.pop(item.ordinal, None) is None:
+            return False
+        self._forget()
+        return True
 
     def ready_at(self) -> float | None:
         """When the next batch may leave, should nothing more arrive; None if nothing waits."""
@@ -132,7 +138,8 @@ class BatchSchedule(Generic[ItemT]):
 
         Args:
             now: the time, in seconds.
-            num_free: places that could run a batch now; what waits is shared out between them.
+            num_free: places that could run a batch now; what waits is shared out between them, unless
+                batches wait to fill.
 
         Returns:
             The items, the leader first; empty if none waits or the batch may still fill.
@@ -140,19 +147,20 @@ class BatchSchedule(Generic[ItemT]):
         ready_at = self.ready_at()
         if ready_at is None or ready_at > now:
             return []
-        share = -(-self._num_queued // max(1, num_free))
-        limit = min(self.max_batch_size, share)
+        limit = self.max_batch_size
+        if self.max_wait == 0:
+            limit = min(limit, -(-self._num_queued // max(1, num_free)))
         batch = self._alike(now, limit) if self.sized else self._in_order(now, limit)
         for item in batch:
             self._dequeue(self._levels[item.priority], item)
-        self._let_in()
+        self._let_in(now)
         return batch
 
     def clear(self) -> list[ItemT]:
         """Take out everything, whether queued or outside."""
         waiting = [item for level in self._levels.values() for item in level.items]
-        waiting += [item for _, _, item in self._outside if item not in self._gone]
-        self._levels, self._ranks, self._outside, self._gone = {}, [], [], set()
+        waiting += self._outside.values()
+        self._levels, self._ranks, self._outside, self._outside_ranks = {}, [], OrderedDict(), []
         self._num_queued, self._total_size = 0, 0.0
         return waiting
 
@@ -177,13 +185,21 @@ class BatchSchedule(Generic[ItemT]):
             del self._levels[item.priority]
             self._ranks.remove(item.priority)
 
-    def _let_in(self) -> None:
+    def _let_in(self, now: float) -> None:
         while self._outside and self._num_queued < self.max_queue:
-            item = heapq.heappop(self._outside)[2]
-            if item in self._gone:
-                self._gone.remove(item)
-            else:
+            ordinal, oldest = next(iter(self._outside.items()))
+            if oldest.arrived + self.max_age > now:
+                ordinal = heapq.heappop(self._outside_ranks)[1]
+            item = self._outside.pop(ordinal, None)
+            if item is not None:
                 self._enqueue(item)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Clear the heap of those who have left."""
+        if len(self._outside_ranks) > 2 * len(self._outside) + _MIN_FORGOTTEN:
+            self._outside_ranks = [rank for rank in self._outside_ranks if rank[1] in self._outside]
+            heapq.heapify(self._outside_ranks)
 
     def _oldest(self) -> ItemT:
         if len(self._ranks) == 1:

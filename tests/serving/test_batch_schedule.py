@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+import weakref
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -38,14 +41,15 @@ class ScheduleMachine(RuleBasedStateMachine):
             max_batch_size, max_queue, max_wait, MAX_AGE, max_cost if sized else None, max_padding, sized
         )
         self.now = 0.0
-        self.waiting: list[Item] = []
-        self.done: set[Item] = set()
+        self.waiting: list[Item] = []  # in order of arrival
+        self.inside: set[Item] = set()
 
     @rule(target=items, size=st.integers(1, 12), priority=st.integers(0, 2))
     def add(self, size: int, priority: int) -> Item:
         item = Item(float(size), priority, self.now)
         self.schedule.add(item)
         self.waiting.append(item)
+        self.let_in()
         return item
 
     @rule(seconds=st.sampled_from([0.5, 3.0, 11.0]))
@@ -55,10 +59,10 @@ class ScheduleMachine(RuleBasedStateMachine):
     @rule(item=consumes(items))
     def remove(self, item: Item) -> None:
         was_waiting = item in self.waiting
-        assert self.schedule.remove(item) is was_waiting
-        assert self.schedule.remove(item) is False
+        assert self.schedule.remove(item, self.now) is was_waiting
+        assert self.schedule.remove(item, self.now) is False
         if was_waiting:
-            self.waiting.remove(item)
+            self.leave([item])
 
     @rule(num_free=st.integers(1, 3))
     def take(self, num_free: int) -> None:
@@ -68,25 +72,41 @@ class ScheduleMachine(RuleBasedStateMachine):
         assert bool(batch) == (ready_at is not None and ready_at <= self.now)
         if batch:
             self.check(batch, queued, num_free)
-            self.waiting = [item for item in self.waiting if item not in batch]
+            self.leave(batch)
 
     @rule(target=items)
     def clear(self) -> object:
         taken = self.schedule.clear()
         assert sorted(map(id, taken)) == sorted(map(id, self.waiting))
-        self.waiting = []
+        self.waiting, self.inside = [], set()
         return multiple()
+
+    def leave(self, items: list[Item]) -> None:
+        """The model's departure: others come in for those who leave the queue."""
+        self.waiting = [item for item in self.waiting if item not in items]
+        self.inside -= set(items)
+        self.let_in()
+
+    def let_in(self) -> None:
+        """The model's admission: one by one, whoever is most urgent of those outside."""
+        while len(self.inside) < min(self.schedule.max_queue, len(self.waiting)):
+            self.inside.add(self.by_urgency([item for item in self.waiting if item not in self.inside])[0])
+
+    def by_urgency(self, items: list[Item]) -> list[Item]:
+        """Those past the age cap by age, then the others by priority and age."""
+        overdue = [item for item in items if item.arrived + MAX_AGE <= self.now]
+        others = [item for item in items if item not in overdue]
+        return overdue + sorted(others, key=lambda item: -item.priority)
 
     def check(self, batch: list[Item], queued: list[Item], num_free: int) -> None:
         """The batch is led by the most urgent item and is as full as limits allow."""
         schedule = self.schedule
         assert len(set(batch)) == len(batch)
         assert set(batch) <= set(queued)
-        limit = min(schedule.max_batch_size, -(-len(queued) // num_free))
-        overdue = [item for item in queued if item.arrived + MAX_AGE <= self.now]
-        urgent = sorted(
-            queued, key=lambda item: (item not in overdue, -item.priority * (item not in overdue))
-        )
+        # Who asked for full batches gets them; else all free places get some.
+        most = len(queued) if schedule.max_wait else -(-len(queued) // num_free)
+        limit = min(schedule.max_batch_size, most)
+        urgent = self.by_urgency(queued)
         assert batch[0] is urgent[0]
         if not schedule.sized:
             assert batch == urgent[:limit]
@@ -117,11 +137,8 @@ class ScheduleMachine(RuleBasedStateMachine):
             assert not taken or not left or max(taken) <= min(left)
 
     def queued(self) -> list[Item]:
-        """The model's queue: as many items as fit, earlier ones never displaced by later ones."""
-        return [item for item in self.waiting if self.is_inside(item)]
-
-    def is_inside(self, item: Item) -> bool:
-        return all(item is not each for _, _, each in self.schedule._outside)
+        """The model's queue, in order of arrival."""
+        return [item for item in self.waiting if item in self.inside]
 
     @invariant()
     def counts_agree(self) -> None:
@@ -182,6 +199,14 @@ def test_what_waits_is_shared_out() -> None:
     assert schedule.take(0.0, num_free=1) == items[2:]
 
 
+def test_a_batch_that_waited_to_fill_is_not_shared_out() -> None:
+    """With `max_wait`, however many places are free, a batch takes all that it has waited for."""
+    schedule, items = make([0.0] * 4, max_wait=2.0)
+    assert schedule.take(0.0, num_free=2) == items
+    schedule, items = make([0.0] * 2, max_wait=2.0)
+    assert schedule.take(2.0, num_free=2) == items
+
+
 @pytest.mark.parametrize("sized", [False, True])
 def test_age_goes_before_priority(sized: bool) -> None:
     """An item past the age cap leads the next batch, however urgent the others are."""
@@ -211,3 +236,50 @@ def test_room_goes_by_priority() -> None:
         schedule.add(item)
     assert schedule.num_outside == 2
     assert [schedule.take(0.0) for _ in range(3)] == [[first], [high], [low]]
+
+
+def test_room_goes_by_age_in_the_end() -> None:
+    """Who has waited for room beyond the age cap is let in before every priority, by a batch or a removal."""
+    for leave in ("take", "remove"):
+        schedule: BatchSchedule[Item] = BatchSchedule(1, 1, max_age=5.0)
+        first, low, high = Item(0.0, 0, 0.0), Item(0.0, 0, 1.0), Item(0.0, 9, 6.0)
+        for item in (first, low, high):
+            schedule.add(item)
+        if leave == "take":
+            assert schedule.take(6.0) == [first]
+        else:
+            assert schedule.remove(first, 6.0)
+        assert [schedule.take(6.0) for _ in range(2)] == [[low], [high]]
+
+
+def test_leaving_the_wait_for_room_is_quick_and_complete() -> None:
+    """However many wait for room, one that gives up leaves in no time, and nothing is kept of it."""
+
+    class Watched(Item):
+        """An item that can be referred to weakly."""
+
+    schedule: BatchSchedule[Item] = BatchSchedule(1, 1)
+    items = [Watched(0.0, n % 7, 0.0) for n in range(20_000)]
+    for item in items:
+        schedule.add(item)
+    alive = weakref.WeakSet(items)
+    started = time.perf_counter()
+    while len(items) > 2:
+        assert schedule.remove(items.pop(), 0.0)
+    del item
+    # Looking through those who wait took half a minute.
+    assert time.perf_counter() - started < 2
+    assert set(alive) == set(items)
+    assert len(schedule._outside_ranks) < 100
+    assert [schedule.take(0.0) for _ in range(3)] == [items[:1], items[1:], []]
+
+
+def test_a_lasting_overload_leaves_nothing_behind() -> None:
+    """Where everybody waits beyond the age cap, what is kept does not grow with those who have left."""
+    schedule: BatchSchedule[Item] = BatchSchedule(1, 1, max_age=1.0)
+    for n in range(50):
+        schedule.add(Item(0.0, n % 3, float(n)))
+    for n in range(50, 2_000):
+        schedule.add(Item(0.0, n % 3, float(n)))
+        assert schedule.take(float(n))[0].arrived == n - 50
+    assert len(schedule._outside_ranks) < 200
