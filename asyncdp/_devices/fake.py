@@ -221,13 +221,17 @@ class FakeDevice(LaneDevice):
     async def wait_issued(self, count: int = 1) -> None:
         """Wait until at least `count` works have been issued since the lane was made."""
 
-        def watch() -> None:
+        def forget() -> None:
             with self._lock:
-                self._watchers.append((count, completion))
-                self._tell_watchers()
+                if watcher in self._watchers:  # else it is finished already
+                    self._watchers.remove(watcher)
+                    completion.finish()
 
-        completion = new_completion(lambda: completion.finish())
-        watch()
+        completion = new_completion(forget)
+        watcher = (count, completion)
+        with self._lock:
+            self._watchers.append(watcher)
+            self._tell_watchers()
         await completion
 
     # For the lane.

@@ -29,6 +29,11 @@ class Latch:
         """Let the lane go on."""
         self._opened.set()
 
+    @property
+    def is_entered(self) -> bool:
+        """Whether a lane is or was held."""
+        return self._entered.is_set()
+
     async def wait_entered(self) -> None:
         """Wait until a lane is held."""
         await wait_until(self._entered.is_set)

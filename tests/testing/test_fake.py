@@ -239,6 +239,67 @@ async def test_waiting_for_issue_can_be_cancelled() -> None:
     assert scope.cancelled_caught
 
 
+async def test_a_cancelled_wait_for_issue_is_forgotten() -> None:
+    """Works that are issued after a wait for them was cancelled end nothing a second time."""
+    device = FakeDevice()
+    async with Runtime([device]) as runtime:
+        with anyio.CancelScope() as scope:
+            scope.cancel()
+            await device.wait_issued()
+        assert await runtime.run(int) == 0
+        await anyio.lowlevel.checkpoint()
+        await device.wait_issued(1)
+        assert device.num_issued == 1
+
+
+async def test_a_wait_for_issue_that_is_cancelled_as_it_ends_ends_once() -> None:
+    """A cancellation that comes after the awaited work, but before its task runs, does no harm."""
+    device = FakeDevice()
+    cancelled: list[bool] = []
+
+    async def wait(scope: anyio.CancelScope) -> None:
+        with scope:
+            await device.wait_issued()
+        cancelled.append(scope.cancelled_caught)
+
+    async with Runtime([device]) as runtime, anyio.create_task_group() as group:
+        scope = anyio.CancelScope()
+        group.start_soon(wait, scope)
+        await anyio.wait_all_tasks_blocked()
+        device._count_issued()  # from this thread, so that the waiting task has no turn in between
+        scope.cancel()
+        with anyio.fail_after(20):
+            while not cancelled:
+                await anyio.lowlevel.checkpoint()
+        assert await runtime.run(int) == 0
+
+
+async def test_inputs_of_a_cancelled_call_live_until_it_has_drained() -> None:
+    """A cancelled call's tensors stay referenced as long as the device may read them, and no longer."""
+    device = FakeDevice(held=True)
+    alive: list[weakref.ref[torch.Tensor]] = []
+
+    async def run() -> None:
+        tensor = torch.ones(3)
+        alive.append(weakref.ref(tensor))
+        one = runtime.run(torch.sum, tensor)
+        del tensor
+        await one
+
+    async with Runtime([device]) as runtime:
+        async with anyio.create_task_group() as group:
+            group.start_soon(run)
+            await device.wait_issued()
+            group.cancel_scope.cancel()
+            with anyio.CancelScope(shield=True):
+                await anyio.wait_all_tasks_blocked()
+                gc.collect()
+                assert alive[0]() is not None
+                device.release()
+        gc.collect()
+        assert alive[0]() is None
+
+
 async def test_many_devices_and_passes_end_once() -> None:
     """Two hundred passes over delayed lanes on virtual time all end, each with its own value."""
     clock = VirtualClock()
