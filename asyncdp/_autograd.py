@@ -17,13 +17,25 @@ from .errors import GatherError, ReduceAddDtypeError, ReduceAddInForwardError, R
 
 
 class Scatter(Function):
-    """Split a tensor along a dimension into views. Dual: `Gather`."""
+    """Split a tensor along a dimension without a copy. Dual: `Gather`."""
 
     @staticmethod
-    def forward(ctx: Any, dim: int, sizes: Sequence[int], tensor: Tensor) -> tuple[Tensor, ...]:
-        """Return one view of `tensor` for each length in `sizes`."""
+    def forward(
+        ctx: Any, dim: int, sizes: Sequence[int], tensor: Tensor, apart: bool = False
+    ) -> tuple[Tensor, ...]:
+        """Return one shard of `tensor` for each length in `sizes`.
+
+        Args:
+            ctx: torch's context.
+            dim: the dimension to split.
+            sizes: lengths along `dim`.
+            tensor: what to split.
+            apart: give tensors of their own, which may be written in place, and `Written` has to be told;
+                else views, of which torch lets none be written.
+        """
         ctx.dim, ctx.device = dim, tensor.device
-        shards = torch.split(tensor, list(sizes), dim)
+        split = torch.unsafe_split_with_sizes if apart else torch.split_with_sizes
+        shards = split(tensor, list(sizes), dim)
         ctx.shapes = [shard.shape for shard in shards]
         ctx.set_materialize_grads(False)
         return tuple(shards)
@@ -33,12 +45,29 @@ class Scatter(Function):
         """Gather the shards' gradients; a shard that nothing depends on counts as zeros."""
         given = next((grad for grad in grads if grad is not None), None)
         if given is None:
-            return None, None, None
+            return None, None, None, None
         filled = [
             given.new_zeros(shape) if grad is None else grad
             for grad, shape in zip(grads, ctx.shapes, strict=True)
         ]
-        return None, None, Gather.apply(ctx.device, ctx.dim, *filled)
+        return None, None, Gather.apply(ctx.device, ctx.dim, *filled), None
+
+
+class Written(Function):
+    """Let a tensor know that its shards, which share its memory, were written in place."""
+
+    @staticmethod
+    def forward(ctx: Any, dim: int, tensor: Tensor, *shards: Tensor) -> Tensor:
+        """Return `tensor`, which leads its gradient to the shards from now on."""
+        ctx.dim = dim
+        ctx.sizes = [shard.shape[dim] for shard in shards]
+        ctx.mark_dirty(tensor)
+        return tensor
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        """What the tensor held before is gone: all of its gradient is the shards'."""
+        return None, None, *Scatter.apply(ctx.dim, ctx.sizes, grad)
 
 
 class Gather(Function):

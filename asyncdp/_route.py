@@ -17,6 +17,7 @@ from ._runtime import Lane, Runtime
 from ._runtime.passes import NextStage, Stage
 from ._scatter import split_arguments
 from ._structure import is_on
+from ._wholes import Wholes
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class Route:
         Only views are made on the calling thread; everything else happens on lanes.
         """
         most = len(self.lanes) if num_lanes is None else num_lanes
-        shards = split_arguments(args, kwargs, most, self.dim)
+        wholes = Wholes()
+        shards = split_arguments(args, kwargs, most, self.dim, wholes)
         positions = self._positions(len(shards), module)
 
         def apply_stage(modules: Sequence[LaneModule]) -> Stage:
@@ -51,7 +53,7 @@ class Route:
             ]
 
         def gather_stage(outputs: Sequence[Any], last: Lane) -> Stage:
-            return [(self._gather_lane(last), partial(gather_to, outputs, self.output, self.dim))]
+            return [(self._gather_lane(last), partial(self._gather, outputs, wholes))]
 
         num_threads = self.runtime.thread_share(len(positions))
         following: list[NextStage] = [gather_stage]
@@ -135,6 +137,11 @@ class Route:
             return list(range(count))
         chosen = self.runtime.least_busy(self.lanes, count)
         return [self.lanes.index(lane) for lane in chosen]
+
+    def _gather(self, outputs: Sequence[Any], wholes: Wholes) -> Any:
+        whole = gather_to(outputs, self.output, self.dim)
+        wholes.end_forward(whole)
+        return whole
 
     def _gather_lane(self, last: Lane) -> Lane:
         """A lane on the output device, the one that is awake already if it is one."""

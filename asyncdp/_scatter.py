@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from . import _tree
-from ._autograd import Scatter
 from ._devices import Devices, parse_devices
 from ._runtime.schedule import split_sizes
+from ._wholes import Wholes
 from .errors import LengthMismatchError, UnsplittableError
 
 
@@ -36,12 +36,15 @@ def scatter(inputs: Any, devices: Devices, *, dim: int = 0) -> list[Any]:
         UnsplittableError: an input cannot be split along one dimension (a PackedSequence).
     """
     targets = parse_devices(devices)
-    shards = split(inputs, len(targets), dim)
+    shards = split(inputs, len(targets), dim, Wholes(as_views=True))
     return [move(shard, device) for shard, device in zip(shards, targets, strict=False)]
 
 
-def split(inputs: Any, num_lanes: int, dim: int) -> list[Any]:
-    """Split nested inputs into at most `num_lanes` shards, without moving them to another device."""
+def split(inputs: Any, num_lanes: int, dim: int, wholes: Wholes | None = None) -> list[Any]:
+    """Split nested inputs into at most `num_lanes` shards, without moving them to another device.
+
+    Forwards may write into the shards, unless `wholes` gives views.
+    """
     leaves, spec = _tree.flatten(inputs)
     for leaf in leaves:
         if isinstance(leaf, _tree.Packed):
@@ -50,25 +53,25 @@ def split(inputs: Any, num_lanes: int, dim: int) -> list[Any]:
     if num_rows is None:
         return [inputs] * num_lanes
     sizes = split_sizes(num_rows, num_lanes)
+    to_split = [leaf for leaf in leaves if isinstance(leaf, Tensor) and _has_dim(leaf, dim)]
+    shards = iter((wholes or Wholes()).split(to_split, sizes, dim))
     columns = [
-        _split_tensor(leaf, sizes, dim)
-        if isinstance(leaf, Tensor) and _has_dim(leaf, dim)
-        else [leaf] * len(sizes)
+        next(shards) if isinstance(leaf, Tensor) and _has_dim(leaf, dim) else [leaf] * len(sizes)
         for leaf in leaves
     ]
     return [_tree.unflatten(spec, row) for row in zip(*columns, strict=True)]
 
 
 def split_arguments(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any], num_lanes: int, dim: int
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], num_lanes: int, dim: int, wholes: Wholes
 ) -> list[tuple[tuple[Any, ...], Mapping[str, Any]]]:
     """Split the arguments of a call into those of at most `num_lanes` calls; one if there are none."""
     if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and _has_dim(args[0], dim):
         # By far the most frequent call; spared the detour over trees, which takes as long as the rest.
         sizes = split_sizes(args[0].shape[dim], num_lanes)
-        return [((shard,), kwargs) for shard in _split_tensor(args[0], sizes, dim)]
+        return [((shard,), kwargs) for shard in wholes.split_one(args[0], sizes, dim)]
     shards: list[tuple[tuple[Any, ...], Mapping[str, Any]]]
-    shards = split((args, dict(kwargs)), num_lanes if args or kwargs else 1, dim)
+    shards = split((args, dict(kwargs)), num_lanes if args or kwargs else 1, dim, wholes)
     return shards
 
 
@@ -94,12 +97,6 @@ def _move_tensor(leaf: Any, device: torch.device) -> Any:
 
 def _has_dim(tensor: Tensor, dim: int) -> bool:
     return -tensor.dim() <= dim < tensor.dim()
-
-
-def _split_tensor(tensor: Tensor, sizes: Sequence[int], dim: int) -> Sequence[Tensor]:
-    if tensor.requires_grad and torch.is_grad_enabled():
-        return Scatter.apply(dim, sizes, tensor)  # type: ignore[no-any-return]
-    return tensor.split_with_sizes(sizes, dim)
 
 
 def _common_length(leaves: Sequence[Any], spec: Any, dim: int) -> int | None:

@@ -17,7 +17,7 @@ PACKAGE = Path(asyncdp.__file__).parent
 FLOORS = [
     {"errors"},
     {"_devices", "_kernels", "_runtime", "trace_summary"},
-    {"_autograd", "_buckets", "_copies", "_tree"},
+    {"_autograd", "_buckets", "_copies", "_tree", "_wholes"},
     {"_scatter", "_gather", "_replicate", "_replica_set", "_structure", "_parallel_apply"},
     {"_route", "_tuner", "_training", "_reducer", "_adaptive", "_serving", "_data_parallel"},
     {"infer", "cli", "testing", "pytest_plugin"},
