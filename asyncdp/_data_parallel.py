@@ -18,7 +18,7 @@ from ._parallel_apply import arguments
 from ._replica_set import ReplicaSet, replica_set_of
 from ._replicate import check_module
 from ._route import Route
-from ._runtime import Lane, Runtime, RuntimeStatistics, default_runtime
+from ._runtime import Lane, Runtime, RuntimeStatistics, default_lanes
 from ._training import Trainer
 from ._training_commit import StepOptions
 from ._training_lanes import Modes
@@ -66,12 +66,13 @@ async def data_parallel(
         raise NotAModuleError(module)
     targets = parse_devices(devices)
     output = targets[0] if output_device is None else parse_devices(output_device)[0]
-    runtime = default_runtime()
-    route = Route(runtime, tuple(runtime.lanes_for(targets)), output, dim)
+    replicas = replica_set_of(module, targets)
+    runtime, lanes = default_lanes(targets)
+    route = Route(runtime, tuple(lanes), output, dim)
     args, kwargs = arguments(inputs), dict(module_kwargs or {})
     if len(targets) == 1:
-        return await route.run_on_one_lane(module, None, args, kwargs)
-    return await route.run(module, replica_set_of(module, targets), args, kwargs)
+        return await route.run_on_one_lane(module, replicas, args, kwargs)
+    return await route.run(module, replicas, args, kwargs)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import _tree
 from ._devices import Devices, parse_devices
-from ._runtime import Lane, default_runtime
+from ._runtime import Lane, Runtime, default_lanes, default_runtime
 from ._scatter import move
 from .errors import CountMismatchError, NotAModuleError
 
@@ -44,9 +44,8 @@ async def parallel_apply(
     _check_counts(modules, inputs, kwargs, named)
     if not modules:
         return []
-    runtime = default_runtime()
     targets = named if named is not None else [_device_of(each) for each in inputs]
-    lanes = runtime.lanes_for(targets) if named is not None else _default_lanes(targets)
+    runtime, lanes = default_lanes(named) if named is not None else _lanes_in_turn(targets)
     every_kwargs = kwargs if kwargs is not None else [{}] * len(modules)
     stage = [
         (lane, partial(apply_and_move, module, arguments(one), keywords, device, device))
@@ -105,11 +104,11 @@ def _device_of(inputs: Any) -> torch.device:
     return torch.device("cpu")
 
 
-def _default_lanes(targets: Sequence[torch.device]) -> list[Lane]:
+def _lanes_in_turn(targets: Sequence[torch.device]) -> tuple[Runtime, list[Lane]]:
     """One lane per target; on the CPU the default lanes in turn, however many modules there are."""
     runtime = default_runtime()
     lanes = []
     for position, device in enumerate(targets):
         known = [lane for lane in runtime.lanes if lane.device == device] or runtime.lanes_for([device])
         lanes.append(known[position % len(known)])
-    return lanes
+    return runtime, lanes

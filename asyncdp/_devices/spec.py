@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
-from ..errors import NoCudaDeviceError, NoDevicesError, UnknownDeviceError
+from ..errors import AsyncDPError, NoCudaDeviceError, NoDevicesError, UnknownDeviceError
 
 DeviceLike = str | int | torch.device
 Devices = None | DeviceLike | Sequence[DeviceLike]
@@ -38,10 +38,10 @@ def parse_devices(devices: Devices = None) -> list[torch.device]:
         return _default_devices()
     if isinstance(devices, str):
         parsed = [device for part in devices.split(",") for device in _parse_name(part.strip())]
-    elif isinstance(devices, (int, torch.device)):
-        parsed = _parse_entry(devices)
-    else:
+    elif isinstance(devices, Iterable):
         parsed = [device for entry in devices for device in _parse_entry(entry)]
+    else:
+        parsed = _parse_entry(devices)
     if not parsed:
         raise NoDevicesError
     return parsed
@@ -50,7 +50,11 @@ def parse_devices(devices: Devices = None) -> list[torch.device]:
 def _default_devices() -> list[torch.device]:
     named = os.environ.get("ASYNCDP_DEVICES")
     if named:
-        return parse_devices(named)
+        try:
+            return parse_devices(named)
+        except AsyncDPError as error:
+            error.args = (f"{error} The environment variable says so: ASYNCDP_DEVICES={named!r}.",)
+            raise
     if torch.cuda.is_available():
         return _all_cuda_devices()
     return [torch.device("cpu")] * min(torch.get_num_threads(), MAX_DEFAULT_CPU_LANES)

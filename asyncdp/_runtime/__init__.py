@@ -1,6 +1,6 @@
 """Lanes, completions and the scheduler: knows threads and event loops, not torch modules."""
 
-from .default import default_runtime
+from .default import default_lanes, default_runtime
 from .lane import Lane
 from .runtime import LaneStatistics, Runtime, RuntimeStatistics
 from .schedule import LaneState
@@ -13,5 +13,6 @@ __all__ = [
     "Runtime",
     "RuntimeStatistics",
     "TraceRecorder",
+    "default_lanes",
     "default_runtime",
 ]

@@ -12,6 +12,7 @@ import torch
 
 from .. import _devices
 from .._devices import parse_devices
+from ..errors import AsyncDPError
 from .lane import Lane
 from .runtime import Runtime, cores
 
@@ -21,8 +22,8 @@ _EXIT_SECONDS = 5.0
 class _DefaultRuntime(Runtime):
     """The process's own runtime: grows lanes as they are asked for, and is never closed before exit."""
 
-    def __init__(self) -> None:
-        super().__init__([_devices.lane_device_for(device) for device in parse_devices()])
+    def __init__(self, devices: Sequence[torch.device]) -> None:
+        super().__init__([_devices.lane_device_for(device) for device in devices])
 
     def lanes_for(self, devices: Sequence[torch.device]) -> list[Lane]:
         found, missing = self._find_lanes(devices)
@@ -40,11 +41,31 @@ _default_lock = threading.Lock()
 
 def default_runtime() -> Runtime:
     """The process's own runtime, made at first use, shared by every event loop and thread."""
+    return _made(None)
+
+
+def default_lanes(devices: Sequence[torch.device]) -> tuple[Runtime, list[Lane]]:
+    """The process's own runtime, and one of its lanes for each entry of `devices`."""
+    runtime = _made(devices)
+    return runtime, runtime.lanes_for(devices)
+
+
+def _made(devices: Sequence[torch.device] | None) -> Runtime:
+    """The process's own runtime; `devices` are those of the caller, if it names any."""
     global _default
     with _default_lock:
         if _default is None:
-            _default = _DefaultRuntime()
+            _default = _DefaultRuntime(_first_devices(devices))
         return _default
+
+
+def _first_devices(named: Sequence[torch.device] | None) -> Sequence[torch.device]:
+    try:
+        return parse_devices()
+    except AsyncDPError:
+        if named is None:
+            raise
+        return named  # whoever names devices need not know of a wrong default
 
 
 def _shut_down_all() -> None:

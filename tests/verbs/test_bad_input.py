@@ -44,10 +44,18 @@ async def verb(module: Any, _inputs: Any, devices: Any, **_kwargs: Any) -> Any:
     return asyncdp.replicate(module, devices)
 
 
+async def functional_on_one(module: Any, inputs: Any, _devices: Any) -> Any:
+    return await functional(module, inputs, "cpu")
+
+
+async def engine_on_one(module: Any, inputs: Any, _devices: Any) -> Any:
+    return await engine(module, inputs, "cpu")
+
+
 Form = Callable[..., Coroutine[Any, Any, Any]]
 LAZY = nn.LazyLinear(3)
 DEVICES = [functional, engine, verb]
-MODULES = [functional, engine, verb]
+MODULES = [functional, engine, verb, functional_on_one, engine_on_one]
 INPUTS = [functional, engine]
 
 
@@ -65,6 +73,7 @@ IDENTITY = nn.Identity()
 MISTAKES = {
     "unknown device": Mistake(DEVICES, IDENTITY, X, "cpux", errors.UnknownDeviceError, "'cpux'", "cpu*4"),
     "unknown type": Mistake(DEVICES, IDENTITY, X, [1.5], errors.UnknownDeviceError, "1.5"),
+    "no sequence": Mistake(DEVICES, IDENTITY, X, 1.5, errors.UnknownDeviceError, "1.5", "a float names no"),
     "no lanes": Mistake(DEVICES, IDENTITY, X, [], errors.NoDevicesError, "empty", "devices=None"),
     "no times": Mistake(DEVICES, IDENTITY, X, "cpu*0", errors.UnknownDeviceError, "positive"),
     "no module": Mistake(

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import re
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -14,6 +18,8 @@ import asyncdp
 from .models import Fn, numbered
 
 CPU = torch.device("cpu")
+
+no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 
 
 @pytest.mark.parametrize(
@@ -32,7 +38,10 @@ def test_specifications(spec: Any, devices: list[torch.device]) -> None:
     assert asyncdp.parse_devices(spec) == devices
 
 
-@pytest.mark.parametrize("spec", ["", ",", "cpu*", "cpu*-1", "cpu*x", "*2", "gpu", True, -1, ["cpu", None]])
+@pytest.mark.parametrize(
+    "spec",
+    ["", ",", "cpu*", "cpu*-1", "cpu*x", "*2", "gpu", True, -1, ["cpu", None], 1.5, 1j, len, object()],
+)
 def test_malformed_specifications(spec: Any) -> None:
     """What names no device is a ValueError that says how to name one."""
     with pytest.raises(ValueError, match=r"[Nn]ame"):
@@ -49,7 +58,54 @@ def test_environment_sets_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shards == [2, 2, 2]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+@pytest.mark.parametrize("named", ["warp*3", "cpu*0", "cpu,"])
+def test_a_bad_environment_is_named(monkeypatch: pytest.MonkeyPatch, named: str) -> None:
+    """An error about the default tells where the default comes from."""
+    monkeypatch.setenv("ASYNCDP_DEVICES", named)
+    with pytest.raises(ValueError, match=f"ASYNCDP_DEVICES={re.escape(repr(named))}"):
+        asyncdp.parse_devices()
+
+
+@no_cuda
+def test_cuda_named_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The well-known sentence comes first, then where CUDA was asked for."""
+    monkeypatch.setenv("ASYNCDP_DEVICES", "cuda")
+    with pytest.raises(RuntimeError, match=r"^Expected at least one CUDA device .* ASYNCDP_DEVICES='cuda'"):
+        asyncdp.parse_devices()
+
+
+USE_NAMED_DEVICES = """
+import asyncio, torch, asyncdp
+
+async def main():
+    module, x = torch.nn.Linear(1, 1), torch.ones(4, 1)
+    assert (await asyncdp.data_parallel(module, x, "cpu*2")).shape == (4, 1)
+    await asyncdp.parallel_apply([module], [x], devices="cpu")
+    async with asyncdp.DataParallel(module, "cpu*2") as engine:
+        await engine(x)
+    try:
+        await asyncdp.data_parallel(module, x)
+    except ValueError as error:
+        print(error)
+
+asyncio.run(main())
+"""
+
+
+def test_a_bad_environment_matters_to_the_default_only() -> None:
+    """Whoever names devices never hears of it."""
+    done = subprocess.run(
+        [sys.executable, "-c", USE_NAMED_DEVICES],
+        env={**os.environ, "ASYNCDP_DEVICES": "warp"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "ASYNCDP_DEVICES='warp'" in done.stdout
+
+
+@no_cuda
 def test_default_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """With no CUDA device and nothing said, the lanes are CPU lanes, and a pass runs on them."""
     monkeypatch.delenv("ASYNCDP_DEVICES", raising=False)
