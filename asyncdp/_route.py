@@ -53,7 +53,7 @@ class Route:
             ]
 
         def gather_stage(outputs: Sequence[Any], last: Lane) -> Stage:
-            return [(self._gather_lane(last), partial(self._gather, outputs, wholes))]
+            return [(self._gather_lane(last), partial(self.gather, outputs, wholes))]
 
         num_threads = self.runtime.thread_share(len(positions))
         following: list[NextStage] = [gather_stage]
@@ -138,7 +138,8 @@ class Route:
         chosen = self.runtime.least_busy(self.lanes, count)
         return [self.lanes.index(lane) for lane in chosen]
 
-    def _gather(self, outputs: Sequence[Any], wholes: Wholes) -> Any:
+    def gather(self, outputs: Sequence[Any], wholes: Wholes) -> Any:
+        """Put the outputs of a pass's shards together, and end its forward."""
         whole = gather_to(outputs, self.output, self.dim)
         wholes.end_forward(whole)
         return whole
