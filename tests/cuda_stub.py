@@ -151,7 +151,6 @@ def cuda_stub(monkeypatch: pytest.MonkeyPatch) -> CudaStub:
     monkeypatch.setattr(torch.cuda, "Event", lambda **kwargs: Event(stub, **kwargs))
     monkeypatch.setattr(torch.cuda, "current_stream", stub.current_stream)
     monkeypatch.setattr(torch.cuda, "stream", stub.stream)
-    monkeypatch.setattr(cuda, "_waiters", {})
     monkeypatch.setattr(transfer, "_lane_streams", {})
     monkeypatch.setattr(transfer, "_peers", {})
     monkeypatch.setattr(cuda_clock, "_clocks", {})

@@ -27,8 +27,8 @@ def lane_device_for(device: torch.device) -> LaneDevice:
 
 
 def forget_threads() -> None:
-    """Forget threads that a fork did not copy into this child process."""
+    """Forget threads that a fork did not copy into this child process, and the locks that they held."""
     forget_changes()
-    cuda = sys.modules.get(f"{__name__}.cuda")
-    if cuda is not None:
-        cuda.forget_waiters()
+    clocks = sys.modules.get(f"{__name__}.cuda_clock")
+    if clocks is not None:
+        clocks.forget()

@@ -1,12 +1,10 @@
-"""CUDA lanes: a stream per lane, and a thread per device that waits for events."""
+"""CUDA lanes: a stream per lane, and a thread per lane that waits for events."""
 
 from __future__ import annotations
 
 import contextlib
 import queue
 import threading
-import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,8 +15,6 @@ from .._kernels import transfer
 from .base import LaneDevice
 from .cuda_clock import Timing, clock_of
 
-_POLL_SECONDS = 50e-6
-
 
 class _Pending(NamedTuple):
     event: torch.cuda.Event
@@ -26,89 +22,44 @@ class _Pending(NamedTuple):
 
 
 class _EventWaiter:
-    """Waits for the events of one device on a daemon thread and reports each end.
+    """Waits for the events of one lane on a daemon thread and reports each end.
 
-    The events of one lane come in the order they were recorded, and are waited for in a blocking
-    synchronise, which costs no CPU. With several lanes a long event of one must not hide a short one
-    of another, so all are queried in turn, every 50 us while any is pending.
-
-    Attributes:
-        num_lanes: lanes on the device, of all runtimes.
+    They come in the order they were recorded, so that a blocking synchronise waits for each, at no cost.
+    One thread for several lanes would have to ask for their events in turn all the time, or a long work of
+    one lane would hide the end of a short one of another.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._arrivals: queue.SimpleQueue[_Pending] = queue.SimpleQueue()
-        self.num_lanes = 0
-        threading.Thread(target=self._run, name=f"asyncdp-events-{device}", daemon=True).start()
+        self._arrivals: queue.SimpleQueue[_Pending | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=f"asyncdp-events-{device}", daemon=True)
+        self._thread.start()
 
     def watch(self, pending: _Pending) -> None:
         self._arrivals.put(pending)
 
+    def close(self) -> None:
+        """End the thread, which has nothing to wait for any more."""
+        self._arrivals.put(None)
+        self._thread.join()
+
     def _run(self) -> None:
         torch.cuda.set_device(self._device)
-        waiting: deque[_Pending] = deque()
-        while True:
-            if not waiting:
-                waiting.append(self._arrivals.get())
-            while not self._arrivals.empty():
-                waiting.append(self._arrivals.get())
-            if self.num_lanes == 1:
-                self._finish(waiting.popleft())
-            elif not self._sweep(waiting):
-                time.sleep(_POLL_SECONDS)
+        while self._report_next():
+            pass
 
-    def _sweep(self, waiting: deque[_Pending]) -> bool:
-        """Report every event that has been reached; tell whether there was one."""
-        reached = False
-        for _ in range(len(waiting)):
-            pending = waiting.popleft()
-            if _reached(pending.event):
-                self._finish(pending)
-                reached = True
-            else:
-                waiting.append(pending)
-        return reached
-
-    def _finish(self, pending: _Pending) -> None:
+    def _report_next(self) -> bool:
+        # A call of its own, so that nothing of the work is kept alive while the next is waited for.
+        pending = self._arrivals.get()
+        if pending is None:
+            return False
         try:
             pending.event.synchronize()
         except Exception as error:
             pending.callback(error)
         else:
             pending.callback(None)
-
-
-def _reached(event: torch.cuda.Event) -> bool:
-    try:
-        return bool(event.query())
-    except Exception:
-        return True  # the error comes out again, and is reported, in synchronize
-
-
-_waiters: dict[torch.device, _EventWaiter] = {}
-_waiters_lock = threading.Lock()
-
-
-def forget_waiters() -> None:
-    """Forget the waiter threads; called in a forked child, where they no longer exist."""
-    global _waiters_lock
-    _waiters_lock = threading.Lock()
-    _waiters.clear()
-
-
-def _join_waiter(device: torch.device) -> _EventWaiter:
-    """The waiter of a device, which counts one more lane from now on."""
-    with _waiters_lock:
-        if device not in _waiters:
-            _waiters[device] = _EventWaiter(device)
-        _waiters[device].num_lanes += 1
-        return _waiters[device]
-
-
-def _leave_waiter(waiter: _EventWaiter) -> None:
-    with _waiters_lock:
-        waiter.num_lanes -= 1
+        return True
 
 
 class _Captured(NamedTuple):
@@ -133,12 +84,12 @@ class CudaLane(LaneDevice):
         self._stream = torch.cuda.Stream(self.device)
         self._stream.query()
         transfer.add_lane(self.device, self._stream)
-        self._waiter = _join_waiter(self.device)
+        self._waiter = _EventWaiter(self.device)
 
     def close(self) -> None:
-        """Leave the device's waiter to the other lanes."""
+        """End the thread that waits for the lane's events."""
         if self._waiter is not None:
-            _leave_waiter(self._waiter)
+            self._waiter.close()
 
     def capture(self) -> _Captured:
         """Record an event behind everything the caller has issued on this device."""
@@ -207,7 +158,7 @@ class CudaLane(LaneDevice):
                 leaf.record_stream(stream)
 
     def on_complete(self, marker: torch.cuda.Event, callback: Callable[[BaseException | None], None]) -> None:
-        """Hand the event to the device's waiter thread."""
+        """Hand the event to the lane's waiter thread."""
         assert self._waiter is not None
         self._waiter.watch(_Pending(marker, callback))
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
+from functools import partial
 from typing import Any
 
+import anyio
 import pytest
 import torch
 from torch import nn
@@ -12,7 +16,9 @@ from asyncdp import DataParallel, LaneState, Runtime
 from asyncdp._devices import cuda
 from asyncdp._kernels import transfer
 from asyncdp.errors import DeviceLostError, GatherError
-from tests.cuda_stub import CudaStub, cuda_stub
+from tests.cuda_stub import CudaStub, Event, cuda_stub
+
+from .helpers import Latch, wait_until
 
 __all__ = ["cuda_stub"]
 
@@ -112,14 +118,60 @@ async def test_a_loss_under_a_gather_is_a_loss(cuda_stub: CudaStub, monkeypatch:
         assert runtime.statistics().lanes[0].state is LaneState.LOST
 
 
-async def test_the_waiter_counts_the_lanes_there_are(cuda_stub: CudaStub) -> None:
-    """Lanes of a closed runtime do not make the one lane of the next be waited for by polling."""
-    device = torch.device("cpu", 0)
-    for _ in range(2):
-        async with Runtime([cuda_stub.lane(), cuda_stub.lane()]) as runtime:
-            await runtime.run_pass([(lane, int) for lane in runtime.lanes])
-            assert cuda._waiters[device].num_lanes == 2
-        assert cuda._waiters[device].num_lanes == 0
+async def test_a_long_work_hides_no_short_one_and_nobody_polls(
+    cuda_stub: CudaStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each lane's ends are waited for by themselves, blocking: no event is asked for again and again."""
+    long = Latch()
+    asked_by: list[str] = []
+    query, synchronize = Event.query, Event.synchronize
+
+    def ask(self: Event) -> bool:
+        asked_by.append(threading.current_thread().name)
+        return query(self)
+
+    def wait(self: Event) -> None:
+        if self.reached_at >= 100:
+            long.hold()
+        synchronize(self)
+
+    monkeypatch.setattr(Event, "query", ask)
+    monkeypatch.setattr(Event, "synchronize", wait)
+    async with Runtime([cuda_stub.lane(), cuda_stub.lane()]) as runtime, anyio.create_task_group() as group:
+        first, second = runtime.lanes
+        group.start_soon(lambda: runtime.run(cuda_stub.kernel, 100.0, lane=first))
+        await long.wait_entered()
+        for _ in range(3):
+            await runtime.run(cuda_stub.kernel, 1.0, lane=second)
+        long.open()
+    assert set(asked_by) == {"asyncdp-cpu:0", "asyncdp-cpu:0/1"}
+
+
+async def test_waiters_end_with_their_lanes(cuda_stub: CudaStub) -> None:
+    """Closing a runtime leaves no thread that waits for events."""
+    before = event_threads()
+    async with Runtime([cuda_stub.lane(), cuda_stub.lane()]) as runtime:
+        await runtime.run_pass([(lane, partial(cuda_stub.kernel, 1.0)) for lane in runtime.lanes])
+        assert event_threads() == before + 2
+    assert event_threads() == before
+
+
+async def test_a_waiter_keeps_nothing_of_what_has_ended(cuda_stub: CudaStub) -> None:
+    """While it waits for the next event, the last work's tensors are free to go."""
+    async with Runtime([cuda_stub.lane()]) as runtime:
+        tensor = torch.ones(3)
+        alive = weakref.ref(tensor)
+
+        def run(given: torch.Tensor) -> None:
+            cuda_stub.kernel(1.0)
+
+        await runtime.run(run, tensor)
+        del tensor
+        await wait_until(lambda: alive() is None)
+
+
+def event_threads() -> int:
+    return sum(thread.name.startswith("asyncdp-events") for thread in threading.enumerate())
 
 
 async def test_a_lane_that_never_opened_can_be_closed(
