@@ -7,6 +7,7 @@ lanes never race on running statistics; lane 0 has the module's own.
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Iterable, Sequence
@@ -308,11 +309,15 @@ def updates_buffers(module: nn.Module) -> bool:
 
 
 class Kept(dict[tuple[torch.device, ...], ReplicaSet]):
-    """A module's replica sets by their devices. Copies and pickles of the module go without them."""
+    """A module's replica sets by their devices. Copies and pickles of the module go without them.
+
+    So do forked children: a lane may have been at work on a replica, or have held its set's lock.
+    """
 
     def __init__(self, owner: nn.Module) -> None:
         super().__init__()
         self.owner = weakref.ref(owner)  # a shallow copy of the module has this too, but does not own it
+        self.process = os.getpid()
 
     def __deepcopy__(self, memo: object) -> dict[Any, Any]:
         return {}
@@ -328,7 +333,7 @@ def replica_set_of(module: nn.Module, devices: Sequence[torch.device]) -> Replic
     hooks, which the replicas share, refer to.
     """
     kept = module.__dict__.get(KEPT)
-    if not isinstance(kept, Kept) or kept.owner() is not module:
+    if not isinstance(kept, Kept) or kept.owner() is not module or kept.process != os.getpid():
         kept = module.__dict__[KEPT] = Kept(module)
     key = tuple(devices)
     if key not in kept:

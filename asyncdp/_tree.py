@@ -8,6 +8,7 @@ user of optree in the process sees a change.
 from __future__ import annotations
 
 import dataclasses
+import os
 import threading
 import warnings
 from collections import UserDict
@@ -22,6 +23,13 @@ NAMESPACE = "asyncdp"
 
 _registering = threading.Lock()
 _registered: set[type] = set()
+if hasattr(os, "register_at_fork"):
+    # A registration under way ends first: optree has a lock of its own, which a child could not undo.
+    os.register_at_fork(
+        before=_registering.acquire,
+        after_in_parent=_registering.release,
+        after_in_child=_registering.release,
+    )
 
 
 def flatten(tree: Any) -> tuple[list[Any], optree.PyTreeSpec]:

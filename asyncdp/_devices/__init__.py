@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-
 import torch
 
 from .base import LaneDevice
 from .spec import DeviceLike, Devices, parse_devices
-from .threads import forget_changes
 
 __all__ = ["DeviceLike", "Devices", "LaneDevice", "lane_device_for", "parse_devices"]
 
@@ -24,11 +21,3 @@ def lane_device_for(device: torch.device) -> LaneDevice:
 
         return CudaLane(device)
     return LaneDevice(device)
-
-
-def forget_threads() -> None:
-    """Forget threads that a fork did not copy into this child process, and the locks that they held."""
-    forget_changes()
-    clocks = sys.modules.get(f"{__name__}.cuda_clock")
-    if clocks is not None:
-        clocks.forget()

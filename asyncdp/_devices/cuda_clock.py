@@ -78,10 +78,3 @@ def clock_of(device: torch.device) -> DeviceClock:
         if device not in _clocks:
             _clocks[device] = DeviceClock(device)
         return _clocks[device]
-
-
-def forget() -> None:
-    """Forget the clocks, which may be in use by threads that a fork did not copy."""
-    global _lock
-    _lock = threading.Lock()
-    _clocks.clear()

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 
 import torch
 
 _changing = threading.Lock()
+if hasattr(os, "register_at_fork"):
+    # A change under way ends first: the child would inherit a count that was meant for one thread.
+    os.register_at_fork(
+        before=_changing.acquire, after_in_parent=_changing.release, after_in_child=_changing.release
+    )
 
 
 def set_intra_op_threads(num_threads: int) -> None:
@@ -24,12 +30,6 @@ def set_intra_op_threads(num_threads: int) -> None:
         torch.set_num_threads(num_threads)
         if inherited != num_threads:
             _run_in_thread(lambda: torch.set_num_threads(inherited))
-
-
-def forget_changes() -> None:
-    """Forget a change that was under way when this child process was forked."""
-    global _changing
-    _changing = threading.Lock()
 
 
 def _inherited_num_threads() -> int:

@@ -75,7 +75,10 @@ def _shut_down_all() -> None:
 
 
 def _forget_after_fork() -> None:
-    """In a forked child the lanes' threads do not exist: start anew, and refuse the old runtimes."""
+    """In a forked child the lanes' threads do not exist: start anew, and refuse the old runtimes.
+
+    What only CUDA lanes use is left alone: torch refuses CUDA in a forked child.
+    """
     global _default, _default_lock
     _default = None
     _default_lock = threading.Lock()
@@ -85,7 +88,6 @@ def _forget_after_fork() -> None:
             "the runtime was made before a fork, and its threads do not exist in this child process"
         )
         core.schedule.closed = True
-    _devices.forget_threads()
 
 
 atexit.register(_shut_down_all)

@@ -126,6 +126,62 @@ def test_a_dropped_runtime_ends_its_threads() -> None:
         assert not thread.is_alive()
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_a_fork_while_locks_are_held() -> None:
+    """Locks that other threads hold at a fork, whatever for, hold up nothing in the child."""
+    done = run_python(
+        """
+        import asyncio, os, signal, threading, warnings
+        import torch, asyncdp
+        from asyncdp import _tree
+        from asyncdp._devices import threads
+        from asyncdp._replica_set import replica_set_of
+        from asyncdp._runtime import default
+
+        warnings.simplefilter("ignore", DeprecationWarning)  # fork beside threads: what this is about
+        module, x = torch.nn.Linear(2, 2), torch.ones(4, 2)
+        one_pass = lambda: asyncio.run(asyncdp.data_parallel(module, x, "cpu*2"))
+        expected = one_pass()
+
+        class Batch(list):
+            pass
+
+        # For long: whatever an admitted pass or a preparation on a lane may hold. It ends with the process.
+        core, replicas = asyncdp.default_runtime()._core, replica_set_of(module, [torch.device("cpu")] * 2)
+        long = [replicas._lock, core.lock, default._default_lock]
+        # For a moment: a fork may wait for these.
+        short = [_tree._registering, threads._changing]
+        taken, forking, ended = threading.Barrier(2), threading.Event(), threading.Event()
+
+        def hold():
+            for lock in (*long, *short):
+                lock.acquire()
+            taken.wait()
+            forking.wait()
+            for lock in short:
+                lock.release()
+            ended.wait()
+            for lock in long:
+                lock.release()
+
+        # The last one registered is the first one called.
+        os.register_at_fork(before=forking.set)
+        threading.Thread(target=hold).start()
+        taken.wait()
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            assert asyncdp.scatter(Batch([x]), "cpu*2")[1][0].shape == (2, 2)
+            assert torch.equal(one_pass(), expected)
+            os._exit(0)
+        ended.set()
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert torch.equal(one_pass(), expected)
+        """
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     ("spec", "count"),
     [("cpu", 1), ("cpu*3", 3), ("cpu,cpu", 2), (["cpu", torch.device("cpu")], 2), ("cpu * 2", 2)],
