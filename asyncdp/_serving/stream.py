@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
+import sys
 import weakref
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import anyio
 import anyio.to_thread
 import torch
 
 from .._parallel_apply import arguments
+from .._runtime.completion import Completion, new_completion
 from .prefetch import Prefetcher
 from .tasks import spawn
 from .waiter import Waiter, new_waiter
 
 if TYPE_CHECKING:
+    from anyio.abc import TaskGroup
+
     from .._data_parallel import DataParallel
 
 ON_ERROR = ("raise", "skip", "return")
+
+_FATAL = (KeyboardInterrupt, SystemExit)
+"""What ends a stream whatever `on_error` says."""
 
 _END = object()
 
@@ -44,9 +53,10 @@ class _Shared:
         self._next = 0
         self._order: deque[int] = deque()  # of completion
         self._ended = False
-        self._reader: Waiter | None = None
+        self._readers: list[Waiter] = []
         self._filler: Waiter | None = None
-        self.gone: list[Waiter] = []  # woken when the task has ended
+        self.failure: BaseException | None = None  # of the source
+        self.gone: list[Completion] = []  # finished when the task has ended
 
     @property
     def ended(self) -> bool:
@@ -67,13 +77,23 @@ class _Shared:
     def put(self, index: int, outcome: _Outcome) -> None:
         self._ready[index] = outcome
         self._order.append(index)
-        self._wake_reader()
+        self._wake_readers()
 
     def end(self) -> None:
         self._ended = True
-        self._wake_reader()
-        for waiter in self.gone:
-            waiter.wake()
+        self._wake_readers()
+        for completion in self.gone:
+            completion.finish()
+
+    def raise_failure(self) -> None:
+        """Raise the source's failure, if there is one that was not raised yet."""
+        failure, self.failure = self.failure, None
+        if failure is not None:
+            try:
+                raise failure
+            finally:
+                # The traceback refers to this frame: they would keep each other alive.
+                del failure
 
     async def get(self) -> _Outcome | None:
         """The next outcome, or None at the end of the stream."""
@@ -87,12 +107,64 @@ class _Shared:
                 return self._ready.pop(index)
             if self._ended:
                 return None
-            self._reader = new_waiter()
-            await self._reader.wait()
+            reader = new_waiter()
+            self._readers.append(reader)
+            await reader.wait()
 
-    def _wake_reader(self) -> None:
-        if self._reader is not None:
-            self._reader.wake()
+    def _wake_readers(self) -> None:
+        while self._readers:
+            self._readers.pop().wake()
+
+
+class _Source:
+    """Reads any kind of iterable, and closes what it reads from.
+
+    Not an async generator: those cannot pass on every exception.
+    """
+
+    def __init__(self, batches: Iterable[Any] | AsyncIterable[Any]) -> None:
+        self._is_async = isinstance(batches, AsyncIterable)
+        self._batches: Any = batches
+        # What is its own iterator is closed even if nothing was read from it.
+        self._iterator: Any = batches if isinstance(batches, (Iterator, AsyncIterator)) else None
+        self._error: BaseException | None = None
+
+    async def next(self) -> Any:
+        """The next batch, or `_END`."""
+        if self._is_async:
+            if self._iterator is None:
+                self._iterator = aiter(self._batches)
+            return await anext(self._iterator, _END)
+        if isinstance(self._batches, (list, tuple, range)):
+            batch = self._read()
+        else:  # It may block: a DataLoader reads files.
+            batch = await anyio.to_thread.run_sync(self._read)
+        error, self._error = self._error, None
+        if error is None:
+            return batch
+        try:
+            raise error
+        finally:
+            del error  # its traceback refers to this frame
+
+    def _read(self) -> Any:
+        # An error is not raised, since a GeneratorExit would close the coroutines that it comes through,
+        # and not returned, since frames of the thread would keep it alive.
+        try:
+            if self._iterator is None:
+                self._iterator = iter(self._batches)
+            return next(self._iterator, _END)
+        except BaseException as error:
+            self._error = error
+            return _END
+
+    async def aclose(self) -> None:
+        """Close the iterator, once."""
+        iterator, self._iterator = self._iterator, None
+        if self._is_async and hasattr(iterator, "aclose"):
+            await iterator.aclose()
+        elif not self._is_async and hasattr(iterator, "close"):
+            await anyio.to_thread.run_sync(iterator.close)
 
 
 class BatchStream:
@@ -114,7 +186,8 @@ class BatchStream:
         self._on_error = on_error
         # Noted here: a mode that is held over an await would leak into other tasks.
         modes = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
-        self._fill = partial(_fill, self._shared, engine, batches, modes)
+        self._source = _Source(batches)
+        self._fill = partial(_fill, self._shared, engine, self._source, modes)
         self._cancel: Callable[[], object] | None = None
         self._closed = False
 
@@ -125,17 +198,23 @@ class BatchStream:
         if self._closed:
             raise StopAsyncIteration
         if self._cancel is None:
-            self._cancel = spawn(self._fill)
-            weakref.finalize(self, self._cancel).atexit = False
+            # Cancels once: a second time would break off what closes the source.
+            self._cancel = cancel = weakref.finalize(self, spawn(self._fill))
+            cancel.atexit = False
         while (outcome := await self._shared.get()) is not None:
             if outcome.error is None:
                 return outcome.value
-            if self._on_error == "return" and isinstance(outcome.error, Exception):
+            is_fatal = isinstance(outcome.error, _FATAL)
+            if self._on_error == "return" and not is_fatal:
                 return outcome.error
-            if self._on_error == "raise" or not isinstance(outcome.error, Exception):
-                await self.aclose()
-                raise outcome.error
+            if self._on_error == "raise" or is_fatal:
+                try:
+                    raise outcome.error
+                finally:
+                    del outcome  # its error's traceback refers to this frame
+                    await self.aclose()
         self._closed = True
+        self._shared.raise_failure()
         raise StopAsyncIteration
 
     async def __aenter__(self) -> BatchStream:
@@ -145,14 +224,27 @@ class BatchStream:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Cancel what is in flight, wait until the lanes have drained, close the source."""
+        """Cancel what is in flight, wait until the lanes have drained, close the source.
+
+        A cancellation of the caller goes on after that.
+
+        Raises:
+            Exception: what the source raised as it was closed.
+        """
         self._closed = True
-        if self._cancel is None or self._shared.ended:
+        self._shared.failure = None  # came of reading ahead
+        if self._shared.ended:
             return
-        self._cancel()
-        waiter = new_waiter()
-        self._shared.gone.append(waiter)
-        await waiter.wait()
+        # Without the shield anyio would cancel the wait again and again on asyncio.
+        with anyio.CancelScope(shield=True):
+            if self._cancel is None:
+                await self._source.aclose()
+                return
+            gone = new_completion(lambda: None)  # the wait goes on to its end
+            self._shared.gone.append(gone)
+            self._cancel()
+            await gone
+        self._shared.raise_failure()
 
 
 def map_batches(
@@ -178,63 +270,82 @@ def map_batches(
         raise ValueError(f"on_error must be one of {', '.join(ON_ERROR)}, but got {on_error!r}.")
     # Two per lane: while one runs, the next is at hand.
     limit = 2 * len(engine.lanes) if max_in_flight is None else max_in_flight
-    if limit < 1:
-        raise ValueError(f"max_in_flight must be 1 or more, but got {limit}.")
+    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+        raise ValueError(f"max_in_flight must be a whole number of 1 or more, but got {limit}.")
     return BatchStream(engine, batches, ordered, limit, on_error)
 
 
-async def _fill(
-    shared: _Shared,
-    engine: DataParallel,
-    batches: Iterable[Any] | AsyncIterable[Any],
-    modes: tuple[bool, bool],
-) -> None:
-    """Read the source and keep batches in flight, until the source ends or the task is cancelled."""
-    count = 0
+async def _fill(shared: _Shared, engine: DataParallel, source: _Source, modes: tuple[bool, bool]) -> None:
+    """Keep batches of the source in flight, until it ends or the task is cancelled."""
     prefetcher = Prefetcher(engine.lanes)
     try:
-        source = _read(batches)
         async with anyio.create_task_group() as group:
-            try:
-                while True:
-                    await shared.wait_room()
-                    batch = await anext(source, _END)
-                    if batch is _END:
-                        break
-                    group.start_soon(_run, shared, engine, prefetcher, count, batch, modes)
-                    count += 1
-                    del batch
-            except Exception as error:
-                # The source's own failure takes its turn behind the batches it gave before.
-                shared.put(count, _Outcome(None, error))
-            finally:
-                with anyio.CancelScope(shield=True):
-                    await source.aclose()
+            # In a task of the group, since the cancellation of this one would not wait for a thread
+            # that reads; the group's does.
+            group.start_soon(
+                _read_all, shared, group, partial(_run, shared, engine, prefetcher, modes), source
+            )
     finally:
         prefetcher.close()
         shared.end()
+
+
+async def _read_all(shared: _Shared, group: TaskGroup, run: Callable[..., Any], source: _Source) -> None:
+    """Start a task for each batch when there is room for it; keep what the source raises for the end."""
+    count = 0
+    try:
+        try:
+            while True:
+                await shared.wait_room()
+                batch = await source.next()
+                if batch is _END:
+                    break
+                group.start_soon(run, count, batch)
+                count += 1
+                del batch
+        finally:
+            with anyio.CancelScope(shield=True):
+                await source.aclose()
+    except BaseException as error:
+        if _cancels_this_task(error):
+            raise
+        shared.failure = error
 
 
 async def _run(
     shared: _Shared,
     engine: DataParallel,
     prefetcher: Prefetcher,
+    modes: tuple[bool, bool],
     index: int,
     batch: Any,
-    modes: tuple[bool, bool],
 ) -> None:
-    position = engine.pick_lane()
-    lane = engine.lanes[position]
-    num_threads = engine.runtime.thread_share(len(engine.lanes))
-    inputs = prefetcher.start(lane, arguments(batch))
-    work = partial(run_batch, modes, engine, position, inputs)
     try:
-        outcome = _Outcome(await engine.runtime.run(work, lane=lane, num_threads=num_threads))
-    except (anyio.get_cancelled_exc_class(), GeneratorExit):
-        raise
+        position = engine.pick_lane()
+        lane = engine.lanes[position]
+        num_threads = engine.runtime.thread_share(len(engine.lanes))
+        inputs = prefetcher.start(lane, arguments(batch))
+        work = partial(run_batch, modes, engine, position, inputs)
+        shared.put(index, _Outcome(await engine.runtime.run(work, lane=lane, num_threads=num_threads)))
     except BaseException as error:
-        outcome = _Outcome(None, error)
-    shared.put(index, outcome)
+        if _cancels_this_task(error):
+            raise
+        shared.put(index, _Outcome(None, error))
+
+
+def _cancels_this_task(error: BaseException) -> bool:
+    """Tell the end of this very task from an error of the same class that an engine or a source raised."""
+    trio = sys.modules.get("trio")
+    if trio is not None and trio.lowlevel.in_trio_run():
+        is_cancelled = trio.current_effective_deadline() == -math.inf
+        return is_cancelled and isinstance(error, (trio.Cancelled, GeneratorExit))
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # no loop: the coroutine is being thrown away
+        task = None
+    return (task is None or task.cancelling() > 0) and isinstance(
+        error, (asyncio.CancelledError, GeneratorExit)
+    )
 
 
 def run_batch(
@@ -244,36 +355,3 @@ def run_batch(
     grad, inference = modes
     with torch.inference_mode(inference), torch.set_grad_enabled(grad):
         return engine.run_here(position, *inputs())
-
-
-ItemT = TypeVar("ItemT")
-
-
-async def _read(batches: Iterable[ItemT] | AsyncIterable[ItemT]) -> AsyncGenerator[ItemT, None]:
-    """Read any kind of source; close it at the end.
-
-    What is no plain sequence may block (a DataLoader reads files), so it is read on a thread.
-    """
-    if isinstance(batches, (list, tuple, range)):
-        for batch in batches:
-            yield batch
-        return
-    source: Any = aiter(batches) if isinstance(batches, AsyncIterable) else iter(batches)
-    is_async = isinstance(batches, AsyncIterable)
-    try:
-        while True:
-            batch = await (anext(source, _END) if is_async else anyio.to_thread.run_sync(next, source, _END))
-            if batch is _END:
-                return
-            yield batch
-            del batch
-    finally:
-        with anyio.CancelScope(shield=True):
-            await _close(source, is_async)
-
-
-async def _close(source: Any, is_async: bool) -> None:
-    if is_async and hasattr(source, "aclose"):
-        await source.aclose()
-    elif not is_async and hasattr(source, "close"):
-        await anyio.to_thread.run_sync(source.close)
