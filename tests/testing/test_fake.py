@@ -300,6 +300,49 @@ async def test_inputs_of_a_cancelled_call_live_until_it_has_drained() -> None:
         assert alive[0]() is None
 
 
+@pytest.mark.parametrize("cancelled", [False, True])
+async def test_what_one_stage_hands_to_the_next_lives_until_that_has_drained(cancelled: bool) -> None:
+    """What only a work itself refers to is not freed while the device may read it, cancelled or not."""
+    device = FakeDevice(faults={1: Fault.hang()})
+    alive: list[weakref.ref[torch.Tensor]] = []
+
+    def make() -> torch.Tensor:
+        tensor = torch.ones(3)
+        alive.append(weakref.ref(tensor))
+        return tensor
+
+    async with Runtime([device]) as runtime:
+        lane = runtime.lanes[0]
+        async with anyio.create_task_group() as group:
+            group.start_soon(
+                runtime.run_pass,
+                [(lane, make)],
+                [lambda made, last: [(last, partial(torch.sum, made[0]))]],
+            )
+            await device.wait_issued(2)
+            if cancelled:
+                group.cancel_scope.cancel()
+            with anyio.CancelScope(shield=True):
+                await anyio.wait_all_tasks_blocked()
+                gc.collect()
+                assert alive[0]() is not None
+                device.release()
+        gc.collect()
+        assert alive[0]() is None
+
+
+async def test_a_lost_device_closes_idle_lanes_at_once() -> None:
+    """A lane that shares the lost device takes nothing more, though no work of its own has failed."""
+    lost, sibling = fake_devices(1, lanes_per_device=2, faults={(0, 0): Fault.lose()})
+    async with Runtime([lost, sibling]) as runtime:
+        with pytest.raises(FakeDeviceLost):
+            await runtime.run(int, lane=runtime.lanes[0])
+        assert [lane.state for lane in runtime.lanes] == [LaneState.LOST] * 2
+        with pytest.raises(DeviceLostError):
+            await runtime.run(int, lane=runtime.lanes[1])
+        assert sibling.num_issued == 0
+
+
 async def test_many_devices_and_passes_end_once() -> None:
     """Two hundred passes over delayed lanes on virtual time all end, each with its own value."""
     clock = VirtualClock()

@@ -134,12 +134,13 @@ def test_a_leaf_that_learns_is_not_written(dp: Passes) -> None:
     assert torch.equal(x, before)
 
 
-def test_what_was_saved_earlier_is_told(dp: Passes) -> None:
+@pytest.mark.parametrize("name", ["a parameter added", "in-place ReLU alone"])
+def test_what_was_saved_earlier_is_told(dp: Passes, name: str) -> None:
     """A graph that needs the input as it was before fails in its backward, as on one device."""
     factor = torch.ones(3, requires_grad=True)
     x = torch.randn(4, 3)
     earlier = (x * factor).sum()
-    dp(positioned(), x)
+    dp(FORWARDS[name](), x)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         earlier.backward()
 
@@ -163,6 +164,13 @@ def test_edits_of_what_no_backward_needs_are_fine(dp: Passes) -> None:
     x.zero_()
     loss.backward()
     assert module.layer.bias.grad.tolist() == [4.0] * 3
+
+
+def test_shards_of_the_verb_are_views() -> None:
+    """Who scatters and writes into a shard that a graph records hears of it, since its whole would not."""
+    shards = asyncdp.scatter(torch.randn(4, 3, requires_grad=True).sin(), "cpu*2")
+    with pytest.raises(RuntimeError, match="modified inplace"):
+        shards[0].relu_()
 
 
 async def train(lanes: int, module: nn.Module, x: Tensor, optimizer: torch.optim.Optimizer) -> None:
