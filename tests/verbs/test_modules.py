@@ -99,3 +99,26 @@ def test_attributes_of_replicas() -> None:
         assert replica.notes == notes
         assert replica.notes is replica.part.notes
         assert replica.notes is not notes
+
+
+def test_hooks_of_replicas_are_those_of_the_module() -> None:
+    """Contract 18: what a replica's hooks note, their owner sees; a hook added to one is that one's own."""
+
+    class Notes:
+        def __init__(self) -> None:
+            self.calls = 0
+
+        def note(self, *_: object) -> None:
+            self.calls += 1
+
+    notes, own = Notes(), Notes()
+    module = nn.Sequential(nn.Linear(1, 1))
+    module.register_forward_hook(notes.note)
+    module[0].register_forward_pre_hook(notes.note)
+    replicas = asyncdp.replicate(module, "cpu*2")
+    replicas[0].register_forward_hook(own.note)
+    for replica in replicas:
+        replica(torch.ones(1, 1))
+    assert (notes.calls, own.calls) == (4, 1)
+    module(torch.ones(1, 1))
+    assert (notes.calls, own.calls) == (6, 1)
