@@ -18,9 +18,10 @@ def summarize(path: Path) -> str:
     Raises:
         TraceFileError: the file cannot be read, or is no trace that asyncdp wrote.
     """
-    spans = _read(path)
+    spans, num_dropped = _read(path)
+    dropped = f"; {num_dropped} more spans were dropped, for more than max_events" if num_dropped else ""
     if not spans:
-        return f"{path}: no works were recorded"
+        return f"{path}: no works were recorded{dropped}"
     begin = min(span["ts"] for span in spans)
     whole = max(span["ts"] + span["dur"] for span in spans) - begin
     passes = len({span["args"]["pass"] for span in spans})
@@ -28,7 +29,7 @@ def summarize(path: Path) -> str:
     for span in spans:
         kind = span["name"] if span["cat"] == "on lane" else f"{span['name']} ({span['cat']})"
         groups[span["args"]["lane"], kind].append(span["dur"] / 1000)
-    lines = [f"{path}: {passes} passes in {whole / 1000:.1f} ms", ""]
+    lines = [f"{path}: {passes} passes in {whole / 1000:.1f} ms{dropped}", ""]
     lines.append(_ROW.format("lane", "work", "count", "total ms", "mean", "p50", "p99", "share"))
     for (lane, kind), durations in sorted(groups.items()):
         lines.append(_line(lane, kind, sorted(durations), whole / 1000))
@@ -42,13 +43,15 @@ def _line(lane: str, kind: str, durations: list[float], whole: float) -> str:
     return _ROW.format(lane, kind, len(durations), *numbers, f"{total / whole:.0%}" if whole else "-")
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The spans of a trace, and how many more there were."""
     try:
         loaded = json.loads(path.read_text())
-        return [
+        spans = [
             event
             for event in loaded["traceEvents"]
             if event["ph"] == "X" and {"pass", "lane"} <= {*event["args"]}
         ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return spans, int(loaded.get("otherData", {}).get("num_dropped", 0))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise TraceFileError(path, error) from error

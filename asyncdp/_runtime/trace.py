@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import itertools
 import json
@@ -28,10 +29,18 @@ recorder: TraceRecorder | None = None
 _NAMES = {
     "apply": "run",
     "apply_and_move": "run",
+    "run_here": "run",
     "whole": "run",
     "on_lane": "run",
+    "over": "run",
+    "<lambda>": "run",
     "run_batch": "run",
+    "Stack": "collate",
+    "arguments": "collate",
+    "unbind": "split",
+    "results": "split",
     "run_lane": "train",
+    "_run_alone": "train",
     "_finish": "reduce",
     "gather_to": "gather",
     "prepare": "replicate",
@@ -62,6 +71,7 @@ class TraceRecorder:
 
     Raises:
         RuntimeError: another recorder is active.
+        OSError: the file cannot be written.
     """
 
     def __init__(self, path: str | Path, *, max_events: int = 1_000_000) -> None:
@@ -87,6 +97,11 @@ class TraceRecorder:
         if recorder is not None:
             raise RuntimeError(f"{recorder!r} is active. Leave it before another one is entered.")
         recorder = self
+        try:
+            await anyio.to_thread.run_sync(self.path.touch)
+        except BaseException:
+            recorder = None
+            raise
         return self
 
     async def __aexit__(
@@ -177,6 +192,7 @@ class TraceRecorder:
                 for name, row in self._rows.items()
             ]
             self._issued.clear()  # here, since events of a device may take their time to go
+            self._queued.clear()
             told = {"num_dropped": self.num_dropped}
             self.path.write_text(json.dumps({"traceEvents": rows + self._events, "otherData": told}))
 
@@ -184,9 +200,9 @@ class TraceRecorder:
 def _name_of(function: Callable[..., Any]) -> str:
     """What a person would call this work."""
     while isinstance(function, functools.partial):
-        carried = function.func.__name__ == "run" if hasattr(function.func, "__name__") else False
         # A work brings its caller's context variables: Context.run(function).
-        function = function.args[0] if carried and function.args else function.func
+        carries = isinstance(getattr(function.func, "__self__", None), contextvars.Context)
+        function = function.args[0] if carries else function.func
     name = getattr(function, "__name__", type(function).__name__)
     is_own = (getattr(function, "__module__", None) or "").startswith("asyncdp.")
     return _NAMES.get(name, name) if is_own else name

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
+from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
 import torch
+import torch._dynamo  # an optimizer imports it at first use, which reads files: not on an event loop
 from torch import nn
+from typer.testing import CliRunner
 
+import asyncdp
 from asyncdp import Batcher, DataParallel, Runtime, TraceRecorder
 from asyncdp._devices import cuda_clock
 from asyncdp._devices.fake import fake_devices
 from asyncdp._runtime import trace
+from asyncdp.cli.app import app
 from asyncdp.errors import TraceFileError
 from asyncdp.trace_summary import summarize
 from tests.cuda_stub import CudaStub, cuda_stub
@@ -24,6 +31,10 @@ from tests.cuda_stub import CudaStub, cuda_stub
 __all__ = ["cuda_stub"]
 
 pytestmark = pytest.mark.anyio
+
+_DOCUMENT = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+_LISTED = re.search(r"row with the works it ran: (.*?), or the name of", _DOCUMENT, re.S)
+STAGES = set(re.findall(r"`(\w+)`", _LISTED.group(1) if _LISTED else ""))
 
 
 async def spans_of(path: Path) -> list[dict[str, Any]]:
@@ -170,12 +181,163 @@ async def test_works_are_named_for_what_they_do(tmp_path: Path) -> None:
     assert {span["name"] for span in spans} == {"apply", "run", "warm_up"}
 
 
+async def functional(num_lanes: int) -> None:
+    await asyncdp.data_parallel(nn.Linear(2, 2), torch.zeros(4, 2), f"cpu*{num_lanes}")
+
+
+async def call(num_lanes: int | str) -> None:
+    async with DataParallel(nn.Linear(2, 2), "cpu*2", num_lanes=num_lanes) as engine:
+        for _ in range(8):  # "auto" tries one lane and all of them
+            await engine(torch.zeros(4, 2))
+
+
+async def call_alone(_: object) -> None:
+    async with DataParallel(nn.Linear(2, 2), "cpu") as engine:
+        await engine(torch.zeros(4, 2))
+
+
+async def whole(_: object) -> None:
+    async with DataParallel(nn.Linear(2, 2), "cpu*2") as engine:
+        await engine.on_one_lane(torch.zeros(4, 2))
+
+
+async def stream(_: object) -> None:
+    async with DataParallel(nn.Linear(2, 2), "cpu*2") as engine:
+        assert len([result async for result in engine.map([torch.zeros(1, 2)])]) == 1
+
+
+async def batches_of_an_engine(_: object) -> None:
+    async with DataParallel(nn.Linear(2, 2), "cpu*2") as engine, Batcher(engine) as batcher:
+        await batcher(torch.zeros(2))
+
+
+async def batches_of_a_function(_: object) -> None:
+    async with Batcher(torch.neg) as batcher:
+        await batcher(torch.zeros(2))
+
+
+async def batches_of_an_async_function(_: object) -> None:
+    async def function(batch: torch.Tensor) -> torch.Tensor:
+        return batch
+
+    async with Batcher(function) as batcher:
+        await batcher(torch.zeros(2))
+
+
+async def train(num_lanes: int | str) -> None:
+    module = nn.Linear(2, 2)
+    async with DataParallel(module, "cpu*2", num_lanes=num_lanes) as engine:
+        optimizer = torch.optim.SGD(module.parameters())
+        data = torch.zeros(4, 2), torch.zeros(4, 2)
+        await engine.train_step(*data, nn.functional.mse_loss, optimizer)
+        with engine.no_sync():
+            await engine.train_step(*data, nn.functional.mse_loss, optimizer)
+
+
+async def verbs(_: object) -> None:
+    module = nn.Linear(2, 2)
+    outputs = await asyncdp.parallel_apply(asyncdp.replicate(module, "cpu*2"), [torch.zeros(4, 2)] * 2)
+    await asyncdp.backward([output.sum() for output in outputs])
+
+
+async def warm_up(_: object) -> None:
+    async with Runtime("cpu") as runtime:
+        await runtime.warm_up()
+
+
+@pytest.mark.parametrize(
+    ("way", "argument", "expected"),
+    [
+        (functional, 1, {"run"}),
+        (functional, 2, {"replicate", "run", "gather"}),
+        (call, "auto", {"run"}),
+        (call, "all", {"run", "gather"}),
+        (call, 1, {"run"}),
+        (call_alone, None, {"run"}),
+        (whole, None, {"run"}),
+        (stream, None, {"run"}),
+        (batches_of_an_engine, None, {"run"}),
+        (batches_of_a_function, None, {"run"}),
+        (batches_of_an_async_function, None, {"collate", "split"}),
+        (train, "all", {"train", "reduce"}),
+        (train, 1, {"train"}),
+        (verbs, None, {"run", "backward"}),
+        (warm_up, None, {"warm_up"}),
+    ],
+)
+async def test_every_way_of_a_pass_has_known_names(
+    way: Callable[[Any], Awaitable[None]], argument: object, expected: set[str], tmp_path: Path
+) -> None:
+    """Whichever way a pass takes, its works have the names that the documentation lists, and no others."""
+    path = tmp_path / "trace.json"
+    async with TraceRecorder(path):
+        await way(argument)
+    found = {span["name"] for span in await spans_of(path)}
+    assert expected <= found
+    assert found <= STAGES
+
+
+async def test_a_users_function_keeps_its_name_whatever_it_is(tmp_path: Path) -> None:
+    """Functions called `run`, wrapped ones and callable objects are named for themselves."""
+
+    def run(_: object) -> None:
+        pass
+
+    class Tokenizer:
+        def __call__(self) -> None:
+            pass
+
+    path = tmp_path / "trace.json"
+    async with Runtime("cpu") as runtime, TraceRecorder(path):
+        for args in ((run, 3), (partial(run, 3),), (Tokenizer(),)):
+            await runtime.run(*args)
+    names = [span["name"] for span in await spans_of(path) if span["cat"] == "on lane"]
+    assert names == ["run", "run", "Tokenizer"]
+
+
+async def test_a_file_that_cannot_be_written_is_told_at_once(tmp_path: Path) -> None:
+    """A path that leads nowhere is refused before anything is recorded, not after."""
+    with pytest.raises(FileNotFoundError):
+        await TraceRecorder(tmp_path / "nowhere" / "trace.json").__aenter__()
+    assert trace.recorder is None
+
+
+async def test_works_that_never_began_are_forgotten(tmp_path: Path) -> None:
+    """A recorder that has written its file keeps no work alive, not even one that was cancelled."""
+    device = fake_devices(1)[0]
+    device.hold()
+    latch = threading.Event()
+    async with (
+        Runtime([device]) as runtime,
+        TraceRecorder(tmp_path / "trace.json") as recorder,
+        anyio.create_task_group() as group,
+    ):
+        group.start_soon(runtime.run, latch.wait)
+        group.start_soon(runtime.run, int)
+        await anyio.wait_all_tasks_blocked()
+        group.cancel_scope.cancel()
+        latch.set()
+        device.release()
+    assert not recorder._queued
+    assert not recorder._issued
+
+
 async def test_events_are_bounded(tmp_path: Path) -> None:
     """Beyond `max_events` spans are counted, not kept."""
     async with Runtime("cpu") as runtime, TraceRecorder(tmp_path / "t.json", max_events=2) as recorder:
         for _ in range(3):
             await runtime.run(torch.zeros, 1)
     assert recorder.num_dropped == 4
+    told = await runtime_free(tmp_path / "t.json")
+    assert "4 more spans were dropped" in told
+    assert "max_events" in told
+
+
+async def test_dropped_events_are_told_only_if_there_are_any(tmp_path: Path) -> None:
+    """A whole trace says nothing of dropped spans."""
+    async with Runtime("cpu") as runtime, TraceRecorder(tmp_path / "t.json"):
+        await runtime.run(torch.zeros, 1)
+    assert "spans were dropped" not in await runtime_free(tmp_path / "t.json")
 
 
 async def test_one_recorder_at_a_time(tmp_path: Path) -> None:
@@ -194,3 +356,21 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         summarize(path)
     path.write_text('{"traceEvents": []}')
     assert "no works" in summarize(path)
+
+
+async def test_the_command_line_shows_the_summary(tmp_path: Path) -> None:
+    """`asyncdp trace summary FILE` prints it, and refuses any other file in one line."""
+    path = tmp_path / "trace.json"
+    async with Runtime("cpu") as runtime, TraceRecorder(path):
+        await runtime.run(torch.zeros, 1)
+
+    def show(file: Path) -> Any:
+        return CliRunner().invoke(app, ["trace", "summary", str(file)])
+
+    shown = await anyio.to_thread.run_sync(show, path)
+    assert shown.exit_code == 0
+    assert shown.stdout.strip() == await runtime_free(path)
+    refused = await anyio.to_thread.run_sync(show, tmp_path / "nothing.json")
+    assert refused.exit_code == 1
+    assert refused.stderr.startswith("error: cannot read ")
+    assert "Traceback" not in refused.output
