@@ -47,7 +47,11 @@ class Stack:
 
     def _stack(self, leaves: Sequence[Any]) -> Tensor:
         tensors = [leaf if isinstance(leaf, Tensor) else _number(leaf) for leaf in leaves]
-        shape = tensors[0].shape
+        dtype, shape = tensors[0].dtype, tensors[0].shape
+        # To convert would change what a sample gives by who happens to be beside it.
+        unlike = next((each.dtype for each in tensors if each.dtype != dtype), None)
+        if unlike is not None:
+            raise CollateError(f"samples differ in dtype: {dtype} and {unlike}")
         other = next((each.shape for each in tensors if each.shape != shape), None)
         if other is None:
             return torch.stack(tensors)
@@ -63,6 +67,10 @@ def _number(leaf: Any) -> Tensor:
 
 
 def _padded(tensors: Sequence[Tensor], pad: float) -> Tensor:
+    device = tensors[0].device
+    unlike = next((each.device for each in tensors if each.device != device), None)
+    if unlike is not None:
+        raise CollateError(f"samples differ in device: {device} and {unlike}")
     longest = [max(lengths) for lengths in zip(*(each.shape for each in tensors), strict=True)]
     batch = tensors[0].new_full((len(tensors), *longest), pad)
     for row, each in zip(batch, tensors, strict=True):
@@ -73,12 +81,16 @@ def _padded(tensors: Sequence[Tensor], pad: float) -> Tensor:
 def unbind(output: Any, samples: Sequence[Any]) -> Sequence[Any]:
     """The default `split`: row `i` of every tensor belongs to sample `i`; other leaves to all.
 
+    An output of nothing but None and empty containers goes to all, too.
+
     Raises:
-        SplitError: a tensor has not one row per sample.
+        SplitError: a tensor has not one row per sample, or there is none although there are values.
     """
     if isinstance(output, Tensor):
         return _rows(output, len(samples))
     leaves, spec = _tree.flatten(output)
+    if not any(isinstance(leaf, Tensor) for leaf in leaves) and any(leaf is not None for leaf in leaves):
+        raise SplitError(f"a {type(output).__qualname__} without tensors has no row for each", len(samples))
     columns = [
         _rows(leaf, len(samples)) if isinstance(leaf, Tensor) else [leaf] * len(samples) for leaf in leaves
     ]

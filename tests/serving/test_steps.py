@@ -30,6 +30,8 @@ def test_pad_fills_every_dimension() -> None:
         ([torch.zeros(1), torch.zeros(2)], r"shape: \[1\] and \[2\].*pad="),
         ([{"a": 1}, {"b": 1}], "structure"),
         (["text", "more"], "a str cannot be stacked.*collate="),
+        ([torch.zeros(1), torch.zeros(1, dtype=torch.int64)], "dtype: torch.float32 and torch.int64"),
+        ([1, 2.5], "dtype: torch.int64 and torch.float32"),
     ],
 )
 def test_unlike_samples_are_refused(samples: list[object], cause: str) -> None:
@@ -38,10 +40,15 @@ def test_unlike_samples_are_refused(samples: list[object], cause: str) -> None:
         Stack()(samples)
 
 
-def test_pad_needs_like_dimensions() -> None:
-    """Padding makes lengths alike, not numbers of dimensions."""
-    with pytest.raises(CollateError, match="shape"):
-        Stack(pad=0)([torch.zeros(1), torch.zeros(1, 1)])
+def test_pad_makes_only_lengths_alike() -> None:
+    """Padding converts neither numbers of dimensions, nor dtypes, nor devices."""
+    for other, cause in (
+        (torch.zeros(1, 1), "shape"),
+        (torch.zeros(2, dtype=torch.float64), "dtype: torch.float32 and torch.float64"),
+        (torch.zeros(2, device="meta"), "device: cpu and meta"),
+    ):
+        with pytest.raises(CollateError, match=cause):
+            Stack(pad=0)([torch.zeros(1), other])
 
 
 def test_unbind_gives_rows() -> None:
@@ -49,11 +56,14 @@ def test_unbind_gives_rows() -> None:
     rows = unbind({"y": torch.arange(4).reshape(2, 2), "tag": "t"}, [None, None])
     assert [row["y"].tolist() for row in rows] == [[0, 1], [2, 3]]
     assert [row["tag"] for row in rows] == ["t", "t"]
-    assert unbind({}, [None, None]) == [{}, {}]
+    for nothing in (None, {}, (), (None, None)):
+        assert unbind(nothing, [None, None]) == [nothing, nothing]
 
 
-@pytest.mark.parametrize("output", [torch.tensor(1.0), torch.zeros(3, 2)])
-def test_output_needs_a_row_per_sample(output: torch.Tensor) -> None:
+@pytest.mark.parametrize(
+    "output", [torch.tensor(1.0), torch.zeros(3, 2), [1.0, 2.0], {"texts": ["a", "b"]}, "text", 7]
+)
+def test_output_needs_a_row_per_sample(output: object) -> None:
     """An output that cannot be told apart by samples is refused."""
     with pytest.raises(SplitError, match="of 2 samples"):
         unbind(output, [None, None])
