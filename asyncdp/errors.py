@@ -389,6 +389,26 @@ class CallTimeoutError(AsyncDPError, TimeoutError):
         )
 
 
+class CallCancelledError(AsyncDPError, RuntimeError):
+    """A call of a batcher was awaited although it had been given up."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the call was given up, by its cancel() or by a wait for it that was cancelled. "
+            "Call again with the sample, and keep a call while its result is wanted."
+        )
+
+
+class EngineCancelledError(AsyncDPError, RuntimeError):
+    """The engine of a batcher raised what only an event loop may end tasks with."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(
+            f"the engine raised {type(error).__name__}, although nobody had cancelled it (kept as the cause "
+            "of this error). Catch it inside the engine: callers would take it for their own cancellation."
+        )
+
+
 class BatcherClosedError(AsyncDPError, RuntimeError):
     """A batcher was called before or after its `async with` block."""
 

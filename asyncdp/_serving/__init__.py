@@ -1,14 +1,17 @@
 """Services: batches of many callers' samples, and streams of batches."""
 
 from ..errors import QueueFullError as QueueFull
-from .batcher import Batcher, BatcherState
+from .batcher import Batcher
+from .call import Call
 from .export import export_opentelemetry, export_prometheus
 from .statistics import BatcherStatistics, Percentiles
+from .workers import BatcherState
 
 __all__ = [
     "Batcher",
     "BatcherState",
     "BatcherStatistics",
+    "Call",
     "Percentiles",
     "QueueFull",
     "export_opentelemetry",

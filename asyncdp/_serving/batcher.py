@@ -2,80 +2,24 @@
 
 from __future__ import annotations
 
-import enum
-import time
-from collections.abc import Callable, Generator, Sequence
+import math
+from collections.abc import Callable
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import anyio
-import anyio.lowlevel
-
 from .._runtime import Runtime
-from ..errors import (
-    BatcherClosedError,
-    CallTimeoutError,
-    DeviceLostError,
-    OtherLoopError,
-    QueueFullError,
-    SplitError,
-)
-from .schedule import BatchSchedule, Item
-from .slots import Slot, open_slots
+from ..errors import BatcherClosedError, DeviceLostError, OtherLoopError, QueueFullError
+from .call import Call
+from .schedule import BatchSchedule
+from .slots import open_slots
 from .statistics import BatcherStatistics, Recorder
 from .steps import Collate, Split, Stack, unbind
-from .tasks import spawn
-from .waiter import Waiter, current_loop, new_waiter
+from .waiter import current_loop
+from .workers import BatcherState, Workers
 
 if TYPE_CHECKING:
     from .._data_parallel import DataParallel
-
-
-class BatcherState(enum.Enum):
-    """Whether a batcher takes calls."""
-
-    NEW = "new"
-    OPEN = "open"
-    DRAINING = "draining"
-    CLOSED = "closed"
-
-
-class Call(Item):
-    """One call of a batcher; await it, once, for its result."""
-
-    __slots__ = ("_batcher", "done", "error", "sample", "timeout", "value", "waiter")
-
-    def __init__(
-        self, batcher: Batcher, sample: Any, size: float, priority: int, timeout: float | None
-    ) -> None:
-        super().__init__(size, priority, time.perf_counter())
-        self._batcher = batcher
-        self.sample = sample
-        self.timeout = timeout
-        self.waiter: Waiter = new_waiter()
-        self.done = False  # it has its outcome, or nobody waits for one any more
-        self.value: Any = None
-        self.error: BaseException | None = None
-
-    def __await__(self) -> Generator[Any, None, Any]:
-        """Wait for the result of the sample.
-
-        Raises:
-            CallTimeoutError: the call was not answered in time.
-            DeviceLostError: the device under its batch was lost.
-            BatcherClosedError: the batcher was cancelled.
-            BaseException: what the engine raised for this very sample.
-        """
-        return self._batcher._outcome(self).__await__()
-
-    def settle(self, value: Any, error: BaseException | None = None) -> None:
-        """Give the call its outcome, unless it was given up."""
-        if not self.done:
-            self.done = True
-            self.value = value
-            self.error = error
-            self.waiter.wake()
 
 
 class Batcher:
@@ -127,42 +71,35 @@ class Batcher:
         max_in_flight: int | None = None,
         runtime: Runtime | None = None,
     ) -> None:
-        _check_numbers(max_batch_size, max_wait, max_queue, max_in_flight, timeout)
+        _check_counts(max_batch_size=max_batch_size, max_queue=max_queue, max_in_flight=max_in_flight)
+        _check_seconds(max_wait=max_wait, max_age=max_age, timeout=timeout)
         if not 0 <= max_padding <= 1:
             raise ValueError(f"max_padding is a share from 0 to 1, but got {max_padding}.")
+        if max_cost is not None and not max_cost > 0:
+            raise ValueError(f"max_cost must be more than 0, but got {max_cost}. None sets no limit.")
         if max_cost is not None and size_of is None:
             raise ValueError("max_cost needs to know how long samples are. Pass size_of= too.")
-        self._slots = open_slots(engine, collate or Stack(pad), split, runtime, max_in_flight)
-        self._schedule: BatchSchedule[Call] = BatchSchedule(
+        slots = open_slots(engine, collate or Stack(pad), split, runtime, max_in_flight)
+        self._queue: BatchSchedule[Call] = BatchSchedule(
             max_batch_size, max_queue, max_wait, max_age, max_cost, max_padding, sized=size_of is not None
         )
         self._size_of = size_of
         self._timeout = timeout
         self._recorder = Recorder(max_batch_size)
-        self._idle: list[Waiter] = []
-        self._num_free = len(self._slots)  # slots that run no batch and have not lost their lane
-        self._num_usable = len(self._slots)
-        self._num_workers = 0
-        self._cancels: list[Callable[[], object]] = []
-        self._state = BatcherState.NEW
+        self._workers = Workers(slots, self._queue, self._recorder)
         self._loop: object = None
-        self._ended: Waiter | None = None
-        self._crash: BaseException | None = None
 
     def __repr__(self) -> str:
         return (
-            f"<Batcher {self._state.value}: {self._schedule.num_queued} queued, "
+            f"<Batcher {self._workers.state.value}: {self._queue.num_queued} queued, "
             f"{self._recorder.num_running} running, {self._recorder.num_done} done>"
         )
 
     async def __aenter__(self) -> Batcher:
-        if self._state is not BatcherState.NEW:
+        if self._workers.state is not BatcherState.NEW:
             raise BatcherClosedError("a batcher can be entered only once")
         self._loop = current_loop()
-        self._ended = new_waiter()
-        self._state = BatcherState.OPEN
-        self._num_workers = len(self._slots)
-        self._cancels = [spawn(partial(self._work, slot)) for slot in self._slots]
+        self._workers.start()
         return self
 
     async def __aexit__(
@@ -172,34 +109,15 @@ class Batcher:
         traceback: TracebackType | None,
     ) -> None:
         if exc is not None:
-            self._fail_waiting(partial(BatcherClosedError, "the batcher was left by an exception"))
+            self._workers.fail_waiting(partial(BatcherClosedError, "the batcher was left by an exception"))
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Take no more calls, answer those that wait, and end.
+        """Take no more calls, answer those that wait, and end; wait for that, whoever began it.
 
         Cancelling this fails the calls that still wait and ends as soon as the lanes have drained.
         """
-        if self._state is BatcherState.NEW:
-            self._state = BatcherState.CLOSED
-        if self._state is not BatcherState.OPEN:
-            return
-        assert self._ended is not None
-        self._state = BatcherState.DRAINING
-        self._schedule.closing = True
-        while self._idle:
-            self._idle.pop().wake()
-        try:
-            await self._ended.wait()
-        except BaseException:
-            for cancel in self._cancels:
-                cancel()
-            with anyio.CancelScope(shield=True):
-                while self._num_workers:
-                    await anyio.lowlevel.checkpoint()
-            raise
-        if self._crash is not None:
-            raise self._crash
+        await self._workers.aclose()
 
     async def __call__(self, sample: Any, *, timeout: float | None = None, priority: int = 0) -> Any:
         """Run one sample as part of some batch; wait for room if the queue is full.
@@ -216,190 +134,68 @@ class Batcher:
             CallTimeoutError: the call was not answered in time.
             DeviceLostError: the device under its batch was lost.
             BatcherClosedError: outside of the batcher's `async with` block.
+            EngineCancelledError: the engine raised a cancellation of its own.
+            ValueError: `timeout`, `priority` or what `size_of` gave is no number that it can be.
             BaseException: what the engine raised for this very sample.
         """
-        return await self._outcome(self._enter(sample, timeout, priority))
+        return await self._enter(sample, timeout, priority).outcome()
 
     def call_nowait(self, sample: Any, *, timeout: float | None = None, priority: int = 0) -> Call:
-        """Queue a sample if there is room, and return what to await for its result.
+        """Queue a sample if there is room, and return what to await for its result, or to `cancel`.
+
+        The arguments are those of an awaited call; `timeout` runs from now on.
 
         Raises:
             QueueFullError: the queue is full.
+            BatcherClosedError, DeviceLostError, ValueError: as an awaited call.
         """
-        if self._schedule.is_full:
+        if self._queue.is_full:
             self._recorder.num_refused += 1
-            raise QueueFullError("this batcher", self._schedule.max_queue)
+            raise QueueFullError("this batcher", self._queue.max_queue)
         return self._enter(sample, timeout, priority)
 
     def statistics(self) -> BatcherStatistics:
         """A snapshot of queue, batches and durations."""
-        return self._recorder.snapshot(self._schedule.num_queued, self._schedule.num_outside)
-
-    # One call.
+        return self._recorder.snapshot(self._queue.num_queued, self._queue.num_outside)
 
     def _enter(self, sample: Any, timeout: float | None, priority: int) -> Call:
-        if self._state is not BatcherState.OPEN:
-            raise BatcherClosedError(f"the batcher is {self._state.value}")
+        """Queue a sample; nothing has changed if anything about it is refused."""
+        if self._workers.state is not BatcherState.OPEN:
+            raise BatcherClosedError(f"the batcher is {self._workers.state.value}")
         if self._loop is not current_loop():
             raise OtherLoopError
-        if self._num_usable == 0:
-            raise DeviceLostError(self._slots[0].lost or "", "no lane of this batcher is left")
-        size = 0.0 if self._size_of is None else self._size_of(sample)
-        call = Call(self, sample, size, priority, self._timeout if timeout is None else timeout)
-        self._schedule.add(call)
-        if self._schedule.num_queued == 1 or self._schedule.may_leave:
-            self._wake_one()
+        if self._workers.lost is not None:
+            raise DeviceLostError(self._workers.lost, "no lane of this batcher is left")
+        if timeout is None:
+            timeout = self._timeout
+        else:
+            _check_seconds(timeout=timeout)
+        if not isinstance(priority, int):
+            raise ValueError(f"priority must be an int, but got {priority!r}. Higher goes first.")
+        size = 0.0 if self._size_of is None else _checked_size(self._size_of(sample))
+        call = Call(self._queue, self._recorder, sample, size, priority, timeout)
+        self._queue.add(call)
+        self._workers.notice_call()
         return call
 
-    async def _outcome(self, call: Call) -> Any:
-        try:
-            if not await call.waiter.wait(call.timeout):
-                assert call.timeout is not None
-                self._recorder.num_timed_out += 1
-                raise CallTimeoutError(call.timeout)
-        except BaseException as error:
-            if not call.done:
-                call.done = True
-                self._recorder.num_cancelled += not isinstance(error, CallTimeoutError)
-                self._schedule.remove(call, time.perf_counter())
-            raise
-        if call.error is None:
-            return call.value
-        try:
-            raise call.error
-        finally:
-            # The traceback refers to this frame: without this, frame and error keep each other alive.
-            del call
 
-    def _fail_waiting(self, make_error: Callable[[], BaseException]) -> None:
-        for call in self._schedule.clear():
-            self._recorder.num_failed += 1
-            call.settle(None, make_error())
-
-    # The workers: one task per slot.
-
-    async def _work(self, slot: Slot) -> None:
-        try:
-            await self._serve_all(slot)
-        except Exception as error:
-            self._crash = error
-        finally:
-            self._num_workers -= 1
-            if self._num_workers == 0:
-                self._end()
-
-    def _end(self) -> None:
-        assert self._ended is not None
-        if self._num_usable:
-            self._state = BatcherState.CLOSED
-            self._fail_waiting(partial(BatcherClosedError, "the batcher was cancelled"))
-        self._ended.wake()
-
-    async def _serve_all(self, slot: Slot) -> None:
-        """Run batches on one slot until the batcher is drained or the slot's lane is lost."""
-        while slot.lost is None:
-            batch = self._schedule.take(time.perf_counter(), self._num_free)
-            if batch:
-                self._wake_one()
-                await self._serve(slot, batch)
-            elif self._state is BatcherState.DRAINING and not self._schedule.num_queued:
-                return
-            else:
-                await self._wait_calls()
-        self._give_up(slot)
-
-    def _wake_one(self) -> None:
-        """Let an idle worker look at what waits."""
-        if self._idle and self._schedule.num_queued:
-            self._idle.pop().wake()
-
-    async def _wait_calls(self) -> None:
-        """Wait for a call, or for the time when a batch leaves although it is not full."""
-        ready_at = self._schedule.ready_at()
-        waiter = new_waiter()
-        self._idle.append(waiter)
-        try:
-            await waiter.wait(None if ready_at is None else max(0.0, ready_at - time.perf_counter()))
-        finally:
-            if waiter in self._idle:
-                self._idle.remove(waiter)
-
-    async def _serve(self, slot: Slot, batch: list[Call]) -> None:
-        """Run a batch and settle its calls, whatever happens."""
-        started = time.perf_counter()
-        recorder = self._recorder
-        recorder.waits.extend([started - call.arrived for call in batch])
-        recorder.batch([call.size for call in batch])
-        recorder.num_running += len(batch)
-        self._num_free -= 1
-        try:
-            error = await self._run(slot, batch)
-            if error is not None:
-                await self._retry(slot, batch, error)
-        except BaseException:
-            for call in batch:
-                call.settle(None, BatcherClosedError("the batcher was cancelled"))
-            raise
-        finally:
-            self._num_free += 1
-            recorder.num_running -= len(batch)
-            recorder.runs.append(time.perf_counter() - started)
-
-    async def _run(self, slot: Slot, batch: Sequence[Call]) -> BaseException | None:
-        """Run some calls and settle them, or return what the engine raised."""
-        try:
-            values = await slot.run([call.sample for call in batch])
-            if len(values) != len(batch):
-                raise SplitError(f"split gave {len(values)} results instead of one for each", len(batch))
-        except (anyio.get_cancelled_exc_class(), GeneratorExit):
-            raise
-        except BaseException as error:
-            return error
-        for call, value in zip(batch, values, strict=True):
-            self._recorder.num_done += not call.done
-            call.settle(value)
-        return None
-
-    async def _retry(self, slot: Slot, batch: Sequence[Call], error: BaseException) -> None:
-        """Find out whose sample made a batch fail; on a lost lane, fail all."""
-        self._recorder.num_retried += len(batch) > 1 and slot.lost is None
-        for call in batch:
-            own: BaseException | None = error
-            if call.done:
-                continue
-            if len(batch) > 1 and slot.lost is None:
-                own = await self._run(slot, [call])
-            if own is not None:
-                self._fail(call, slot.lost, own)
-
-    def _fail(self, call: Call, lost: str | None, error: BaseException) -> None:
-        if lost is not None and not isinstance(error, DeviceLostError):
-            cause, error = error, DeviceLostError(lost, str(error).partition("\n")[0])
-            error.__cause__ = cause
-        self._recorder.num_failed += not call.done
-        call.settle(None, error)
-
-    def _give_up(self, slot: Slot) -> None:
-        """Go on without the slot whose lane was lost; with none left, every call fails."""
-        assert slot.lost is not None
-        self._num_free -= 1
-        self._num_usable -= 1
-        self._recorder.num_lost_slots += 1
-        if self._num_usable == 0:
-            self._fail_waiting(partial(DeviceLostError, slot.lost, "no lane of this batcher is left"))
-        self._wake_one()
+def _check_counts(**counts: int | None) -> None:
+    for name, count in counts.items():
+        if count is not None and not (isinstance(count, int) and count >= 1):
+            raise ValueError(f"{name} must be 1 or more, an int, but got {count!r}.")
 
 
-def _check_numbers(
-    max_batch_size: int, max_wait: float, max_queue: int, max_in_flight: int | None, timeout: float | None
-) -> None:
-    for name, value in (
-        ("max_batch_size", max_batch_size),
-        ("max_queue", max_queue),
-        ("max_in_flight", max_in_flight),
-    ):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be 1 or more, but got {value}.")
-    for name, seconds in (("max_wait", max_wait), ("timeout", timeout)):
-        if seconds is not None and seconds < 0:
-            raise ValueError(f"{name} is in seconds and not negative, but got {seconds}.")
+def _check_seconds(**durations: float | None) -> None:
+    for name, seconds in durations.items():
+        if seconds is not None and not seconds >= 0:  # nor is NaN
+            raise ValueError(f"{name} is in seconds and not negative, but got {seconds!r}.")
+
+
+def _checked_size(size: Any) -> float:
+    try:
+        length = float(size)
+    except (TypeError, ValueError):
+        length = math.nan
+    if not 0 <= length < math.inf:
+        raise ValueError(f"size_of gave {size!r} as the length of a sample. Return a number from 0 up.")
+    return length

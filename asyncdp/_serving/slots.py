@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Coroutine, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -12,7 +13,7 @@ import torch
 
 from .._parallel_apply import arguments
 from .._runtime import Lane, LaneState, Runtime, default_runtime
-from ..errors import NotServableError
+from ..errors import NotServableError, SplitError
 from .steps import Collate, Split
 
 if TYPE_CHECKING:
@@ -26,38 +27,70 @@ class Slot(Protocol):
     def lost(self) -> str | None:
         """The name of the lane under this slot, if its device is lost."""
 
+    def move_on(self) -> bool:
+        """Change to a living lane that no slot is on; tell whether there was one."""
+
     async def run(self, samples: Sequence[Any]) -> Sequence[Any]:
-        """Collate the samples, run the batch and split what comes out."""
+        """Collate the samples, run the batch and split what comes out: one result for each."""
 
 
 @dataclass(frozen=True)
 class _Steps:
-    """How samples become a batch and an output becomes results."""
+    """How samples become a batch and an output becomes results; called on a lane.
+
+    Serving never learns, so nothing is recorded for a backward.
+    """
 
     collate: Collate
     split: Split
 
     def over(self, function: Callable[..., Any], samples: Sequence[Any]) -> Sequence[Any]:
-        """All of it in one go, on a lane. Serving never learns, so nothing is recorded for a backward."""
+        """All of it in one go."""
         with torch.no_grad():
-            return self.split(function(*arguments(self.collate(samples))), samples)
+            return self.results(function(*self.arguments(samples)), samples)
+
+    def arguments(self, samples: Sequence[Any]) -> tuple[Any, ...]:
+        """What to call an engine with."""
+        with torch.no_grad():
+            return arguments(self.collate(samples))
+
+    def results(self, output: Any, samples: Sequence[Any]) -> Sequence[Any]:
+        """One result for each sample."""
+        with torch.no_grad():
+            values = self.split(output, samples)
+        if type(values) not in (tuple, list):
+            values = list(values)
+        if len(values) != len(samples):
+            raise SplitError(f"split gave {len(values)} results instead of one for each", len(samples))
+        return values
 
 
-@dataclass(frozen=True)
+@dataclass
 class _LaneSlot:
     """Runs batches on one lane."""
 
     runtime: Runtime
     lane: Lane
+    spares: list[Lane]  # lanes that no slot is on; all slots share it
     num_threads: int
-    on_lane: Callable[[Sequence[Any]], Sequence[Any]]
+    on_lane: Callable[[Lane, Sequence[Any]], Sequence[Any]]
 
     @property
     def lost(self) -> str | None:
         return self.lane.name if self.lane.state is LaneState.LOST else None
 
+    def move_on(self) -> bool:
+        for lane in self.spares:
+            if lane.state is not LaneState.LOST:
+                self.spares.remove(lane)
+                self.lane = lane
+                return True
+        return False
+
     async def run(self, samples: Sequence[Any]) -> Sequence[Any]:
-        return await self.runtime.run(self.on_lane, samples, lane=self.lane, num_threads=self.num_threads)
+        return await self.runtime.run(
+            self.on_lane, self.lane, samples, lane=self.lane, num_threads=self.num_threads
+        )
 
 
 @dataclass(frozen=True)
@@ -72,10 +105,41 @@ class _AsyncSlot:
     def lost(self) -> str | None:
         return None
 
+    def move_on(self) -> bool:
+        return True
+
     async def run(self, samples: Sequence[Any]) -> Sequence[Any]:
-        batch = await self.runtime.run(self.steps.collate, samples)
-        output = await self.function(*arguments(batch))
-        return await self.runtime.run(self.steps.split, output, samples)
+        batch = await self.runtime.run(self.steps.arguments, samples)
+        output = await _without_grad(self._call(batch))
+        return await self.runtime.run(self.steps.results, output, samples)
+
+    async def _call(self, batch: tuple[Any, ...]) -> Any:
+        return await self.function(*batch)
+
+
+@types.coroutine
+def _without_grad(coroutine: Coroutine[Any, Any, Any]) -> Generator[Any, Any, Any]:
+    """Await a coroutine with grad mode off, unless it switches it on itself.
+
+    The mode belongs to the thread: it is switched for each step, so that other tasks have theirs.
+    """
+    is_on = False
+    resume: Callable[[], Any] = partial(coroutine.send, None)
+    while True:
+        others = torch.is_grad_enabled()
+        torch.set_grad_enabled(is_on)
+        try:
+            wanted = resume()
+        except StopIteration as stop:
+            return stop.value
+        finally:
+            del resume  # it may hold an error, whose traceback refers to this frame
+            is_on = torch.is_grad_enabled()
+            torch.set_grad_enabled(others)
+        try:
+            resume = partial(coroutine.send, (yield wanted))
+        except BaseException as error:
+            resume = partial(coroutine.throw, error)
 
 
 def open_slots(
@@ -105,24 +169,32 @@ def open_slots(
     if not callable(engine):
         raise NotServableError(engine)
     runtime = runtime or default_runtime()
-    lanes = _repeated(runtime.lanes, max_in_flight)
     if _is_async(engine):
-        return [_AsyncSlot(runtime, engine, steps) for _ in lanes]
-    num_threads = runtime.thread_share(len(set(lanes)))
-    return [_LaneSlot(runtime, lane, num_threads, partial(steps.over, engine)) for lane in lanes]
+        return [_AsyncSlot(runtime, engine, steps) for _ in _repeated(runtime.lanes, max_in_flight)]
+    return _lane_slots(
+        runtime, runtime.lanes, max_in_flight, lambda lane, samples: steps.over(engine, samples)
+    )
 
 
 def _engine_slots(engine: DataParallel, steps: _Steps, max_in_flight: int | None) -> list[Slot]:
-    lanes = engine.lanes
-    num_threads = engine.runtime.thread_share(len(lanes))
+    positions = {lane: position for position, lane in enumerate(engine.lanes)}
 
-    def on_lane(position: int, samples: Sequence[Any]) -> Sequence[Any]:
-        return steps.over(partial(engine.run_here, position), samples)
+    def on_lane(lane: Lane, samples: Sequence[Any]) -> Sequence[Any]:
+        return steps.over(partial(engine.run_here, positions[lane]), samples)
 
-    return [
-        _LaneSlot(engine.runtime, lane, num_threads, partial(on_lane, lanes.index(lane)))
-        for lane in _repeated(lanes, max_in_flight)
-    ]
+    return _lane_slots(engine.runtime, engine.lanes, max_in_flight, on_lane)
+
+
+def _lane_slots(
+    runtime: Runtime,
+    lanes: Sequence[Lane],
+    max_in_flight: int | None,
+    on_lane: Callable[[Lane, Sequence[Any]], Sequence[Any]],
+) -> list[Slot]:
+    taken = _repeated(lanes, max_in_flight)
+    spares = [lane for lane in lanes if lane not in taken]
+    num_threads = runtime.thread_share(len(set(taken)))
+    return [_LaneSlot(runtime, lane, spares, num_threads, on_lane) for lane in taken]
 
 
 def _repeated(lanes: Sequence[Lane], count: int | None) -> list[Lane]:

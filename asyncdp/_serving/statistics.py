@@ -39,9 +39,11 @@ class BatcherStatistics:
     num_running: int
     """Calls in batches under way, those that were given up included."""
     num_done: int
+    """Calls whose results were handed over."""
     num_failed: int
-    """Calls that got the exception of their own sample or of a lost device."""
+    """Calls that got an exception: of their own sample, of a lost device or of a closed batcher."""
     num_cancelled: int
+    """Calls given up before their outcome was handed over."""
     num_timed_out: int
     num_refused: int
     """Calls of `call_nowait` that found the queue full."""
@@ -49,7 +51,7 @@ class BatcherStatistics:
     num_retried: int
     """Batches that raised and were run again sample by sample."""
     num_lost_slots: int
-    """Places for batches whose lane was lost."""
+    """Places for batches that are gone with their lanes; one that moved to a spare lane is not."""
     batch_fill: float
     """Mean samples of a batch over `max_batch_size`, from 0 to 1."""
     padding_waste: float
@@ -80,8 +82,9 @@ class Recorder:
         self._total_size = 0.0
         self._padded_size = 0.0
 
-    def batch(self, sizes: list[float]) -> None:
-        """Count a batch of samples of these sizes."""
+    def batch(self, sizes: list[float], waits: list[float]) -> None:
+        """Count a batch of samples of these sizes, which waited for so many seconds."""
+        self.waits.extend(waits)
         self.num_batches += 1
         self._num_samples += len(sizes)
         self._total_size += sum(sizes)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import math
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from functools import partial
 from typing import Any
 
@@ -36,6 +37,38 @@ def spawn(function: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], obj
 
     trio.lowlevel.spawn_system_task(run, context=contextvars.copy_context())
     return partial(_soon_on_trio, trio.lowlevel.current_trio_token(), scope.cancel)
+
+
+def current_task() -> object:
+    """The task that runs in this thread, to compare by identity; None outside of every task."""
+    trio = sys.modules.get("trio")
+    if trio is not None and trio.lowlevel.in_trio_task():
+        return trio.lowlevel.current_task()
+    try:
+        return asyncio.current_task()
+    except RuntimeError:
+        return None
+
+
+def goes_on(tasks: Collection[object]) -> bool:
+    """Whether the code that calls this, of one of `tasks`, was neither cancelled nor is being closed.
+
+    A coroutine that nobody will resume is closed outside of its task.
+    """
+    task = current_task()
+    if task not in tasks:
+        return False
+    if isinstance(task, asyncio.Task):
+        return not task.cancelling()
+    return bool(sys.modules["trio"].current_effective_deadline() > -math.inf)
+
+
+def ends_tasks(error: BaseException) -> bool:
+    """Whether `error` is of the kind that event loops end a task with."""
+    if isinstance(error, (asyncio.CancelledError, GeneratorExit)):
+        return True
+    trio = sys.modules.get("trio")
+    return trio is not None and isinstance(error, trio.Cancelled)
 
 
 def _soon_on_asyncio(loop: asyncio.AbstractEventLoop, function: Callable[[], object]) -> None:

@@ -1,0 +1,263 @@
+"""One call of a batcher: its time, giving it up, and how it is counted."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+import pytest
+import torch
+
+from asyncdp import Batcher, BatcherStatistics, Runtime
+from asyncdp._devices.fake import FakeDevice
+from asyncdp.errors import CallCancelledError, CallTimeoutError, QueueFullError
+
+pytestmark = pytest.mark.anyio
+
+ONE = torch.tensor(1.0)
+
+
+def double(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+
+def outcomes(told: BatcherStatistics) -> tuple[int, int, int, int]:
+    """How many calls had which outcome: done, failed, cancelled, timed out."""
+    return told.num_done, told.num_failed, told.num_cancelled, told.num_timed_out
+
+
+def pass_time(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Let the clock of the batchers go ahead, without a wait."""
+    now = time.perf_counter
+    monkeypatch.setattr(time, "perf_counter", lambda: now() + seconds)
+
+
+async def test_the_time_of_a_call_runs_before_it_is_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`timeout` counts from `call_nowait` on; a call awaited after that has timed out already."""
+    device = FakeDevice(held=True)
+    async with Runtime([device]) as runtime, Batcher(double, runtime=runtime) as batcher:
+        call = batcher.call_nowait(ONE, timeout=60.0)
+        pass_time(monkeypatch, 61.0)
+        with anyio.fail_after(30), pytest.raises(CallTimeoutError, match=r"60\.0 s"):
+            await call
+        device.release()
+    assert outcomes(batcher.statistics()) == (0, 0, 0, 1)
+
+
+async def test_a_call_whose_time_is_over_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waited for too long takes no place in a batch, although nobody awaits it."""
+    device = FakeDevice(held=True)
+    seen: list[int] = []
+
+    def engine(x: torch.Tensor) -> torch.Tensor:
+        seen.append(len(x))
+        return x
+
+    async with Runtime([device]) as runtime, Batcher(engine, runtime=runtime) as batcher:
+        running = batcher.call_nowait(ONE)
+        await device.wait_issued()
+        late = [batcher.call_nowait(ONE, timeout=60.0) for _ in range(2)]
+        patient = batcher.call_nowait(ONE, timeout=100.0)
+        pass_time(monkeypatch, 61.0)
+        device.release()
+        await running
+        await patient
+        assert seen == [1, 1]
+        assert outcomes(batcher.statistics()) == (2, 0, 0, 2)
+        for call in late:
+            with pytest.raises(CallTimeoutError):
+                await call
+        assert outcomes(batcher.statistics()) == (2, 0, 0, 2)
+
+
+async def test_a_result_that_came_too_late_is_a_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that ran beyond its time has timed out, and one in time keeps its result, whenever awaited."""
+    device = FakeDevice(held=True)
+    async with Runtime([device]) as runtime, Batcher(double, runtime=runtime) as batcher:
+        late, in_time, plain = (batcher.call_nowait(ONE, timeout=t) for t in (60.0, 100.0, None))
+        await device.wait_issued()
+        pass_time(monkeypatch, 61.0)
+        device.release()
+        await plain
+        pass_time(monkeypatch, 61.0)
+        assert (await in_time).item() == 2.0
+        with pytest.raises(CallTimeoutError):
+            await late
+    assert outcomes(batcher.statistics()) == (2, 0, 0, 1)
+
+
+async def test_cancel_gives_up_the_place() -> None:
+    """A call that is cancelled while it waits never runs and frees its place; awaiting it tells so."""
+    device = FakeDevice(held=True)
+    seen: list[float] = []
+
+    def engine(x: torch.Tensor) -> torch.Tensor:
+        seen.extend(x.tolist())
+        return x
+
+    async with Runtime([device]) as runtime, Batcher(engine, max_queue=1, runtime=runtime) as batcher:
+        running = batcher.call_nowait(torch.tensor(0.0))
+        await device.wait_issued()
+        call = batcher.call_nowait(torch.tensor(1.0))
+        with pytest.raises(QueueFullError):
+            batcher.call_nowait(torch.tensor(2.0))
+        assert call.cancel()
+        assert not call.cancel()
+        assert batcher.statistics().num_queued == 0
+        last = batcher.call_nowait(torch.tensor(3.0))
+        with pytest.raises(CallCancelledError, match="given up"):
+            await call
+        device.release()
+        await running
+        await last
+        assert not last.cancel()
+    assert seen == [0.0, 3.0]
+    assert outcomes(batcher.statistics()) == (2, 0, 1, 0)
+
+
+async def test_cancel_wakes_who_awaits_the_call() -> None:
+    """A task that awaits a call, queued or running, is told when another gives the call up."""
+    device = FakeDevice(held=True)
+    told: list[str] = []
+
+    async def wait(call: Any) -> None:
+        with pytest.raises(CallCancelledError):
+            await call
+        told.append("given up")
+
+    async with (
+        Runtime([device]) as runtime,
+        Batcher(double, max_batch_size=2, runtime=runtime) as batcher,
+    ):
+        beside = batcher.call_nowait(ONE)
+        running = batcher.call_nowait(ONE)
+        await device.wait_issued()
+        queued = batcher.call_nowait(ONE)
+        async with anyio.create_task_group() as group:
+            group.start_soon(wait, running)
+            group.start_soon(wait, queued)
+            await anyio.wait_all_tasks_blocked()
+            assert running.cancel()
+            assert queued.cancel()
+        assert told == ["given up"] * 2
+        device.release()
+        assert (await beside).item() == 2.0
+    assert outcomes(batcher.statistics()) == (1, 0, 2, 0)
+
+
+async def test_a_call_is_awaited_by_one_task() -> None:
+    """A second task that awaits a call is refused instead of hanging."""
+    device = FakeDevice(held=True)
+    async with (
+        Runtime([device]) as runtime,
+        Batcher(double, runtime=runtime) as batcher,
+        anyio.create_task_group() as group,
+    ):
+        call = batcher.call_nowait(ONE)
+        group.start_soon(call.outcome)
+        await anyio.wait_all_tasks_blocked()
+        with anyio.fail_after(30), pytest.raises(RuntimeError, match="two tasks"):
+            await call
+        device.release()
+
+
+async def test_a_result_that_nobody_gets_to_see_is_not_done() -> None:
+    """A caller cancelled in the very turn of the loop in which its result comes counts as cancelled."""
+    device = FakeDevice(held=True)
+    async with (
+        Runtime([device]) as runtime,
+        Batcher(double, runtime=runtime) as batcher,
+        anyio.create_task_group() as group,
+    ):
+        call = batcher.call_nowait(ONE)
+        group.start_soon(call.outcome)
+        await device.wait_issued()
+        await anyio.wait_all_tasks_blocked()
+        # Both in one turn: the result is there when the task learns of its cancellation.
+        group.cancel_scope.cancel()
+        call.settle(ONE)
+        device.release()
+    told = outcomes(batcher.statistics())
+    assert told == (0, 0, 1, 0)
+
+
+async def test_calls_that_nobody_awaits_are_counted() -> None:
+    """Every call is counted once, whether and whenever it is awaited."""
+
+    def engine(x: torch.Tensor) -> torch.Tensor:
+        if (x < 0).any():
+            raise ValueError("negative")
+        return x
+
+    async with Runtime("cpu") as runtime, Batcher(engine, runtime=runtime) as batcher:
+        calls = [batcher.call_nowait(torch.tensor(float(n))) for n in (1, -1, 2)]
+    assert outcomes(batcher.statistics()) == (2, 1, 0, 0)
+    assert (await calls[0]).item() == 1.0
+    with pytest.raises(ValueError, match="negative"):
+        await calls[1]
+    assert outcomes(batcher.statistics()) == (2, 1, 0, 0)
+
+
+@pytest.mark.parametrize("size", [math.nan, math.inf, -1, None, "long"])
+async def test_a_wrong_size_is_refused_before_anything_is_queued(size: Any) -> None:
+    """What `size_of` gives is checked; neighbours, who wait meanwhile, lose nothing."""
+    device = FakeDevice(held=True)
+    sizes = {0: 5, 1: 7, 2: size, 3: 6}
+    async with (
+        Runtime([device]) as runtime,
+        Batcher(double, size_of=lambda sample: sizes[int(sample)], runtime=runtime) as batcher,
+    ):
+        calls = [batcher.call_nowait(torch.tensor(0.0))]
+        await device.wait_issued()
+        calls.append(batcher.call_nowait(torch.tensor(1.0)))
+        with pytest.raises(ValueError, match=r"size_of gave .* Return a number from 0 up"):
+            batcher.call_nowait(torch.tensor(2.0))
+        with pytest.raises(ValueError, match="size_of gave"):
+            await batcher(torch.tensor(2.0))
+        with pytest.raises(KeyError):
+            await batcher(torch.tensor(4.0))
+        calls.append(batcher.call_nowait(torch.tensor(3.0)))
+        device.release()
+        with anyio.fail_after(30):
+            assert [(await call).item() for call in calls] == [0.0, 2.0, 6.0]
+    assert outcomes(batcher.statistics()) == (3, 0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "cause"),
+    [
+        ({"timeout": -1.0}, "timeout is in seconds"),
+        ({"timeout": math.nan}, "timeout is in seconds"),
+        ({"priority": "high"}, "priority must be an int"),
+        ({"priority": math.nan}, "priority must be an int"),
+    ],
+)
+async def test_wrong_options_of_a_call_are_refused(options: dict[str, Any], cause: str) -> None:
+    """A timeout or a priority of the wrong kind is refused at the call, and the queue goes on."""
+    async with Runtime("cpu") as runtime, Batcher(double, runtime=runtime) as batcher:
+        with pytest.raises(ValueError, match=cause):
+            batcher.call_nowait(ONE, **options)
+        with pytest.raises(ValueError, match=cause):
+            await batcher(ONE, **options)
+        assert (await batcher(ONE)).item() == 2.0
+
+
+@pytest.mark.parametrize(
+    ("make", "cause"),
+    [
+        (lambda: Batcher(double, max_wait=math.nan), "max_wait"),
+        (lambda: Batcher(double, max_age=-1.0), "max_age"),
+        (lambda: Batcher(double, timeout=math.nan), "timeout"),
+        (lambda: Batcher(double, max_queue=1.5), "max_queue must be 1 or more, an int"),  # type: ignore[arg-type]
+        (lambda: Batcher(double, max_cost=math.nan, size_of=len), "max_cost"),
+        (lambda: Batcher(double, max_padding=math.nan), "from 0 to 1"),
+    ],
+)
+def test_numbers_that_are_none_are_refused(make: Callable[[], object], cause: str) -> None:
+    """NaN, negative durations and fractions of calls are refused when the batcher is made."""
+    with pytest.raises(ValueError, match=cause):
+        make()
