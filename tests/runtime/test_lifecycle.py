@@ -148,7 +148,8 @@ def test_a_fork_while_locks_are_held() -> None:
 
         # For long: whatever an admitted pass or a preparation on a lane may hold. It ends with the process.
         core, replicas = asyncdp.default_runtime()._core, replica_set_of(module, [torch.device("cpu")] * 2)
-        long = [replicas._lock, core.lock, default._default_lock]
+        engine = asyncdp.DataParallel(module, "cpu*2")
+        long = [replicas._lock, core.lock, default._default_lock, engine._replicas._lock]
         # For a moment: a fork may wait for these.
         short = [_tree._registering, threads._changing]
         taken, forking, ended = threading.Barrier(2), threading.Event(), threading.Event()
@@ -173,10 +174,15 @@ def test_a_fork_while_locks_are_held() -> None:
             signal.alarm(20)
             assert asyncdp.scatter(Batch([x]), "cpu*2")[1][0].shape == (2, 2)
             assert torch.equal(one_pass(), expected)
-            os._exit(0)
+            try:
+                asyncio.run(engine(x))
+            except asyncdp.errors.RuntimeClosedError:
+                os._exit(42)
+            os._exit(1)
         ended.set()
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 42
         assert torch.equal(one_pass(), expected)
+        assert torch.equal(asyncio.run(engine(x)), expected)
         """
     )
     assert done.returncode == 0, done.stderr
