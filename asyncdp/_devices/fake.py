@@ -156,6 +156,7 @@ class FakeDevice(LaneDevice):
         self._faults = dict(faults or {})
         if clock is None and (seconds or any(fault.seconds for fault in self._faults.values())):
             raise ValueError("work that takes time needs a clock. Pass clock=VirtualClock().")
+        self._given_clock = clock
         self._clock = clock or VirtualClock()
         self._seconds = seconds
         self._held = held
@@ -173,9 +174,13 @@ class FakeDevice(LaneDevice):
         return f"<FakeDevice {self.device}: {state}, {self._num_issued} issued, {self.num_pending} pending>"
 
     def sibling(self, *, faults: Mapping[int, Fault] | None = None) -> FakeDevice:
-        """Another lane on the same device; when the device is lost, both are."""
+        """Another lane on the same device; when the device is lost, both are.
+
+        Raises:
+            ValueError: a delay, but the device has no clock.
+        """
         other = FakeDevice(
-            self.device.index, clock=self._clock, seconds=self._seconds, faults=faults, held=self._held
+            self.device.index, clock=self._given_clock, seconds=self._seconds, faults=faults, held=self._held
         )
         other._chip = self._chip
         self._chip.lanes.append(other)
@@ -325,9 +330,17 @@ def fake_devices(
 
     Returns:
         One entry per lane.
+
+    Raises:
+        ValueError: a fault at a lane or work that there is not; `seconds` or a delay without a clock.
     """
     own: list[dict[int, Fault]] = [{} for _ in range(count * lanes_per_device)]
     for (lane, number), fault in (faults or {}).items():
+        if not 0 <= lane < len(own) or number < 0:
+            raise ValueError(
+                f"there is no work {number} of lane {lane} for a fault. "
+                f"Name one of the lanes 0 to {len(own) - 1} and a work, from 0."
+            )
         own[lane][number] = fault
     lanes: list[FakeDevice] = []
     for index in range(count):
