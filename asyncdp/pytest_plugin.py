@@ -6,14 +6,15 @@ imported only when a fixture or marker is used.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
     from asyncdp import Runtime
-    from asyncdp.testing import FakeDevice
+    from asyncdp.testing import FakeDevice, Fault, VirtualClock
 
 DEFAULT_NUM_DEVICES = 2
 _CLOSE_SECONDS = 5.0
@@ -37,7 +38,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture
-def asyncdp_devices(request: pytest.FixtureRequest) -> list[FakeDevice]:
+def asyncdp_clock() -> VirtualClock:
+    """The virtual time of `asyncdp_devices`."""
+    from asyncdp.testing import VirtualClock
+
+    return VirtualClock()
+
+
+@pytest.fixture
+def asyncdp_devices(request: pytest.FixtureRequest, asyncdp_clock: VirtualClock) -> list[FakeDevice]:
     """Two fake devices, one lane each, with the faults of the marker `asyncdp_faults`.
 
     Parametrize it indirectly for another number of devices.
@@ -45,14 +54,19 @@ def asyncdp_devices(request: pytest.FixtureRequest) -> list[FakeDevice]:
     from asyncdp.testing import fake_devices
 
     marker = request.node.get_closest_marker("asyncdp_faults")
-    return fake_devices(
-        getattr(request, "param", DEFAULT_NUM_DEVICES), faults=marker.args[0] if marker is not None else None
-    )
+    faults = None if marker is None else asyncdp_faults(*marker.args, **marker.kwargs)
+    count = getattr(request, "param", DEFAULT_NUM_DEVICES)
+    return fake_devices(count, clock=asyncdp_clock, faults=faults)
+
+
+def asyncdp_faults(faults: Mapping[tuple[int, int], Fault]) -> Mapping[tuple[int, int], Fault]:
+    """What the marker of this name takes."""
+    return faults
 
 
 @pytest.fixture
-def asyncdp_runtime(asyncdp_devices: list[FakeDevice]) -> Iterator[Runtime]:
-    """A runtime over `asyncdp_devices`; works that are still held at the end are released.
+def asyncdp_runtime(asyncdp_devices: list[FakeDevice], asyncdp_clock: VirtualClock) -> Iterator[Runtime]:
+    """A runtime over `asyncdp_devices`; works that are still held or delayed at the end are let end.
 
     A plain fixture, not an async one, so that it works under pytest-asyncio, anyio and trio alike.
     """
@@ -62,6 +76,7 @@ def asyncdp_runtime(asyncdp_devices: list[FakeDevice]) -> Iterator[Runtime]:
     yield runtime
     for device in asyncdp_devices:
         device.release()
+    asyncdp_clock.advance(math.inf)
     runtime._core.shut_down(_CLOSE_SECONDS)
 
 

@@ -36,7 +36,7 @@ def test_documented_suite_passes(pytester: pytest.Pytester) -> None:
     import torch
 
     has_gpu = torch.cuda.is_available()
-    result.assert_outcomes(passed=4 if has_gpu else 3, skipped=0 if has_gpu else 1)
+    result.assert_outcomes(passed=6 if has_gpu else 5, skipped=0 if has_gpu else 1)
 
 
 def test_markers_skip_with_a_reason(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,6 +59,99 @@ def test_markers_skip_with_a_reason(pytester: pytest.Pytester, monkeypatch: pyte
     result = pytester.runpytest_inprocess("-p", "no:cacheprovider", "-rs", "-p", "no:asyncio")
     result.assert_outcomes(passed=2, skipped=1)
     result.stdout.fnmatch_lines(["*needs 2 CUDA devices, torch sees 1*"])
+
+
+def test_devices_that_are_not_there_are_told(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without any CUDA device both markers skip, each with what it needs."""
+    monkeypatch.setattr("asyncdp.pytest_plugin._num_cuda_devices", lambda: 0)
+    pytester.makepyfile(
+        """
+        import pytest
+
+        @pytest.mark.gpu
+        def test_one(): pass
+
+        @pytest.mark.multi_device
+        def test_two(): pass
+        """
+    )
+    result = pytester.runpytest_inprocess("-p", "no:cacheprovider", "-rs", "-p", "no:asyncio")
+    result.assert_outcomes(skipped=2)
+    result.stdout.fnmatch_lines_random(["*needs 1 CUDA devices, torch sees 0*", "*needs 2 CUDA devices*"])
+
+
+def test_fixtures_give_time_and_every_fault(pytester: pytest.Pytester) -> None:
+    """Delays pass by `asyncdp_clock`; faults may be given by name; what is held at the end ends."""
+    pytester.makepyfile(
+        """
+        import threading
+        import anyio
+        import pytest
+        from asyncdp.testing import Fault
+
+        RUNTIMES = []
+
+        @pytest.fixture(params=["asyncio", "trio"])
+        def anyio_backend(request):
+            return request.param
+
+        @pytest.mark.anyio
+        @pytest.mark.asyncdp_faults(faults={(1, 0): Fault.delay(2.0)})
+        async def test_delay(asyncdp_clock, asyncdp_devices, asyncdp_runtime):
+            async with anyio.create_task_group() as group:
+                group.start_soon(lambda: asyncdp_runtime.run(int, lane=asyncdp_runtime.lanes[1]))
+                await asyncdp_devices[1].wait_issued()
+                assert asyncdp_runtime.statistics().num_running == 1
+                asyncdp_clock.advance(2.0)
+            assert asyncdp_runtime.statistics().num_done == 1
+
+        def start(runtime):
+            RUNTIMES.append(runtime)
+            work = runtime.run(int, lane=runtime.lanes[0])
+            work.send(None)  # its loop has ended before the device is done
+            return work
+
+        @pytest.mark.anyio
+        @pytest.mark.asyncdp_faults({(0, 0): Fault.delay(2.0)})
+        async def test_left_in_the_middle_of_a_delay(asyncdp_devices, asyncdp_runtime):
+            RUNTIMES.append(start(asyncdp_runtime))
+            await asyncdp_devices[0].wait_issued()
+
+        @pytest.mark.anyio
+        @pytest.mark.asyncdp_faults({(0, 0): Fault.hang()})
+        async def test_left_in_the_middle_of_a_hang(asyncdp_devices, asyncdp_runtime):
+            RUNTIMES.append(start(asyncdp_runtime))
+            await asyncdp_devices[0].wait_issued()
+
+        def test_all_lanes_have_ended():
+            assert len(RUNTIMES) == 8
+            assert not [each for each in threading.enumerate() if each.name.startswith("asyncdp-")]
+            for work in RUNTIMES[1::2]:
+                work.close()
+        """
+    )
+    result = pytester.runpytest_inprocess("-p", "no:cacheprovider", "-p", "no:asyncio")
+    result.assert_outcomes(passed=7)
+
+
+def test_faults_that_are_no_faults_are_told(pytester: pytest.Pytester) -> None:
+    """The marker without faults, or with too much, is an error that names it."""
+    pytester.makepyfile(
+        """
+        import pytest
+
+        @pytest.mark.asyncdp_faults
+        def test_none(asyncdp_devices): pass
+
+        @pytest.mark.asyncdp_faults({}, {})
+        def test_two(asyncdp_devices): pass
+        """
+    )
+    result = pytester.runpytest_inprocess("-p", "no:cacheprovider", "-p", "no:asyncio")
+    result.assert_outcomes(errors=2)
+    result.stdout.fnmatch_lines(["*asyncdp_faults() missing 1 required positional argument: 'faults'*"])
 
 
 def test_plugin_does_not_import_torch() -> None:
