@@ -11,7 +11,7 @@ import contextlib
 import contextvars
 import math
 import sys
-from collections.abc import Callable, Collection, Coroutine
+from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
 
@@ -39,28 +39,16 @@ def spawn(function: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], obj
     return partial(_soon_on_trio, trio.lowlevel.current_trio_token(), scope.cancel)
 
 
-def current_task() -> object:
-    """The task that runs in this thread, to compare by identity; None outside of every task."""
+def is_cancelled() -> bool:
+    """Whether the task that runs in this thread was cancelled; also if none does, for a coroutine closed."""
     trio = sys.modules.get("trio")
     if trio is not None and trio.lowlevel.in_trio_task():
-        return trio.lowlevel.current_task()
+        return bool(trio.current_effective_deadline() == -math.inf)
     try:
-        return asyncio.current_task()
+        task = asyncio.current_task()
     except RuntimeError:
-        return None
-
-
-def goes_on(tasks: Collection[object]) -> bool:
-    """Whether the code that calls this, of one of `tasks`, was neither cancelled nor is being closed.
-
-    A coroutine that nobody will resume is closed outside of its task.
-    """
-    task = current_task()
-    if task not in tasks:
-        return False
-    if isinstance(task, asyncio.Task):
-        return not task.cancelling()
-    return bool(sys.modules["trio"].current_effective_deadline() > -math.inf)
+        return True
+    return task is None or task.cancelling() > 0
 
 
 def ends_tasks(error: BaseException) -> bool:

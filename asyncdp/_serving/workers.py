@@ -18,7 +18,7 @@ from .call import Call
 from .schedule import BatchSchedule
 from .slots import Slot
 from .statistics import Recorder
-from .tasks import current_task, ends_tasks, goes_on, spawn
+from .tasks import ends_tasks, is_cancelled, spawn
 from .waiter import Waiter, new_waiter
 
 
@@ -49,7 +49,6 @@ class Workers:
         self._num_free = len(slots)  # slots that run no batch and have not lost their lanes
         self._num_usable = len(slots)
         self._num_left = len(slots)  # workers that have not ended
-        self._tasks: set[object] = set()
         self._cancels: list[Callable[[], object]] = []
         self._ended: anyio.Event | None = None
         self._crash: BaseException | None = None
@@ -91,7 +90,6 @@ class Workers:
     # The life of the workers.
 
     async def _work(self, slot: Slot) -> None:
-        self._tasks.add(current_task())
         try:
             await self._serve_all(slot)
         except Exception as error:
@@ -116,12 +114,11 @@ class Workers:
         if self.state is not BatcherState.OPEN or self.lost is None:
             self.state = BatcherState.CLOSED
         self.fail_waiting(partial(BatcherClosedError, "the batcher was cancelled"))
-        self._tasks.clear()
         self._ended.set()
 
     async def _serve_all(self, slot: Slot) -> None:
         """Run batches on one slot until the queue is drained or the slot's last lane is lost."""
-        while goes_on(self._tasks):
+        while not is_cancelled():
             if slot.lost is not None and not slot.move_on():
                 self._give_up(slot)
                 return
@@ -191,7 +188,7 @@ class Workers:
         except BaseException as error:
             if not ends_tasks(error):
                 return error
-            if not goes_on(self._tasks):
+            if is_cancelled():
                 raise
             # The engine's own, which its callers would take for theirs.
             wrapped = EngineCancelledError(error)

@@ -126,19 +126,21 @@ def test_workers_of_a_dropped_loop_are_closed_quietly() -> None:
             seen.append("closed")
         return x
 
-    async def begin() -> None:
+    async def begin() -> Any:
         batcher = await Batcher(engine, runtime=runtime).__aenter__()
-        batcher.call_nowait(ONE)
+        call = batcher.call_nowait(ONE)
         await begun.wait()
+        return call
 
     runtime = Runtime("cpu")
-    loop.run_until_complete(begin())
+    call = loop.run_until_complete(begin())
     loop.set_exception_handler(lambda *_: None)  # asyncio tells of every task that was pending
     loop.run_until_complete(loop.shutdown_asyncgens())
     loop.close()
     del loop
     gc.collect()
     assert seen == ["closed"]
+    assert isinstance(asyncio.run(outcomes_of([call]))[0], BatcherClosedError)
     asyncio.run(runtime.aclose())
 
 
