@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import math
-import sys
 import weakref
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
@@ -18,7 +15,7 @@ import torch
 from .._parallel_apply import arguments
 from .._runtime.completion import Completion, new_completion
 from .prefetch import Prefetcher
-from .tasks import spawn
+from .tasks import ends_tasks, is_cancelled, spawn
 from .waiter import Waiter, new_waiter
 
 if TYPE_CHECKING:
@@ -307,7 +304,7 @@ async def _read_all(shared: _Shared, group: TaskGroup, run: Callable[..., Any], 
             with anyio.CancelScope(shield=True):
                 await source.aclose()
     except BaseException as error:
-        if _cancels_this_task(error):
+        if ends_tasks(error) and is_cancelled():
             raise
         shared.failure = error
 
@@ -328,24 +325,9 @@ async def _run(
         work = partial(run_batch, modes, engine, position, inputs)
         shared.put(index, _Outcome(await engine.runtime.run(work, lane=lane, num_threads=num_threads)))
     except BaseException as error:
-        if _cancels_this_task(error):
+        if ends_tasks(error) and is_cancelled():
             raise
         shared.put(index, _Outcome(None, error))
-
-
-def _cancels_this_task(error: BaseException) -> bool:
-    """Tell the end of this very task from an error of the same class that an engine or a source raised."""
-    trio = sys.modules.get("trio")
-    if trio is not None and trio.lowlevel.in_trio_run():
-        is_cancelled = trio.current_effective_deadline() == -math.inf
-        return is_cancelled and isinstance(error, (trio.Cancelled, GeneratorExit))
-    try:
-        task = asyncio.current_task()
-    except RuntimeError:  # no loop: the coroutine is being thrown away
-        task = None
-    return (task is None or task.cancelling() > 0) and isinstance(
-        error, (asyncio.CancelledError, GeneratorExit)
-    )
 
 
 def run_batch(
