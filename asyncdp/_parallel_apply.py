@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import _tree
 from ._devices import Devices, parse_devices
 from ._runtime import Lane, Runtime, default_lanes, default_runtime
-from ._scatter import move
+from ._scatter import bring, move
 from .errors import CountMismatchError, NotAModuleError
 
 
@@ -67,8 +67,8 @@ def apply(
 ) -> Any:
     """Call a module on a lane, with its inputs on the lane's device; the output stays where it is."""
     if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
-        return module(move(args[0], device))
-    args, kwargs = move((args, dict(kwargs)), device)
+        return module(bring(args[0], device))
+    args, kwargs = bring((args, dict(kwargs)), device)
     return module(*args, **kwargs)
 
 

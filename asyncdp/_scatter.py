@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from . import _tree
 from ._devices import Devices, parse_devices
+from ._runtime import trace
 from ._runtime.schedule import split_sizes
 from ._wholes import Wholes
 from .errors import LengthMismatchError, UnsplittableError
@@ -84,6 +86,18 @@ def move(tree: Any, device: torch.device) -> Any:
     if all(one is other for one, other in zip(leaves, moved, strict=True)):
         return tree
     return _tree.unflatten(spec, moved)
+
+
+def bring(tree: Any, device: torch.device) -> Any:
+    """As `move`, for what a work needs on its lane's device; a trace shows the copies."""
+    recorder = trace.recorder
+    if recorder is None:
+        return move(tree, device)
+    begun = time.perf_counter()
+    moved = move(tree, device)
+    if moved is not tree:
+        recorder.scattered(begun)
+    return moved
 
 
 def _move_tensor(leaf: Any, device: torch.device) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ._reducer import Gradients, Reducer, add_kept
 from ._replica_set import wait_issued
 from ._runtime import Lane
-from ._scatter import move
+from ._scatter import bring
 from ._structure import modules_of
 from ._training_commit import Accumulated, Held, StepOptions, commit, deliver, threads
 from ._training_lanes import InPlaceLane, Modes, TrainingLane, TrainingLanes
@@ -155,8 +155,8 @@ class Step:
     def _loss_of(self, index: int, module: nn.Module) -> Tensor:
         device = self._lanes[index].device
         args, targets = self._shards[index]
-        outputs = module(*[move(each, device) for each in args])
-        loss = _checked(self.options.loss_fn(outputs, move(targets, device)))
+        outputs = module(*[bring(each, device) for each in args])
+        loss = _checked(self.options.loss_fn(outputs, bring(targets, device)))
         weight = self._weights[index]
         return loss if weight == 1.0 else loss * weight
 

@@ -32,12 +32,9 @@ _NAMES = {
     "run_here": "run",
     "whole": "run",
     "on_lane": "run",
-    "over": "run",
     "<lambda>": "run",
     "run_batch": "run",
-    "Stack": "collate",
     "arguments": "collate",
-    "unbind": "split",
     "results": "split",
     "run_lane": "train",
     "_run_alone": "train",
@@ -60,10 +57,10 @@ class _Issued(NamedTuple):
 class TraceRecorder:
     """Records every pass from `async with` to its end, then writes the file.
 
-    Each lane is a row with a span for each work it ran; the time a work was queued, and the time its
-    device still took after the call had returned, are spans of their own beside the row. On CUDA so is
-    the time the work took on its stream, by the device's own clock. Works carry the number of their
-    pass and shard.
+    Each lane is a row with a span for each work it ran, and within it one for copies to its device; the
+    time a work was queued, and the time its device still took after the call had returned, are spans of
+    their own beside the row. On CUDA so is the time the work took on its stream, by the device's own
+    clock. Works carry the number of their pass and shard.
 
     Args:
         path: the file to write, JSON; open it at ui.perfetto.dev, or with `asyncdp trace summary`.
@@ -82,6 +79,7 @@ class TraceRecorder:
         self._started = time.perf_counter()
         self._queued: dict[Work, float] = {}
         self._issued: dict[Work, _Issued] = {}
+        self._running: dict[int, Work] = {}  # by the thread of the lane
         self._timed_until: dict[Lane, float] = {}
         self._rows: dict[str, int] = {}
         self._passes: weakref.WeakKeyDictionary[Pass, int] = weakref.WeakKeyDictionary()
@@ -126,12 +124,14 @@ class TraceRecorder:
         assert work.function is not None
         name = _name_of(work.function)
         times = work.lane.driver.time_next()
+        self._running[threading.get_ident()] = work
         begun = time.perf_counter()
         self._issued[work] = _Issued(name, begun, times)
         self._add(work, _QUEUED, name, self._queued.pop(work, begun), begun)
 
         def issued(ended: bool) -> None:
             now = time.perf_counter()
+            self._running.pop(threading.get_ident(), None)
             self._add(work, _ISSUED, name, begun, now)
             if ended:
                 self._issued.pop(work, None)
@@ -140,6 +140,12 @@ class TraceRecorder:
                 self._issued[work] = _Issued(name, now, times)
 
         return issued
+
+    def scattered(self, begun: float) -> None:
+        """The work on this thread has copied its shard to its lane's device, from `begun` until now."""
+        work = self._running.get(threading.get_ident())
+        if work is not None:
+            self._add(work, _ISSUED, "scatter", begun, time.perf_counter())
 
     def completed(self, work: Work) -> None:
         """The device is done with a work whose call returned earlier."""

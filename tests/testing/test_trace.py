@@ -59,6 +59,39 @@ async def test_every_stage_of_a_pass_is_recorded(tmp_path: Path) -> None:
     assert trace.recorder is None
 
 
+async def test_scattering_is_a_span_on_each_lane(tmp_path: Path) -> None:
+    """A lane that copies its shard to its device shows that within its run; others copy nothing."""
+    path = tmp_path / "trace.json"
+    module = nn.Linear(2, 2)
+    data = torch.zeros(4, 2), torch.zeros(4, 2)
+    async with (
+        Runtime(fake_devices(2)) as runtime,
+        DataParallel(module, runtime=runtime) as engine,
+        TraceRecorder(path),
+    ):
+        await engine.on_one_lane(data[0])
+        await engine.train_step(*data, nn.functional.mse_loss, torch.optim.SGD(module.parameters()))
+    async with (
+        DataParallel(module, "cpu*2", num_lanes="all") as engine,
+        TraceRecorder(tmp_path / "none.json"),
+    ):
+        await engine(data[0])
+    spans = [span for span in await spans_of(path) if span["cat"] == "on lane"]
+    for outer, num_inner in (("run", 1), ("train", 2)):
+        for whole in (span for span in spans if span["name"] == outer):
+            inner = [
+                span
+                for span in spans
+                if span["name"] == "scatter" and span["args"] == whole["args"] and span["tid"] == whole["tid"]
+            ]
+            assert len(inner) == num_inner
+            for span in inner:
+                assert whole["ts"] <= span["ts"]
+                assert span["ts"] + span["dur"] <= whole["ts"] + whole["dur"]
+    assert {span["args"]["lane"] for span in spans if span["name"] == "scatter"} == {"cpu:0", "cpu:1"}
+    assert "scatter" not in {span["name"] for span in await spans_of(tmp_path / "none.json")}
+
+
 async def test_device_time_is_told_apart(tmp_path: Path) -> None:
     """Time that a device takes after the call has returned is a span of its own."""
     path = tmp_path / "trace.json"
