@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextvars
 import functools
+import heapq
 import itertools
 import json
 import threading
 import time
 import weakref
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -81,7 +83,6 @@ class TraceRecorder:
         self._issued: dict[Work, _Issued] = {}
         self._running: dict[int, Work] = {}  # by the thread of the lane
         self._timed_until: dict[Lane, float] = {}
-        self._rows: dict[str, int] = {}
         self._passes: weakref.WeakKeyDictionary[Pass, int] = weakref.WeakKeyDictionary()
         self._ordinals = itertools.count()
         self._lock = threading.Lock()
@@ -173,17 +174,11 @@ class TraceRecorder:
                     "name": name,
                     "cat": kind,
                     "pid": 1,
-                    "tid": self._row(work.lane, kind),
                     "ts": round((begin - self._started) * 1e6, 3),
                     "dur": round((end - begin) * 1e6, 3),
                     "args": {"pass": self._number(work.owner), "shard": work.index, "lane": work.lane.name},
                 }
             )
-
-    def _row(self, lane: Lane, kind: str) -> int:
-        # Spans of one row must nest; works of a queue, or in flight on a device, overlap at will.
-        name = lane.name if kind == _ISSUED else f"{lane.name} {kind}"
-        return self._rows.setdefault(name, len(self._rows) + 1)
 
     def _number(self, owner: Pass) -> int:
         number = self._passes.get(owner)
@@ -195,12 +190,33 @@ class TraceRecorder:
         with self._lock:
             rows = [
                 {"ph": "M", "name": "thread_name", "pid": 1, "tid": row, "args": {"name": name}}
-                for name, row in self._rows.items()
+                for name, row in _lay_out(self._events).items()
             ]
             self._issued.clear()  # here, since events of a device may take their time to go
             self._queued.clear()
             told = {"num_dropped": self.num_dropped}
             self.path.write_text(json.dumps({"traceEvents": rows + self._events, "otherData": told}))
+
+
+def _lay_out(events: list[dict[str, Any]]) -> dict[str, int]:
+    """Give each span its row; returns the rows by name.
+
+    Viewers drop spans of one row that overlap but do not nest. Works of a queue, or in flight on a
+    device, overlap at will, and get as many rows as they need.
+    """
+    rows: dict[str, int] = {}
+    taken: dict[str, list[tuple[float, int]]] = defaultdict(list)  # until when; which of a name's rows
+    for event in sorted(events, key=lambda each: each["ts"]):
+        name = event["args"]["lane"]
+        if event["cat"] != _ISSUED:
+            name = f"{name} {event['cat']}"
+            own = taken[name]
+            begin, end = event["ts"], event["ts"] + event["dur"]
+            place = heapq.heappop(own)[1] if own and own[0][0] <= begin else len(own)
+            heapq.heappush(own, (end, place))
+            name = f"{name} {place + 1}" if place else name
+        event["tid"] = rows.setdefault(name, len(rows) + 1)
+    return rows
 
 
 def _name_of(function: Callable[..., Any]) -> str:

@@ -92,6 +92,44 @@ async def test_scattering_is_a_span_on_each_lane(tmp_path: Path) -> None:
     assert "scatter" not in {span["name"] for span in await spans_of(tmp_path / "none.json")}
 
 
+async def test_spans_of_a_row_nest_or_follow_each_other(tmp_path: Path) -> None:
+    """Viewers drop spans of one row that overlap in part: works that wait together have several rows."""
+    path = tmp_path / "trace.json"
+    devices = fake_devices(2)
+    entered, latch = threading.Event(), threading.Event()
+
+    def block() -> None:
+        entered.set()
+        assert latch.wait(30)
+
+    async with Runtime(devices) as runtime, TraceRecorder(path):
+        devices[0].hold()
+        async with anyio.create_task_group() as group:
+            group.start_soon(lambda: runtime.run(block, lane=runtime.lanes[0]))
+            await anyio.to_thread.run_sync(entered.wait)
+            for _ in range(5):
+                group.start_soon(lambda: runtime.run(int, lane=runtime.lanes[0]))
+                await runtime.run(int, lane=runtime.lanes[1])
+            latch.set()
+            await devices[0].wait_issued(6)
+            devices[0].release()
+    loaded = json.loads(await anyio.Path(path).read_text())
+    rows = {event["tid"]: event["args"]["name"] for event in loaded["traceEvents"] if event["ph"] == "M"}
+    assert len(set(rows.values())) == len(rows)
+    assert {"cpu:0", "cpu:0 queued", "cpu:0 queued 2", "cpu:0 on device 2", "cpu:1"} <= set(rows.values())
+    spans = await spans_of(path)
+    assert {span["tid"] for span in spans} == set(rows)
+    for row in rows:
+        ends: list[float] = []
+        own = [(span["ts"], span["dur"]) for span in spans if span["tid"] == row]
+        for begin, seconds in sorted(own, key=lambda each: (each[0], -each[1])):
+            assert seconds >= 0
+            while ends and ends[-1] <= begin:
+                ends.pop()
+            assert not ends or begin + seconds <= ends[-1] + 0.002  # rounded to nanoseconds
+            ends.append(begin + seconds)
+
+
 async def test_device_time_is_told_apart(tmp_path: Path) -> None:
     """Time that a device takes after the call has returned is a span of its own."""
     path = tmp_path / "trace.json"
