@@ -122,8 +122,7 @@ class _Source:
     def __init__(self, batches: Iterable[Any] | AsyncIterable[Any]) -> None:
         self._is_async = isinstance(batches, AsyncIterable)
         self._batches: Any = batches
-        # What is its own iterator is closed even if nothing was read from it.
-        self._iterator: Any = batches if isinstance(batches, (Iterator, AsyncIterator)) else None
+        self._iterator: Any = None
         self._error: BaseException | None = None
 
     async def next(self) -> Any:
@@ -156,8 +155,10 @@ class _Source:
             return _END
 
     async def aclose(self) -> None:
-        """Close the iterator, once."""
-        iterator, self._iterator = self._iterator, None
+        """Close the iterator; also if nothing was read from one that was there before."""
+        iterator = self._iterator
+        if iterator is None and isinstance(self._batches, AsyncIterator if self._is_async else Iterator):
+            iterator = self._batches
         if self._is_async and hasattr(iterator, "aclose"):
             await iterator.aclose()
         elif not self._is_async and hasattr(iterator, "close"):
@@ -235,6 +236,7 @@ class BatchStream:
         # Without the shield anyio would cancel the wait again and again on asyncio.
         with anyio.CancelScope(shield=True):
             if self._cancel is None:
+                self._shared.end()
                 await self._source.aclose()
                 return
             gone = new_completion(lambda: None)  # the wait goes on to its end

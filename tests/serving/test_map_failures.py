@@ -214,6 +214,39 @@ async def test_iterators_are_made_on_a_thread() -> None:
 
 
 @kinds
+async def test_a_source_that_begins_anew_does(kind: str) -> None:
+    """What is its own iterator is still asked for one: loaders begin anew that way."""
+
+    class Loader:
+        left = 0
+
+        def __iter__(self) -> Any:
+            self.left = 3
+            return self
+
+        def __next__(self) -> torch.Tensor:
+            if self.left == 0:
+                raise StopIteration
+            self.left -= 1
+            return torch.ones(1)
+
+    class AsyncLoader(Loader):
+        def __aiter__(self) -> Any:
+            self.left = 3
+            return self
+
+        async def __anext__(self) -> torch.Tensor:
+            if self.left == 0:
+                raise StopAsyncIteration
+            return super().__next__()
+
+    loader: Any = Loader() if kind == "sync" else AsyncLoader()
+    async with DataParallel(Raising(), "cpu") as engine:
+        for _ in range(2):
+            assert len([result async for result in engine.map(loader)]) == 3
+
+
+@kinds
 async def test_closing_waits_although_the_scope_is_cancelled(kind: str) -> None:
     """A block that is left by a cancellation waits until the lanes have drained and the source is closed."""
     device = FakeDevice(held=True)
@@ -316,6 +349,7 @@ async def test_a_stream_that_is_never_read_closes_its_source(kind: str) -> None:
     async with DataParallel(Raising(), "cpu") as engine:
         async with engine.map(getattr(source, kind)()) as results:
             pass
+        await results.aclose()
         with pytest.raises(StopAsyncIteration):
             await anext(results)
     assert (source.num_read, source.num_closed) == (0, 1)
