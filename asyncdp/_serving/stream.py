@@ -53,6 +53,7 @@ class _Shared:
         self._readers: list[Waiter] = []
         self._filler: Waiter | None = None
         self.failure: BaseException | None = None  # of the source
+        self.closing = False
         self.gone: list[Completion] = []  # finished when the task has ended
 
     @property
@@ -241,6 +242,7 @@ class BatchStream:
                 return
             gone = new_completion(lambda: None)  # the wait goes on to its end
             self._shared.gone.append(gone)
+            self._shared.closing = True
             self._cancel()
             await gone
         self._shared.raise_failure()
@@ -284,6 +286,13 @@ async def _fill(shared: _Shared, engine: DataParallel, source: _Source, modes: t
             group.start_soon(
                 _read_all, shared, group, partial(_run, shared, engine, prefetcher, modes), source
             )
+    except BaseException:
+        if not shared.closing:
+            shared.failure = RuntimeError(
+                "the task that fills this stream was cancelled before its end, but not by closing the stream. "
+                "Do not cancel tasks of an event loop that you did not start."
+            )
+        raise
     finally:
         prefetcher.close()
         shared.end()

@@ -322,6 +322,23 @@ async def test_a_source_that_is_being_read_is_closed_afterwards() -> None:
         assert closed == [True]
 
 
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_stream_that_others_cancel_does_not_just_end() -> None:
+    """Who cancels all tasks of a loop does not make a stream look as if it were complete."""
+    device = FakeDevice()
+    async with Runtime([device]) as runtime, DataParallel(Raising(), runtime=runtime) as engine:
+        others = asyncio.all_tasks()
+        results = engine.map(batches(*range(50)))
+        await anext(results)
+        for task in asyncio.all_tasks() - others:
+            task.cancel()
+        with pytest.raises(RuntimeError, match="cancelled"):
+            async for _ in results:
+                pass
+        with pytest.raises(StopAsyncIteration):
+            await anext(results)
+
+
 @kinds
 async def test_errors_of_closing_come_out_of_the_block(kind: str) -> None:
     """What the source raises when it is closed early is told to whoever waits for that."""
