@@ -289,7 +289,7 @@ async def _fill(shared: _Shared, engine: DataParallel, source: _Source, modes: t
     except BaseException:
         if not shared.closing:
             shared.failure = RuntimeError(
-                "the task that fills this stream was cancelled before its end, but not by closing the stream. "
+                "the task that fills this stream was cancelled before its end, not by closing the stream. "
                 "Do not cancel tasks of an event loop that you did not start."
             )
         raise
