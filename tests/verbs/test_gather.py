@@ -47,11 +47,12 @@ def test_nested_outputs(outputs: list[Any], whole: Any) -> None:
     assert same(asyncdp.gather(outputs, "cpu"), whole)
 
 
+@pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("num_shards", [1, 2, 3])
-def test_scalars_become_a_vector(num_shards: int) -> None:
+def test_scalars_become_a_vector(num_shards: int, dim: int) -> None:
     """Contract 13: scalars give a vector in lane order, with the warning of torch.nn.parallel."""
     with pytest.warns(UserWarning, match="scalars") as caught:
-        found = asyncdp.gather([torch.tensor(float(each)) for each in range(num_shards)], "cpu")
+        found = asyncdp.gather([torch.tensor(float(each)) for each in range(num_shards)], "cpu", dim=dim)
     assert found.tolist() == [float(each) for each in range(num_shards)]
     assert {str(each.message) for each in caught} == {SCALARS}
 
