@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 
+import hypothesis  # noqa: F401  before `quick_collections`: as it is imported it asks for referrers
 import pytest
 import torch
 from blockbuster import BlockBuster, blockbuster_ctx

@@ -5,6 +5,7 @@ Every load and store is checked: aligned to its size and inside of a tensor of t
 
 from __future__ import annotations
 
+import bisect
 import ctypes
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from asyncdp._kernels import bodies, cuda, plan
 
 _DTYPES = {"int8": np.int8, "int16": np.int16, "int32": np.int32, "int64": np.int64}
 _DTYPES |= {"bfloat16": np.uint16, "float16": np.float16, "float32": np.float32, "float64": np.float64}
+_HIGHEST = 1 << 64
 
 
 class CpuMachine:
@@ -24,18 +26,20 @@ class CpuMachine:
     def __init__(self) -> None:
         self.index = (0, 0)
         self.num_wide = 0
-        self.allowed = np.empty((0, 2), np.int64)
+        self.allowed: list[tuple[int, int]] = []
 
     def allow(self, address: int, size: int) -> None:
         """Let kernels touch these bytes; what nobody allowed stays forbidden."""
-        self.allowed = np.append(self.allowed, [(address, address + size)], axis=0)
+        bisect.insort(self.allowed, (address, address + size))
 
     def view(self, address: int, dtype: type[np.generic], count: int) -> np.ndarray:
         """Return the memory at an address as an array, after checking that it may be touched so."""
         size = np.dtype(dtype).itemsize * count
         assert address % size == 0, f"{size} bytes at {address:#x} are not aligned"
-        inside = (self.allowed[:, 0] <= address) & (address + size <= self.allowed[:, 1])
-        assert inside.any(), f"{size} bytes at {address:#x} lie outside of every tensor"
+        place = bisect.bisect_right(self.allowed, (address, _HIGHEST))
+        # From the nearest on: ranges may lie within others.
+        inside = any(address + size <= self.allowed[each][1] for each in range(place - 1, -1, -1))
+        assert inside, f"{size} bytes at {address:#x} lie outside of every tensor"
         self.num_wide += size == bodies.VECTOR_BYTES
         return np.frombuffer((ctypes.c_char * size).from_address(address), dtype, count)
 
