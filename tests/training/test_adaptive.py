@@ -55,12 +55,12 @@ async def test_it_tries_one_to_all_lanes_and_settles() -> None:
     module = Counting()
     x = torch.arange(6.0).reshape(6, 1)
     async with adaptive(module) as one:
-        for _ in range(MOST_TRIALS):
+        assert torch.equal(await one(x), x * 2)
+        while (choice := one.statistics().choices[0]).reason == "still learning":
             assert torch.equal(await one(x), x * 2)
         tried = set(module.rows)
-        choice = one.statistics().choices[0]
         module.rows.clear()
-        for _ in range(3):
+        for _ in range(3):  # too few to doubt the choice, however long they take
             assert torch.equal(await one(x), x * 2)
     assert tried == {2, 6, 3}
     assert set(choice.costs) == {1, 2, 3}
