@@ -14,7 +14,7 @@ LOOK_SECONDS = 150e-6
 """How long a thread looks for its signal before it sleeps."""
 
 _SOON = 2 * LOOK_SECONDS  # a signal that came later than this last time is not looked for the next time
-_GRACE = 2.5e-6  # seconds from the signal to the end of the look
+_GRACE = 10e-6  # seconds from the signal to the end of the look: by then a slow machine has let go, too
 _NUM_ROWS = round(LOOK_SECONDS / _GRACE)
 _SILENT = bytes(_NUM_ROWS)
 _SIGNALLED = bytes([1] * (_NUM_ROWS - 1) + [0])
