@@ -47,7 +47,7 @@ class _Steps:
     def over(self, function: Callable[..., Any], samples: Sequence[Any]) -> Sequence[Any]:
         """All of it in one go."""
         with torch.no_grad():
-            return self.results(function(*self.arguments(samples)), samples)
+            return self._split(function(*arguments(self.collate(samples))), samples)
 
     def arguments(self, samples: Sequence[Any]) -> tuple[Any, ...]:
         """What to call an engine with."""
@@ -57,7 +57,10 @@ class _Steps:
     def results(self, output: Any, samples: Sequence[Any]) -> Sequence[Any]:
         """One result for each sample."""
         with torch.no_grad():
-            values = self.split(output, samples)
+            return self._split(output, samples)
+
+    def _split(self, output: Any, samples: Sequence[Any]) -> Sequence[Any]:
+        values = self.split(output, samples)
         if type(values) not in (tuple, list):
             values = list(values)
         if len(values) != len(samples):
