@@ -111,6 +111,8 @@ class Trainer:
             self._one_at_a_time.acquire_nowait()
             ambient = None
         else:  # a step that has to wait must not find the state that torch has by then
+            # In a forked child the step that it waits for never ends.
+            self._runtime.refuse_closed()
             ambient = self._runtime.ambient()
             await self._one_at_a_time.acquire()
         started = time.perf_counter()

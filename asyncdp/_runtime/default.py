@@ -13,6 +13,7 @@ import torch
 from .. import _devices
 from .._devices import parse_devices
 from ..errors import AsyncDPError
+from . import trace
 from .lane import Lane
 from .runtime import Runtime, cores
 
@@ -77,9 +78,11 @@ def _shut_down_all() -> None:
 def _forget_after_fork() -> None:
     """In a forked child the lanes' threads do not exist: start anew, and refuse the old runtimes.
 
-    What only CUDA lanes use is left alone: torch refuses CUDA in a forked child.
+    A trace goes on in the parent alone. What only CUDA lanes use is left alone: torch refuses CUDA in a
+    forked child.
     """
     global _default, _default_lock
+    trace.recorder = None
     _default = None
     _default_lock = threading.Lock()
     for core in list(cores):

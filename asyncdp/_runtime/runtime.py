@@ -16,6 +16,7 @@ from .. import _devices, _kernels
 from .._devices import Devices, LaneDevice, parse_devices
 from ..errors import (
     NestedPassError,
+    RuntimeClosedError,
     UnknownDeviceError,
 )
 from .ambient import Ambient
@@ -206,6 +207,11 @@ class Runtime:
         num_threads = num_threads or self.num_intra_op_threads
         one = Pass(self._core, stage, following, num_threads, replica_stage, ambient, lanes)
         return await one.run()
+
+    def refuse_closed(self) -> None:
+        """Raise `RuntimeClosedError` if the runtime takes no more work, as any pass would."""
+        if self._core.schedule.closed:
+            raise RuntimeClosedError(self._core.closed_cause)
 
     def ambient(self) -> Ambient:
         """What this thread and task have switched on now, for a later `run_pass`."""

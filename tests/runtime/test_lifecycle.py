@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -114,6 +115,56 @@ def test_a_forked_child_builds_its_own() -> None:
         """
     )
     assert (done.returncode, done.stdout.strip()) == (0, "42 8"), done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_a_fork_while_a_step_is_taken_and_recorded(tmp_path: Path) -> None:
+    """A child forked in the midst of a training step is refused further ones, and records nothing."""
+    done = run_python(
+        f"""
+        import asyncio, os, signal, threading, warnings
+        import torch, asyncdp
+        from torch.nn.functional import mse_loss
+
+        warnings.simplefilter("ignore", DeprecationWarning)  # fork beside threads: what this is about
+        module, x = torch.nn.Linear(2, 2), torch.ones(4, 2)
+        optimizer = torch.optim.SGD(module.parameters(), 0.1)
+        engine = asyncdp.DataParallel(module, "cpu")
+        reached, leave = threading.Event(), threading.Event()
+
+        def loss(output, target):
+            reached.set()
+            leave.wait()
+            return mse_loss(output, target)
+
+        async def step(loss_fn=mse_loss):
+            await engine.train_step(x, x, loss_fn, optimizer)
+
+        def run_child():
+            signal.alarm(20)
+            assert asyncio.run(asyncdp.default_runtime().run(int, "7")) == 7
+            try:
+                asyncio.run(step())
+            except asyncdp.errors.RuntimeClosedError as error:
+                os._exit(42 if "before a fork" in str(error) else 1)
+            os._exit(1)
+
+        async def main():
+            async with asyncdp.TraceRecorder({str(tmp_path / "trace.json")!r}) as recorder:
+                under_way = asyncio.create_task(step(loss))
+                await asyncio.to_thread(reached.wait)
+                with recorder._lock:
+                    child = os.fork()
+                    if child == 0:
+                        run_child()
+                leave.set()
+                await under_way
+                return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+        print(asyncio.run(main()), engine.statistics().num_steps)
+        """
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "42 1"), done.stderr
 
 
 def test_a_dropped_runtime_ends_its_threads() -> None:
