@@ -30,7 +30,7 @@ BEAT_SECONDS = 0.002
 
 @contextlib.asynccontextmanager
 async def open_asyncdp(folder: str) -> AsyncIterator[Call]:
-    from asyncdp import Batcher, DataParallel
+    from asyncdp import Batcher, DataParallel, Runtime
     from asyncdp.infer.embed import embed_steps, load_embedder
 
     model, steps = load_embedder(Path(folder))[0].eval(), embed_steps(Path(folder))
@@ -40,11 +40,22 @@ async def open_asyncdp(folder: str) -> AsyncIterator[Call]:
         return arguments["input_ids"], arguments.get("attention_mask")
 
     options = {"collate": collate, "split": lambda output, _: output["embedding"].unbind(), "size_of": len}
+
+    def split(tokens, _):
+        return tokens
+
     async with (
         DataParallel(model, "cpu*2") as engine,
         Batcher(engine, max_batch_size=MAX_BATCH_SIZE, **options) as batcher,
+        # Texts become tokens in batches too, on a lane of their own: on the loop all would wait for it.
+        Runtime("cpu") as runtime,
+        Batcher(steps.preprocess, collate=list, split=split, runtime=runtime) as tokenizer,
     ):
-        yield lambda text: batcher(steps.preprocess([text])[0])
+
+        async def call(text):
+            return await batcher(await tokenizer(text))
+
+        yield call
 
 
 @contextlib.asynccontextmanager

@@ -11,7 +11,6 @@ taking connections, answers what waits, and ends with status 0.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import os
 import signal
@@ -31,7 +30,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from asyncdp import Batcher, DataParallel, LaneState, QueueFull, export_prometheus
+from asyncdp import Batcher, DataParallel, LaneState, QueueFull, Runtime, export_prometheus
 from asyncdp.errors import CallTimeoutError, DeviceLostError
 from asyncdp.infer.embed import embed_steps, load_embedder
 
@@ -62,9 +61,15 @@ def make_app(folder: Path, devices: str | None = None, timeout: float = 30.0) ->
         async with (
             DataParallel(model, devices) as engine,
             Batcher(engine, collate=collate, split=split, size_of=len, timeout=timeout) as batcher,
+            # Off the loop, where a long text would hold up all others, and not on the engine's lanes,
+            # which need the next batch's tokens while they run one.
+            Runtime("cpu") as runtime,
+            Batcher(
+                steps.preprocess, collate=list, split=lambda tokens, _: tokens, runtime=runtime
+            ) as tokenizer,
         ):
             collector = export_prometheus(batcher, registry)
-            app.state.engine, app.state.batcher = engine, batcher
+            app.state.engine, app.state.batcher, app.state.tokenizer = engine, batcher, tokenizer
             yield
             registry.unregister(collector)
 
@@ -73,12 +78,10 @@ def make_app(folder: Path, devices: str | None = None, timeout: float = 30.0) ->
             texts = check_texts(await request.json())
         except ValueError as error:
             return JSONResponse({"error": str(error)}, status_code=400)
-        batcher: Batcher = request.app.state.batcher
         try:
-            # Samples are tokens, so that texts of like length go together with little padding. Off
-            # the loop: a long request would hold up all others.
-            samples = await asyncio.to_thread(steps.preprocess, texts)
-            vectors = await answer(batcher, samples)
+            # Samples are tokens, so that texts of like length go together with little padding.
+            samples = await answer(request.app.state.tokenizer, texts)
+            vectors = await answer(request.app.state.batcher, samples)
         except QueueFull as error:
             return JSONResponse({"error": str(error)}, status_code=429)
         except CallTimeoutError as error:
@@ -106,8 +109,8 @@ def make_app(folder: Path, devices: str | None = None, timeout: float = 30.0) ->
     return Starlette(routes=routes, lifespan=lifespan)
 
 
-async def answer(batcher: Batcher, samples: Sequence[list[int]]) -> list[list[float]]:
-    """The vectors of one request: of all of its texts or, by an exception, of none.
+async def answer(batcher: Batcher, samples: Sequence[Any]) -> list[Any]:
+    """What a batcher makes of the samples of one request: of all or, by an exception, of none.
 
     Raises:
         QueueFull: at once, so that load beyond the lanes' power is shed.
