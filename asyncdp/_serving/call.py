@@ -82,7 +82,15 @@ class Call(Item):
     async def outcome(self) -> Any:
         """As to await the call itself."""
         if not self.done:
-            await self._wait()
+            waiter, seconds = self._begin_wait()
+            try:
+                if not await waiter.wait(seconds):
+                    self._time_out()
+            except BaseException:
+                # Also if the outcome came in the same turn of the loop: nobody gets to see it.
+                if not self._is_counted:
+                    self._give_up()
+                raise
         if not self._is_counted:
             self._count()
         if self._error is None:
@@ -119,22 +127,14 @@ class Call(Item):
             self._waiter.wake()
         return True
 
-    async def _wait(self) -> None:
-        """Wait for the outcome, and give the call up if the wait is cancelled."""
-        left = self._timeout
-        if left is not None:
-            left = max(0.0, self.arrived + left - time.perf_counter())
+    def _begin_wait(self) -> tuple[Waiter, float | None]:
+        """What to wait for, and the seconds that are left; None for any number."""
         if self._waiter is not None:
             raise RuntimeError("two tasks await one call. Let one of them await it and tell the other.")
         self._waiter = new_waiter()
-        try:
-            if not await self._waiter.wait(left):
-                self._time_out()
-        except BaseException:
-            # Also if the outcome came in the same turn of the loop: nobody gets to see it.
-            if not self._is_counted:
-                self._give_up()
-            raise
+        if self._timeout is None:
+            return self._waiter, None
+        return self._waiter, max(0.0, self.arrived + self._timeout - time.perf_counter())
 
     def _time_out(self) -> None:
         assert self._timeout is not None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Awaitable
 from typing import Any, Protocol
 
 
@@ -18,8 +19,8 @@ class Waiter(Protocol):
     def wake(self) -> None:
         """End the wait; more than once does no harm."""
 
-    async def wait(self, timeout: float | None = None) -> bool:
-        """Wait for `wake`, at most `timeout` seconds; tell whether it came."""
+    def wait(self, timeout: float | None = None) -> Awaitable[bool]:
+        """To await for `wake`, at most `timeout` seconds; tells whether it came."""
 
 
 def new_waiter() -> Waiter:
@@ -50,17 +51,17 @@ class _AsyncioWaiter:
     __slots__ = ("_future", "woken")
 
     def __init__(self) -> None:
-        self._future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self.woken = False
 
     def wake(self) -> None:
         self.woken = True
         self._end()
 
-    async def wait(self, timeout: float | None = None) -> bool:
-        if timeout is None:
-            await self._future
-            return True
+    def wait(self, timeout: float | None = None) -> Awaitable[bool]:
+        return self._future if timeout is None else self._wait_at_most(timeout)
+
+    async def _wait_at_most(self, timeout: float) -> bool:
         timer = self._future.get_loop().call_later(timeout, self._end)
         try:
             await self._future
@@ -70,7 +71,7 @@ class _AsyncioWaiter:
 
     def _end(self) -> None:
         if not self._future.done():
-            self._future.set_result(None)
+            self._future.set_result(self.woken)
 
 
 class _TrioWaiter:
