@@ -181,7 +181,8 @@ _latest = _Latest()
 
 
 def _waker_of(loop: asyncio.AbstractEventLoop) -> _LoopWaker:
-    if _latest.loop is not None and _latest.loop() is loop:
+    latest = _latest.loop
+    if latest is not None and latest() is loop:
         return _latest.waker
     _latest.waker = waker = _find_waker(loop)
     _latest.loop = weakref.ref(loop)

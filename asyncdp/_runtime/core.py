@@ -22,9 +22,15 @@ class Core:
     """What lanes and passes share with the runtime, but for the handle a user holds.
 
     `lock` guards the schedule, the queues of the lanes and the progress of passes.
+
+    Args:
+        max_queue: works that may be queued on one lane.
+        num_threads: intra-op threads for all CPU lanes together.
     """
 
-    def __init__(self, max_queue: int) -> None:
+    def __init__(self, max_queue: int, num_threads: int) -> None:
+        self.num_threads = num_threads
+        self.lane_threads = num_threads
         self.lock = threading.Lock()
         self.schedule = Schedule(0, max_queue)
         self.lanes: list[Lane] = []
@@ -46,10 +52,15 @@ class Core:
         self.lanes.append(lane)
         self.captures = self.captures or driver.captures
         self.num_cpu_lanes += driver.device.type == "cpu"
+        self.lane_threads = self.thread_share(self.num_cpu_lanes)
         if driver.device.type not in self.device_types:
             self.device_types += (driver.device.type,)
         lane.start()
         return lane
+
+    def thread_share(self, num_lanes: int) -> int:
+        """Intra-op threads for each of `num_lanes` CPU lanes that run at the same time."""
+        return max(1, self.num_threads // (num_lanes or 1))
 
     # The following are called with the lock held.
 

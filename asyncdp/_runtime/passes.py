@@ -42,7 +42,7 @@ class PassState(enum.IntEnum):
 
 
 # Looked up once: an enumeration's members are slow to get at.
-_RUNNING, _DONE = PassState.RUNNING, PassState.DONE
+_WAITING, _RUNNING, _DONE = PassState.WAITING, PassState.RUNNING, PassState.DONE
 
 
 class Pass:
@@ -98,12 +98,12 @@ class Pass:
         self.captured: Mapping[torch.device, Any] = (
             core.capture(lanes or [lane for lane, _ in stage]) if core.captures else _NOTHING
         )
-        self._following = list(following) if following else []
+        self._following = following
         self._completion = new_completion(self._on_cancel)
-        self._failures: list[tuple[str | None, BaseException]] = []  # where, if on a lane, and what
+        self._failures: Sequence[tuple[str | None, BaseException]] = ()
         self._to_replicas = replica_stage  # stages until then, negative once past it
         self._cancelled = False
-        self.state = PassState.WAITING
+        self.state = _WAITING
         self._prepare(stage)
 
     def __repr__(self) -> str:
@@ -126,9 +126,9 @@ class Pass:
             await self._completion
         except BaseException:
             # The traceback of a failure refers to this pass: they would keep each other alive.
-            self._failures = []
+            self._failures = ()
             raise
-        failures, self._failures = self._failures, []
+        failures, self._failures = self._failures, ()
         if not failures:
             return self._results
         error = _first_failure(failures)
@@ -150,14 +150,14 @@ class Pass:
 
     def refuse(self, error: AsyncDPError) -> None:
         """End a pass that was never admitted."""
-        self._failures.append((None, error))
+        self._keep(None, error)
         self._finish()
 
     def drop(self, work: Work, error: BaseException | None = None) -> None:
         """Count a work that left its lane's queue unstarted, because of `error` or a cancellation."""
         work.function = None
         if error is not None:
-            self._failures.append((self._place(work), error))
+            self._keep(self._place(work), error)
         self._num_left -= 1
         self._core.act(self._core.schedule.finish(work.lane.index))
         if self._num_left == 0:
@@ -205,18 +205,25 @@ class Pass:
 
     def _prepare(self, stage: Stage) -> None:
         bind = self.ambient.bind
-        self._works = [
-            Work(lane, bind(function, index), self, index) for index, (lane, function) in enumerate(stage)
-        ]
-        self.lanes = [lane.index for lane, _ in stage]
+        works: list[Work] = []
+        lanes: list[int] = []
+        for lane, function in stage:
+            works.append(Work(lane, bind(function, len(works)), self, len(works)))
+            lanes.append(lane.index)
+        self._works: Sequence[Work] = works
+        self.lanes: Sequence[int] = lanes
         """The lanes of the current stage."""
-        self._num_left = len(self._works)
+        self._num_left = len(works)
         self._results: list[Any] = [None] * self._num_left
+
+    def _keep(self, place: str | None, error: BaseException) -> None:
+        """Keep a failure, and where it was if on a lane."""
+        self._failures = (*self._failures, (place, error))
 
     def _fail(self, work: Work) -> None:
         error, work.error = work.error, None
         assert error is not None
-        self._failures.append((self._place(work), error))
+        self._keep(self._place(work), error)
         if work.lost:
             self._core.lose(work.lane, error)
 
@@ -236,9 +243,10 @@ class Pass:
         if self._to_replicas is not None:
             self._to_replicas -= 1
         try:
-            stage = self._following.pop(0)(self._results, lane)
+            make_stage, *self._following = self._following
+            stage = make_stage(self._results, lane)
         except BaseException as error:
-            self._failures.append((f"lane {lane.name}", error))
+            self._keep(f"lane {lane.name}", error)
             self._finish()
             return
         self._prepare(stage)
@@ -272,13 +280,13 @@ class Pass:
         else:
             self.state = _DONE
         # Nothing of a finished pass but its result may stay referenced by the task that awaits it.
-        self._works = []
-        self._following = []
+        self._works = ()
+        self._following = ()
         self.captured = _NOTHING
         self._core.finished(self, self._completion)
 
 
-def _first_failure(failures: list[tuple[str | None, BaseException]]) -> BaseException:
+def _first_failure(failures: Sequence[tuple[str | None, BaseException]]) -> BaseException:
     """The first failure in time, told where it happened and what else failed."""
     place, error = failures[0]
     if isinstance(error, StopIteration):

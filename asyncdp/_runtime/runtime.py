@@ -87,8 +87,7 @@ class Runtime:
             raise ValueError(f"max_queue must be 0 or more, but got {max_queue}. 0 queues nothing.")
         drivers = _drivers(devices)
         # Read here, in the caller's thread: what torch would use for one operation of this program.
-        self._num_threads = torch.get_num_threads()
-        self._core = Core(max_queue)
+        self._core = Core(max_queue, torch.get_num_threads())
         for driver in drivers:
             self._core.add_lane(driver)
         cores.add(self._core)
@@ -125,11 +124,11 @@ class Runtime:
     @property
     def num_intra_op_threads(self) -> int:
         """Each CPU lane's share of the cores, so that lanes times threads = cores."""
-        return self.thread_share(self._core.num_cpu_lanes)
+        return self._core.lane_threads
 
     def thread_share(self, num_lanes: int) -> int:
         """Intra-op threads for each of `num_lanes` CPU lanes that run at the same time."""
-        return max(1, self._num_threads // max(1, num_lanes))
+        return self._core.thread_share(num_lanes)
 
     def lanes_for(self, devices: Sequence[torch.device]) -> list[Lane]:
         """One lane for each entry of `devices`; a repeated device means several of its lanes.
@@ -183,7 +182,7 @@ class Runtime:
             lane = self.least_busy(self._core.lanes)[0]
         self._refuse_nested()
         stage = [(lane, partial(function, *args) if args else function)]
-        one = Pass(self._core, stage, (), num_threads or self.num_intra_op_threads, None)
+        one = Pass(self._core, stage, (), num_threads or self._core.lane_threads, None)
         return (await one.run())[0]  # type: ignore[no-any-return]
 
     async def run_pass(
@@ -204,7 +203,7 @@ class Runtime:
         without it, later stages must not read the caller's tensors on another device than the first's.
         """
         self._refuse_nested()
-        num_threads = num_threads or self.num_intra_op_threads
+        num_threads = num_threads or self._core.lane_threads
         one = Pass(self._core, stage, following, num_threads, replica_stage, ambient, lanes)
         return await one.run()
 
@@ -220,7 +219,7 @@ class Runtime:
     async def run_pass_nowait(self, stage: Stage, following: Sequence[NextStage] = ()) -> list[Any]:
         """As `run_pass`, but raise `QueueFullError` instead of waiting for room."""
         self._refuse_nested()
-        one = Pass(self._core, stage, following, self.num_intra_op_threads, None)
+        one = Pass(self._core, stage, following, self._core.lane_threads, None)
         return await one.run(waits=False)
 
     async def warm_up(self) -> None:
