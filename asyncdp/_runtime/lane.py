@@ -14,7 +14,7 @@ import torch
 from .._devices.base import LaneDevice
 from .._devices.threads import set_intra_op_threads
 from . import trace
-from .ambient import LaneModes, current_modes
+from .ambient import LaneModes, Modes, current_modes
 from .schedule import LaneState
 from .wakeup import LOOK_SECONDS, Wakeup
 
@@ -140,6 +140,7 @@ class Lane:
         _current.lane = self
         self._open()
         ended: Work | None = None
+        modes: Modes | None = None  # of this thread; None if a work may have switched them
         # Little is done between this lane's waking and its waking of the task that waits: some ten
         # microseconds more made short works take twice as long on a virtual machine, it seems because
         # the task's core falls asleep. What can be done before or after is done there.
@@ -157,11 +158,14 @@ class Lane:
             if self._core.to_wake:
                 self._core.wake()
             if work is not None:
-                ended = work if self._perform(work) else None
+                modes = modes or current_modes(self._core.device_types)
+                ended = work if self._perform(work, modes) else None
+                modes = None
                 del work
             elif stopped:
                 break
             else:
+                modes = current_modes(self._core.device_types)
                 self._wakeup.wait(look=idle and self._last_seconds < LOOK_SECONDS)
         self._modes.leave()  # here, since whichever thread lets go of torch's guards gets their old modes
         self.driver.close()
@@ -177,15 +181,17 @@ class Lane:
                 self._core.lose(self, error)
             self._core.wake()
 
-    def _perform(self, work: Work) -> bool:
-        """Run one work as its caller would; tell whether it has ended or a later thread will say so."""
+    def _perform(self, work: Work, modes: Modes) -> bool:
+        """Run one work as its caller would; tell whether it has ended or a later thread will say so.
+
+        `modes` are those of this thread now, whatever earlier works have left switched.
+        """
         started = time.perf_counter()
         owner = work.owner
         if owner.num_threads != self._num_threads:
             set_intra_op_threads(owner.num_threads)
             self._num_threads = owner.num_threads
-        # Compared with what is, not with what was set: the last work may have left something switched.
-        if owner.ambient.modes != current_modes(self._core.device_types):
+        if owner.ambient.modes != modes:
             self._modes.switch(owner.ambient.modes, self._core.device_types)
         issued = None if trace.recorder is None else trace.recorder.started(work)
         function, work.function = work.function, None
