@@ -92,7 +92,7 @@ REAL = {
 def test_what_torch_writes_is_loaded(tmp_path, name):
     """No formula, guard, name or text of a real program is taken for code."""
     (tmp_path / "real.pt2").write_bytes(REAL[name]())
-    load_exported(tmp_path / "real.pt2", allow_pickle=False)
+    assert isinstance(load_exported(tmp_path / "real.pt2", allow_pickle=False), nn.Module)
 
 
 @pytest.fixture(scope="module")

@@ -168,6 +168,7 @@ async def test_a_waiter_keeps_nothing_of_what_has_ended(cuda_stub: CudaStub) -> 
         await runtime.run(run, tensor)
         del tensor
         await wait_until(lambda: alive() is None)
+        assert alive() is None
 
 
 def event_threads() -> int:
