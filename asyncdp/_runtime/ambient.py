@@ -79,6 +79,13 @@ class Ambient:
             context.run(_event_loop_name.set, None)
         self._contexts = [context]
 
+    def copy(self) -> Ambient:
+        """The same once more: works of different passes may change their context variables, each its own."""
+        other = Ambient.__new__(Ambient)
+        other.modes = self.modes
+        other._contexts = [self._contexts[0].copy()]
+        return other
+
     def bind(self, function: Callable[[], T], index: int) -> Callable[[], T]:
         """Give `function` the caller's context variables; works of one stage differ in `index`."""
         # A context can be entered once at a time, and the works of one stage run at the same time.

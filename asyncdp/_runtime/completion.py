@@ -1,8 +1,8 @@
-"""The awaitable end of a pass, on asyncio and on trio.
+"""How the end of a pass gets to the event loop, on asyncio and on trio.
 
 A pass ends on some lane's thread; its completion wakes the task that awaits it. When that task is
 cancelled, the completion asks the pass to drop what has not started and lets the cancellation go on
-only after everything that runs has drained.
+only after everything that runs has drained. A callback is for those who have no task that waits.
 """
 
 from __future__ import annotations
@@ -20,11 +20,15 @@ from collections.abc import Callable, Generator
 from typing import Any, Protocol
 
 
-class Completion(Protocol):
-    """Waited for once by one task, finished once by any thread."""
+class Callback(Protocol):
+    """Finished once by any thread, heard of on the event loop it was made on."""
 
     def finish(self) -> None:
-        """Wake the waiting task. Callable from any thread; never blocks."""
+        """Let the loop know. Callable from any thread; never blocks."""
+
+
+class Completion(Callback, Protocol):
+    """A callback that wakes the one task which awaits it."""
 
     def __await__(self) -> Generator[Any, Any, None]:
         """Wait for `finish`; raise a cancellation that came in between."""
@@ -43,6 +47,18 @@ def new_completion(on_cancel: Callable[[], None]) -> Completion:
     if trio is not None and trio.lowlevel.in_trio_task():
         return _TrioCompletion(on_cancel)
     return _AsyncioCompletion(on_cancel)
+
+
+def new_callback(function: Callable[[], object]) -> Callback:
+    """Have `function` called by the event loop that runs in this thread; it must not raise.
+
+    Raises:
+        RuntimeError: neither an asyncio nor a trio event loop runs in this thread.
+    """
+    trio = sys.modules.get("trio")
+    if trio is not None and trio.lowlevel.in_trio_run():
+        return _TrioCallback(trio, function)
+    return _AsyncioCallback(function)
 
 
 # --- asyncio ---------------------------------------------------------------------------------
@@ -67,11 +83,7 @@ class _AsyncioCompletion(asyncio.Future[None]):
         self._message: Any = None
 
     def finish(self) -> None:
-        waker = self._waker
-        waker.outbox.append(self)
-        if not waker.is_signalled:
-            waker.is_signalled = True
-            waker.signal()
+        self._waker.put(self)
 
     def cancel(self, msg: Any = None) -> bool:
         if self.done():
@@ -104,8 +116,25 @@ class _AsyncioCompletion(asyncio.Future[None]):
             context.run(fn, self)
 
 
+class _AsyncioCallback:
+    __slots__ = ("_function", "_waker")
+
+    def __init__(self, function: Callable[[], object]) -> None:
+        self._waker = _waker_of(get_running_loop())
+        self._function: Callable[[], object] | None = function
+
+    def finish(self) -> None:
+        self._waker.put(self)
+
+    def settle(self) -> None:
+        """Call the function; called on the loop, outside of any task."""
+        function, self._function = self._function, None  # the function may refer to whoever holds this
+        assert function is not None
+        function()
+
+
 class _LoopWaker:
-    """Carries completions to settle from any thread to one event loop.
+    """Carries completions and callbacks to settle from any thread to one event loop.
 
     An eventfd costs less per wake-up than `call_soon_threadsafe`, which is used where the loop or
     the system has none. Many may travel on one wake-up.
@@ -113,7 +142,7 @@ class _LoopWaker:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = weakref.ref(loop)
-        self.outbox: deque[_AsyncioCompletion] = deque()
+        self.outbox: deque[_AsyncioCompletion | _AsyncioCallback] = deque()
         self.is_signalled = False
         self._lock = threading.Lock()
         self._fd = _open_eventfd()
@@ -129,6 +158,13 @@ class _LoopWaker:
             fd, self._fd = self._fd, None
         if fd is not None:
             os.close(fd)
+
+    def put(self, ended: _AsyncioCompletion | _AsyncioCallback) -> None:
+        """Have the loop settle one more; from any thread."""
+        self.outbox.append(ended)
+        if not self.is_signalled:
+            self.is_signalled = True
+            self.signal()
 
     def signal(self) -> None:
         """Have the loop settle what is in the outbox; `is_signalled` tells that it is going to."""
@@ -242,3 +278,19 @@ class _TrioCompletion:
             self._task,
             outcome.Value(None) if self._raise_cancel is None else outcome.capture(self._raise_cancel),
         )
+
+
+class _TrioCallback:
+    def __init__(self, trio: Any, function: Callable[[], object]) -> None:
+        self._trio = trio
+        self._token = trio.lowlevel.current_trio_token()
+        self._function: Callable[[], object] | None = function
+
+    def finish(self) -> None:
+        with contextlib.suppress(self._trio.RunFinishedError):  # nobody is there any more
+            self._token.run_sync_soon(self._settle)
+
+    def _settle(self) -> None:
+        function, self._function = self._function, None  # the function may refer to whoever holds this
+        assert function is not None
+        function()

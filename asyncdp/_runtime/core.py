@@ -12,7 +12,7 @@ import torch
 
 from .._devices import LaneDevice
 from ..errors import AsyncDPError, DeviceLostError, QueueFullError, RuntimeClosedError
-from .completion import Completion, new_completion
+from .completion import Callback, new_completion
 from .lane import Lane
 from .passes import Pass, PassState
 from .schedule import Action, Admit, LaneState, Refuse, Schedule
@@ -123,8 +123,8 @@ class Core:
             for lane in self.lanes:
                 lane.stop()
 
-    def finished(self, one: Pass, completion: Completion) -> None:
-        """Count a pass that has ended; its task is woken after the lock is released."""
+    def finished(self, one: Pass, completion: Callback) -> None:
+        """Count a pass that has ended; its loop is told after the lock is released."""
         self.counts[one.state] += 1
         self.num_running -= 1
         self.to_wake.append(completion.finish)

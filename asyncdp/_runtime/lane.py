@@ -89,6 +89,11 @@ class Lane:
         """Whether the lane takes work."""
         return self._core.schedule.state(self.index)
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether the device is lost."""
+        return self.index in self._core.lost
+
     def __repr__(self) -> str:
         return f"<Lane {self.name}: {len(self._queue)} queued, {self.num_done} done>"
 

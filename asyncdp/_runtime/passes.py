@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from ..errors import AsyncDPError, StopIterationInLaneError
 from . import trace
 from .ambient import Ambient
-from .completion import new_completion
+from .completion import Callback, new_callback, new_completion
 from .lane import Lane, Work
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ _WAITING, _RUNNING, _DONE = PassState.WAITING, PassState.RUNNING, PassState.DONE
 
 
 class Pass:
-    """The stages of one pass; made, submitted and awaited by one task.
+    """The stages of one pass; made, submitted and awaited by one task, or told of by a callback.
 
     A stage begins when all works of the one before have succeeded, without a detour through the
     event loop: the lane that ends last queues it. Once a work has failed or the task is cancelled,
@@ -62,6 +63,7 @@ class Pass:
         replica_stage: which stage's works are replicas, for the notes on exceptions; None if none's.
         ambient: what the caller had switched on; what it has now, if None.
         lanes: all that stages may use; those of the first if None.
+        on_end: called with the pass on the event loop that made it, for one that no task awaits.
     """
 
     __slots__ = (
@@ -72,13 +74,13 @@ class Pass:
         "_failures",
         "_following",
         "_num_left",
-        "_results",
         "_to_replicas",
         "_works",
         "ambient",
         "captured",
         "lanes",
         "num_threads",
+        "results",
         "state",
     )
 
@@ -91,6 +93,7 @@ class Pass:
         replica_stage: int | None,
         ambient: Ambient | None = None,
         lanes: Iterable[Lane] | None = None,
+        on_end: Callable[[Pass], object] | None = None,
     ) -> None:
         self._core = core
         self.num_threads = num_threads
@@ -99,7 +102,9 @@ class Pass:
             core.capture(lanes or [lane for lane, _ in stage]) if core.captures else _NOTHING
         )
         self._following = following
-        self._completion = new_completion(self._on_cancel)
+        self._completion: Callback = (
+            new_completion(self.cancel) if on_end is None else new_callback(partial(on_end, self))
+        )
         self._failures: Sequence[tuple[str | None, BaseException]] = ()
         self._to_replicas = replica_stage  # stages until then, negative once past it
         self._cancelled = False
@@ -119,24 +124,53 @@ class Pass:
             QueueFullError: there is no room, and the pass does not wait.
             BaseException: the first failure in time, the very object a lane raised.
         """
-        with self._core.lock:
-            self._core.submit(self, waits)
-        self._core.wake()
+        self.submit(waits=waits)
         try:
-            await self._completion
+            await self._completion  # type: ignore[misc]
         except BaseException:
             # The traceback of a failure refers to this pass: they would keep each other alive.
             self._failures = ()
             raise
-        failures, self._failures = self._failures, ()
-        if not failures:
-            return self._results
-        error = _first_failure(failures)
+        error = self.take_failure()
+        if error is None:
+            return self.results
         try:
             raise error
         finally:
             # The traceback refers to this frame: without this, frame and error keep each other alive.
-            del error, failures, self
+            del error, self
+
+    def submit(self, *, waits: bool = True) -> None:
+        """Begin the pass; `waits` for room, or is refused. Its end is told on the loop, not here."""
+        with self._core.lock:
+            self._core.submit(self, waits)
+        self._core.wake()
+
+    def cancel(self) -> None:
+        """Drop what has not started; the pass ends once what runs has drained."""
+        with self._core.lock:
+            if self.state > _RUNNING:
+                return
+            self._cancelled = True
+            behind = self._core.schedule.withdraw(self)
+            if behind is not None:
+                self._core.act(behind)
+                self._finish()
+            else:
+                for work in list(self._works):
+                    if work.lane.remove(work):
+                        self.drop(work)
+        self._core.wake()
+
+    @property
+    def was_cancelled(self) -> bool:
+        """Whether an ended pass was given up; then nothing else about it means anything."""
+        return self.state is PassState.CANCELLED
+
+    def take_failure(self) -> BaseException | None:
+        """The first failure of an ended pass, told where it was and what else failed; only once."""
+        failures, self._failures = self._failures, ()
+        return _first_failure(failures) if failures else None
 
     # Called by the runtime, under its lock.
 
@@ -169,7 +203,7 @@ class Pass:
         if actions:
             self._core.act(actions)
         if work.error is None:
-            self._results[work.index] = work.value
+            self.results[work.index] = work.value
             work.value = None
         else:
             self._fail(work)
@@ -214,7 +248,7 @@ class Pass:
         self.lanes: Sequence[int] = lanes
         """The lanes of the current stage."""
         self._num_left = len(works)
-        self._results: list[Any] = [None] * self._num_left
+        self.results: list[Any] = [None] * self._num_left
 
     def _keep(self, place: str | None, error: BaseException) -> None:
         """Keep a failure, and where it was if on a lane."""
@@ -244,7 +278,7 @@ class Pass:
             self._to_replicas -= 1
         try:
             make_stage, *self._following = self._following
-            stage = make_stage(self._results, lane)
+            stage = make_stage(self.results, lane)
         except BaseException as error:
             self._keep(f"lane {lane.name}", error)
             self._finish()
@@ -256,19 +290,6 @@ class Pass:
         else:
             self.refuse(refusal)
 
-    def _on_cancel(self) -> None:
-        with self._core.lock:
-            self._cancelled = True
-            behind = self._core.schedule.withdraw(self)
-            if behind is not None:
-                self._core.act(behind)
-                self._finish()
-            else:
-                for work in list(self._works):
-                    if work.lane.remove(work):
-                        self.drop(work)
-        self._core.wake()
-
     def _finish(self) -> None:
         """End the pass."""
         if self.state > _RUNNING:
@@ -276,7 +297,7 @@ class Pass:
         if self._failures or self._cancelled:
             # Whoever was cancelled is told only that, whatever else has failed.
             self.state = PassState.CANCELLED if self._cancelled else PassState.FAILED
-            self._results = []
+            self.results = []
         else:
             self.state = _DONE
         # Nothing of a finished pass but its result may stay referenced by the task that awaits it.

@@ -180,10 +180,28 @@ class Runtime:
         """
         if lane is None:
             lane = self.least_busy(self._core.lanes)[0]
-        self._refuse_nested()
+        self.refuse_nested()
         stage = [(lane, partial(function, *args) if args else function)]
         one = Pass(self._core, stage, (), num_threads or self._core.lane_threads, None)
         return (await one.run())[0]  # type: ignore[no-any-return]
+
+    def start(
+        self,
+        function: Callable[[], Any],
+        on_end: Callable[[Pass], object],
+        *,
+        lane: Lane,
+        num_threads: int,
+        ambient: Ambient,
+    ) -> Pass:
+        """Have `function` called on a lane without a task that waits: `on_end` is told on this event loop.
+
+        What the pass came to are its state, `take_failure` and `results`. An `ambient` is for one pass.
+        Nothing is looked at that stays the same for one event loop: call `refuse_nested` before the first.
+        """
+        one = Pass(self._core, [(lane, function)], (), num_threads, None, ambient, on_end=on_end)
+        one.submit()
+        return one
 
     async def run_pass(
         self,
@@ -202,7 +220,7 @@ class Runtime:
         gave earlier, for a pass that had to wait for its turn. `lanes` are all that any stage may use;
         without it, later stages must not read the caller's tensors on another device than the first's.
         """
-        self._refuse_nested()
+        self.refuse_nested()
         num_threads = num_threads or self._core.lane_threads
         one = Pass(self._core, stage, following, num_threads, replica_stage, ambient, lanes)
         return await one.run()
@@ -218,7 +236,7 @@ class Runtime:
 
     async def run_pass_nowait(self, stage: Stage, following: Sequence[NextStage] = ()) -> list[Any]:
         """As `run_pass`, but raise `QueueFullError` instead of waiting for room."""
-        self._refuse_nested()
+        self.refuse_nested()
         one = Pass(self._core, stage, following, self._core.lane_threads, None)
         return await one.run(waits=False)
 
@@ -257,7 +275,8 @@ class Runtime:
                 paths=_kernels.statistics(),
             )
 
-    def _refuse_nested(self) -> None:
+    def refuse_nested(self) -> None:
+        """Raise `NestedPassError` on a lane of this very runtime, which would wait for itself."""
         lane = current_lane()
         if lane is not None and lane in self._core.lanes:
             raise NestedPassError(lane.name)

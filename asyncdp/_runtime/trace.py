@@ -33,7 +33,7 @@ _NAMES = {
     "apply_and_move": "run",
     "run_here": "run",
     "whole": "run",
-    "on_lane": "run",
+    "over": "run",
     "<lambda>": "run",
     "run_batch": "run",
     "arguments": "collate",

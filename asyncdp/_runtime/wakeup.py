@@ -10,7 +10,7 @@ import time
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-LOOK_SECONDS = 150e-6
+LOOK_SECONDS = 300e-6
 """How long a thread looks for its signal before it sleeps."""
 
 _SOON = 2 * LOOK_SECONDS  # a signal that came later than this last time is not looked for the next time

@@ -3,9 +3,9 @@
 from ..errors import QueueFullError as QueueFull
 from .batcher import Batcher
 from .call import Call
+from .dispatcher import BatcherState
 from .export import export_opentelemetry, export_prometheus
 from .statistics import BatcherStatistics, Percentiles
-from .workers import BatcherState
 
 __all__ = [
     "Batcher",

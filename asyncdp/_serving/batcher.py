@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from .._runtime import Runtime
 from ..errors import BatcherClosedError, DeviceLostError, OtherLoopError, QueueFullError
 from .call import Call
+from .dispatcher import OPEN, BatcherState, Dispatcher
 from .schedule import BatchSchedule
 from .slots import open_slots
 from .statistics import BatcherStatistics, Recorder
 from .steps import Collate, Split, Stack, unbind
 from .waiter import current_loop
-from .workers import BatcherState, Workers
 
 if TYPE_CHECKING:
     from .._data_parallel import DataParallel
@@ -80,26 +80,26 @@ class Batcher:
         if max_cost is not None and size_of is None:
             raise ValueError("max_cost needs to know how long samples are. Pass size_of= too.")
         slots = open_slots(engine, collate or Stack(pad), split, runtime, max_in_flight)
-        self._queue: BatchSchedule[Call] = BatchSchedule(
+        queue: BatchSchedule[Call] = BatchSchedule(
             max_batch_size, max_queue, max_wait, max_age, max_cost, max_padding, sized=size_of is not None
         )
+        self._dispatcher = Dispatcher(slots, queue, Recorder(max_batch_size))
         self._size_of = size_of
         self._timeout = timeout
-        self._recorder = Recorder(max_batch_size)
-        self._workers = Workers(slots, self._queue, self._recorder)
         self._loop: object = None
 
     def __repr__(self) -> str:
+        told = self.statistics()
         return (
-            f"<Batcher {self._workers.state.value}: {self._queue.num_queued} queued, "
-            f"{self._recorder.num_running} running, {self._recorder.num_done} done>"
+            f"<Batcher {self._dispatcher.state.value}: {told.num_queued} queued, "
+            f"{told.num_running} running, {told.num_done} done>"
         )
 
     async def __aenter__(self) -> Batcher:
-        if self._workers.state is not BatcherState.NEW:
+        if self._dispatcher.state is not BatcherState.NEW:
             raise BatcherClosedError("a batcher can be entered only once")
         self._loop = current_loop()
-        self._workers.start()
+        self._dispatcher.start()
         return self
 
     async def __aexit__(
@@ -109,7 +109,7 @@ class Batcher:
         traceback: TracebackType | None,
     ) -> None:
         if exc is not None:
-            self._workers.fail_waiting(partial(BatcherClosedError, "the batcher was left by an exception"))
+            self._dispatcher.fail_waiting(partial(BatcherClosedError, "the batcher was left by an exception"))
         await self.aclose()
 
     async def aclose(self) -> None:
@@ -117,7 +117,7 @@ class Batcher:
 
         Cancelling this fails the calls that still wait and ends as soon as the lanes have drained.
         """
-        await self._workers.aclose()
+        await self._dispatcher.aclose()
 
     async def __call__(self, sample: Any, *, timeout: float | None = None, priority: int = 0) -> Any:
         """Run one sample as part of some batch; wait for room if the queue is full.
@@ -138,7 +138,7 @@ class Batcher:
             ValueError: `timeout`, `priority` or what `size_of` gave is no number that it can be.
             BaseException: what the engine raised for this very sample.
         """
-        return await self._enter(sample, timeout, priority).outcome()
+        return await self._enter(sample, timeout, priority)
 
     def call_nowait(self, sample: Any, *, timeout: float | None = None, priority: int = 0) -> Call:
         """Queue a sample if there is room, and return what to await for its result, or to `cancel`.
@@ -149,23 +149,26 @@ class Batcher:
             QueueFullError: the queue is full.
             BatcherClosedError, DeviceLostError, ValueError: as an awaited call.
         """
-        if self._queue.is_full:
-            self._recorder.num_refused += 1
-            raise QueueFullError("this batcher", self._queue.max_queue)
+        queue = self._dispatcher.queue
+        if queue.is_full:
+            self._dispatcher.recorder.num_refused += 1
+            raise QueueFullError("this batcher", queue.max_queue)
         return self._enter(sample, timeout, priority)
 
     def statistics(self) -> BatcherStatistics:
         """A snapshot of queue, batches and durations."""
-        return self._recorder.snapshot(self._queue.num_queued, self._queue.num_outside)
+        queue = self._dispatcher.queue
+        return self._dispatcher.recorder.snapshot(queue.num_queued, queue.num_outside)
 
     def _enter(self, sample: Any, timeout: float | None, priority: int) -> Call:
         """Queue a sample; nothing has changed if anything about it is refused."""
-        if self._workers.state is not BatcherState.OPEN:
-            raise BatcherClosedError(f"the batcher is {self._workers.state.value}")
+        dispatcher = self._dispatcher
+        if dispatcher.state is not OPEN:
+            raise BatcherClosedError(f"the batcher is {dispatcher.state.value}")
         if self._loop is not current_loop():
             raise OtherLoopError
-        if self._workers.lost is not None:
-            raise DeviceLostError(self._workers.lost, "no lane of this batcher is left")
+        if dispatcher.lost is not None:
+            raise DeviceLostError(dispatcher.lost, "no lane of this batcher is left")
         if timeout is None:
             timeout = self._timeout
         else:
@@ -173,9 +176,10 @@ class Batcher:
         if not isinstance(priority, int):
             raise ValueError(f"priority must be an int, but got {priority!r}. Higher goes first.")
         size = 0.0 if self._size_of is None else _checked_size(self._size_of(sample))
-        call = Call(self._queue, self._recorder, sample, size, priority, timeout)
-        self._queue.add(call)
-        self._workers.notice_call()
+        queue = dispatcher.queue
+        call = Call(queue, dispatcher.recorder, dispatcher.new_waiter, sample, size, priority, timeout)
+        queue.add(call)
+        dispatcher.notice_call()
         return call
 
 

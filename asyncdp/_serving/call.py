@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from functools import partial
 from typing import Any
 
 from ..errors import CallCancelledError, CallTimeoutError
 from .schedule import BatchSchedule, Item
 from .statistics import Recorder
-from .waiter import Waiter, new_waiter
+from .tasks import call_later
+from .waiter import Waiter, wake
 
 
 class Call(Item):
@@ -19,9 +22,11 @@ class Call(Item):
     """
 
     __slots__ = (
+        "_call_off",
         "_error",
         "_is_counted",
         "_is_late",
+        "_new_waiter",
         "_queue",
         "_recorder",
         "_timeout",
@@ -35,16 +40,22 @@ class Call(Item):
         self,
         queue: BatchSchedule[Call],
         recorder: Recorder,
+        new_waiter: Callable[[], Waiter],
         sample: Any,
         size: float,
         priority: int,
         timeout: float | None,
     ) -> None:
-        super().__init__(size, priority, time.perf_counter())
+        # Not by super(): it would cost every call one more call.
+        self.size = size
+        self.priority = priority
+        self.arrived = time.perf_counter()
         self._queue = queue
         self._recorder = recorder
+        self._new_waiter = new_waiter
         self._timeout = timeout
         self._waiter: Waiter | None = None  # made when somebody awaits the call
+        self._call_off: Callable[[], object] | None = None  # what ends that wait in time
         self._value: Any = None
         self._error: BaseException | None = None
         self._is_late = False
@@ -64,7 +75,27 @@ class Call(Item):
             EngineCancelledError: the engine raised a cancellation of its own.
             BaseException: what the engine raised for this very sample.
         """
-        return self.outcome().__await__()
+        if not self.done:
+            waiter = self._begin_wait()
+            try:
+                yield from waiter.__await__()
+            except BaseException:
+                # Also if the outcome came in the same turn of the loop: nobody gets to see it.
+                if not self._is_counted:
+                    self._give_up()
+                raise
+            finally:
+                if self._call_off is not None:
+                    self._call_off()
+        if not self._is_counted:
+            self._count()
+        if self._error is None:
+            return self._value
+        try:
+            raise self._error
+        finally:
+            # The traceback refers to this frame: without this, frame and error keep each other alive.
+            del self
 
     def cancel(self) -> bool:
         """Give the call up: it leaves the queue at once, or its result is dropped.
@@ -76,32 +107,10 @@ class Call(Item):
             return False
         self._give_up()
         if self._waiter is not None:
-            self._waiter.wake()
+            wake(self._waiter)
         return True
 
-    async def outcome(self) -> Any:
-        """As to await the call itself."""
-        if not self.done:
-            waiter, seconds = self._begin_wait()
-            try:
-                if not await waiter.wait(seconds):
-                    self._time_out()
-            except BaseException:
-                # Also if the outcome came in the same turn of the loop: nobody gets to see it.
-                if not self._is_counted:
-                    self._give_up()
-                raise
-        if not self._is_counted:
-            self._count()
-        if self._error is None:
-            return self._value
-        try:
-            raise self._error
-        finally:
-            # The traceback refers to this frame: without this, frame and error keep each other alive.
-            del self
-
-    # Called by the workers.
+    # Called by the dispatcher.
 
     def settle(self, value: Any, error: BaseException | None = None) -> None:
         """Give the call its outcome, unless it has one."""
@@ -114,27 +123,27 @@ class Call(Item):
         else:
             # Counted when the task that waits goes on: it may be cancelled before that.
             self.done, self._value, self._error = True, value, error
-            self._waiter.wake()
+            wake(self._waiter)
 
     def expire(self, now: float) -> bool:
         """Give the call a `CallTimeoutError` if its time is over; tell whether it was."""
-        if self._timeout is None or now < self.arrived + self._timeout:
+        if self._timeout is None or self.done or now < self.arrived + self._timeout:
             return False
         self._time_out()
         if self._waiter is None:
             self._count()
         else:
-            self._waiter.wake()
+            wake(self._waiter)
         return True
 
-    def _begin_wait(self) -> tuple[Waiter, float | None]:
-        """What to wait for, and the seconds that are left; None for any number."""
+    def _begin_wait(self) -> Waiter:
         if self._waiter is not None:
             raise RuntimeError("two tasks await one call. Let one of them await it and tell the other.")
-        self._waiter = new_waiter()
-        if self._timeout is None:
-            return self._waiter, None
-        return self._waiter, max(0.0, self.arrived + self._timeout - time.perf_counter())
+        self._waiter = waiter = self._new_waiter()
+        if self._timeout is not None:
+            seconds = self.arrived + self._timeout - time.perf_counter()
+            self._call_off = call_later(max(0.0, seconds), partial(self.expire, math.inf))
+        return waiter
 
     def _time_out(self) -> None:
         assert self._timeout is not None

@@ -23,11 +23,12 @@ class Item:
 
     __slots__ = ("arrived", "ordinal", "priority", "size")
 
+    ordinal: int
+
     def __init__(self, size: float, priority: int, arrived: float) -> None:
         self.size = size
         self.priority = priority
         self.arrived = arrived
-        self.ordinal = -1
 
 
 ItemT = TypeVar("ItemT", bound=Item)
@@ -75,20 +76,16 @@ class BatchSchedule(Generic[ItemT]):
     sized: bool = False
     closing: bool = False
     """Nothing more will come: a batch need not wait to fill."""
+    num_queued: int = field(default=0, init=False)
+    """Items in the queue."""
     _levels: dict[int, _Level[ItemT]] = field(default_factory=dict)
-    _ranks: list[int] = field(default_factory=list)  # the priorities present, highest first
-    _num_queued: int = 0
+    _ranks: list[int] = field(default_factory=list)  # the priorities of what is queued, highest first
     _total_size: float = 0.0
     # By ordinal, so in order of arrival; an `OrderedDict` finds its first in no time after many have left.
     _outside: OrderedDict[int, ItemT] = field(default_factory=OrderedDict)
     # Priority, negated, and ordinal of those outside: a heap, which forgets who left only later.
     _outside_ranks: list[tuple[int, int]] = field(default_factory=list)
     _ordinals: Iterator[int] = field(default_factory=itertools.count)
-
-    @property
-    def num_queued(self) -> int:
-        """Items in the queue."""
-        return self._num_queued
 
     @property
     def num_outside(self) -> int:
@@ -98,7 +95,7 @@ class BatchSchedule(Generic[ItemT]):
     @property
     def is_full(self) -> bool:
         """Whether an item that came now would have to wait for room."""
-        return self._num_queued >= self.max_queue
+        return self.num_queued >= self.max_queue
 
     @property
     def may_leave(self) -> bool:
@@ -108,7 +105,7 @@ class BatchSchedule(Generic[ItemT]):
     def add(self, item: ItemT) -> None:
         """An item arrives."""
         item.ordinal = next(self._ordinals)
-        if self._num_queued < self.max_queue:
+        if self.num_queued < self.max_queue:
             self._enqueue(item)
         else:
             heapq.heappush(self._outside_ranks, (-item.priority, item.ordinal))
@@ -128,7 +125,7 @@ class BatchSchedule(Generic[ItemT]):
 
     def ready_at(self) -> float | None:
         """When the next batch may leave, should nothing more arrive; None if nothing waits."""
-        if self._num_queued == 0:
+        if self.num_queued == 0:
             return None
         oldest = self._oldest().arrived
         return oldest if self.may_leave else oldest + self.max_wait
@@ -144,16 +141,19 @@ class BatchSchedule(Generic[ItemT]):
         Returns:
             The items, the leader first; empty if none waits or the batch may still fill.
         """
-        ready_at = self.ready_at()
-        if ready_at is None or ready_at > now:
+        if self.num_queued == 0 or (self.max_wait != 0 and self._must_fill(now)):
             return []
         limit = self.max_batch_size
-        if self.max_wait == 0:
-            limit = min(limit, -(-self._num_queued // max(1, num_free)))
-        batch = self._alike(now, limit) if self.sized else self._in_order(now, limit)
-        for item in batch:
-            self._dequeue(self._levels[item.priority], item)
-        self._let_in(now)
+        if self.max_wait == 0 and num_free > 1:
+            limit = min(limit, -(-self.num_queued // num_free))
+        if not self.sized and len(self._ranks) == 1 and self.num_queued <= limit:
+            batch = self._take_all()
+        else:
+            batch = self._alike(now, limit) if self.sized else self._in_order(now, limit)
+            for item in batch:
+                self._dequeue(self._levels[item.priority], item)
+        if self._outside:
+            self._let_in(now)
         return batch
 
     def clear(self) -> list[ItemT]:
@@ -161,32 +161,59 @@ class BatchSchedule(Generic[ItemT]):
         waiting = [item for level in self._levels.values() for item in level.items]
         waiting += self._outside.values()
         self._levels, self._ranks, self._outside, self._outside_ranks = {}, [], OrderedDict(), []
-        self._num_queued, self._total_size = 0, 0.0
+        self.num_queued, self._total_size = 0, 0.0
         return waiting
+
+    def _must_fill(self, now: float) -> bool:
+        """Whether the batch that may leave next still waits for more."""
+        return not self.may_leave and self._oldest().arrived + self.max_wait > now
+
+    def _take_all(self) -> list[ItemT]:
+        """Take out everything of the only priority there is."""
+        items = self._levels[self._ranks[0]].items
+        batch = list(items)
+        items.clear()
+        self._close_level(self._ranks[0])
+        self.num_queued = 0
+        return batch
 
     def _enqueue(self, item: ItemT) -> None:
         level = self._levels.get(item.priority)
-        if level is None:
-            level = self._levels[item.priority] = _Level()
-            insort(self._ranks, item.priority, key=lambda rank: -rank)
+        if level is None or not level.items:
+            level = self._open_level(item.priority)
         level.items[item] = None
-        self._num_queued += 1
+        self.num_queued += 1
         if self.sized:
             insort(level.by_size, (item.size, item.ordinal, item))
             self._total_size += item.size
 
     def _dequeue(self, level: _Level[ItemT], item: ItemT) -> None:
         del level.items[item]
-        self._num_queued -= 1
+        self.num_queued -= 1
         if self.sized:
             del level.by_size[bisect_left(level.by_size, (item.size, item.ordinal))]
             self._total_size -= item.size
         if not level.items:
-            del self._levels[item.priority]
-            self._ranks.remove(item.priority)
+            self._close_level(item.priority)
+
+    def _open_level(self, rank: int) -> _Level[ItemT]:
+        if self._ranks:
+            insort(self._ranks, rank, key=lambda other: -other)
+        else:
+            self._ranks.append(rank)
+        if rank not in self._levels:
+            self._levels[rank] = _Level()
+        return self._levels[rank]
+
+    def _close_level(self, rank: int) -> None:
+        """Nothing of a priority is left."""
+        self._ranks.remove(rank)
+        if len(self._levels) > 1:  # the last one stays, since most often it is the only one there ever is
+            del self._levels[rank]
 
     def _let_in(self, now: float) -> None:
-        while self._outside and self._num_queued < self.max_queue:
+        """Let items in from outside while there is room."""
+        while self._outside and self.num_queued < self.max_queue:
             ordinal, oldest = next(iter(self._outside.items()))
             if oldest.arrived + self.max_age > now:
                 ordinal = heapq.heappop(self._outside_ranks)[1]
@@ -204,10 +231,10 @@ class BatchSchedule(Generic[ItemT]):
     def _oldest(self) -> ItemT:
         if len(self._ranks) == 1:
             return self._levels[self._ranks[0]].oldest
-        return min((level.oldest for level in self._levels.values()), key=lambda item: item.ordinal)
+        return min((self._levels[rank].oldest for rank in self._ranks), key=lambda item: item.ordinal)
 
     def _is_batch_full(self) -> bool:
-        if self._num_queued >= self.max_batch_size or self.is_full:
+        if self.num_queued >= self.max_batch_size or self.is_full:
             return True
         return self.max_cost is not None and self._total_size >= self.max_cost
 

@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import contextvars
 import inspect
 import types
 from collections.abc import Callable, Coroutine, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from .._parallel_apply import arguments
-from .._runtime import Lane, LaneState, Runtime, default_runtime
+from .._runtime import Lane, Runtime, default_runtime
 from ..errors import NotServableError, SplitError
 from .steps import Collate, Split
+from .tasks import ends_tasks, is_cancelled, spawn
 
 if TYPE_CHECKING:
     from .._data_parallel import DataParallel
+    from .._runtime.ambient import Ambient
+    from .._runtime.passes import Pass
+
+Values = Any
+"""One result for each sample, or CANCELLED."""
+
+CANCELLED = object()
+"""Instead of results: the batch was given up."""
+
+OnEnd = Callable[[Values, BaseException | None], object]
+"""Told of results, or of what the engine raised."""
 
 
 class Slot(Protocol):
@@ -30,42 +43,57 @@ class Slot(Protocol):
     def move_on(self) -> bool:
         """Change to a living lane that no slot is on; tell whether there was one."""
 
-    async def run(self, samples: Sequence[Any]) -> Sequence[Any]:
-        """Collate the samples, run the batch and split what comes out: one result for each."""
+    def open(self) -> None:
+        """Note what is switched on in this thread and task: every batch runs under it.
+
+        Raises:
+            NestedPassError: this is a thread of the very lanes.
+        """
+
+    def begin(self, samples: Sequence[Any], on_end: OnEnd) -> Callable[[], object]:
+        """Collate the samples, run the batch and split what comes out: one result for each.
+
+        Args:
+            samples: the batch.
+            on_end: called on this event loop, in a later turn.
+
+        Returns:
+            What gives the batch up; `on_end` is still told, once everything has drained.
+        """
 
 
 @dataclass(frozen=True)
 class _Steps:
-    """How samples become a batch and an output becomes results; called on a lane.
-
-    Serving never learns, so nothing is recorded for a backward.
-    """
+    """How samples become a batch and an output becomes results; called on a lane."""
 
     collate: Collate
     split: Split
 
     def over(self, function: Callable[..., Any], samples: Sequence[Any]) -> Sequence[Any]:
         """All of it in one go."""
-        with torch.no_grad():
-            return self._split(function(*arguments(self.collate(samples))), samples)
+        batch = self.collate(samples)
+        output = function(*batch) if type(batch) is tuple else function(batch)
+        return self.results(output, samples)
 
     def arguments(self, samples: Sequence[Any]) -> tuple[Any, ...]:
         """What to call an engine with."""
-        with torch.no_grad():
-            return arguments(self.collate(samples))
+        return arguments(self.collate(samples))
 
     def results(self, output: Any, samples: Sequence[Any]) -> Sequence[Any]:
         """One result for each sample."""
-        with torch.no_grad():
-            return self._split(output, samples)
-
-    def _split(self, output: Any, samples: Sequence[Any]) -> Sequence[Any]:
         values = self.split(output, samples)
         if type(values) not in (tuple, list):
             values = list(values)
         if len(values) != len(samples):
             raise SplitError(f"split gave {len(values)} results instead of one for each", len(samples))
         return values
+
+
+def _ambient(runtime: Runtime) -> Ambient:
+    """What is switched on here, without gradients: serving never learns."""
+    runtime.refuse_nested()
+    with torch.no_grad():
+        return runtime.ambient()
 
 
 @dataclass
@@ -76,33 +104,53 @@ class _LaneSlot:
     lane: Lane
     spares: list[Lane]  # lanes that no slot is on; all slots share it
     num_threads: int
-    on_lane: Callable[[Lane, Sequence[Any]], Sequence[Any]]
+    steps: _Steps
+    function_of: Callable[[Lane], Callable[..., Any]]
+    ambient: Ambient = field(init=False)
 
     @property
     def lost(self) -> str | None:
-        return self.lane.name if self.lane.state is LaneState.LOST else None
+        return self.lane.name if self.lane.is_lost else None
 
     def move_on(self) -> bool:
         for lane in self.spares:
-            if lane.state is not LaneState.LOST:
+            if not lane.is_lost:
                 self.spares.remove(lane)
                 self.lane = lane
                 return True
         return False
 
-    async def run(self, samples: Sequence[Any]) -> Sequence[Any]:
-        return await self.runtime.run(
-            self.on_lane, self.lane, samples, lane=self.lane, num_threads=self.num_threads
-        )
+    def open(self) -> None:
+        self.ambient = _ambient(self.runtime)
+
+    def begin(self, samples: Sequence[Any], on_end: OnEnd) -> Callable[[], object]:
+        return self.runtime.start(
+            partial(self.steps.over, self.function_of(self.lane), samples),
+            partial(_tell, on_end),
+            lane=self.lane,
+            num_threads=self.num_threads,
+            ambient=self.ambient.copy(),
+        ).cancel
 
 
-@dataclass(frozen=True)
+def _tell(on_end: OnEnd, one: Pass) -> None:
+    if one.results:
+        on_end(one.results[0], None)
+    elif one.was_cancelled:
+        on_end(CANCELLED, None)
+    else:
+        on_end(None, one.take_failure())
+
+
+@dataclass
 class _AsyncSlot:
     """Awaits an async callable on the loop; collating and splitting still happen on a lane."""
 
     runtime: Runtime
     function: Callable[..., Any]
     steps: _Steps
+    ambient: Ambient = field(init=False)
+    context: contextvars.Context = field(init=False)
 
     @property
     def lost(self) -> str | None:
@@ -111,10 +159,30 @@ class _AsyncSlot:
     def move_on(self) -> bool:
         return True
 
-    async def run(self, samples: Sequence[Any]) -> Sequence[Any]:
-        batch = await self.runtime.run(self.steps.arguments, samples)
-        output = await _without_grad(self._call(batch))
-        return await self.runtime.run(self.steps.results, output, samples)
+    def open(self) -> None:
+        self.ambient = _ambient(self.runtime)
+        self.context = contextvars.copy_context()
+
+    def begin(self, samples: Sequence[Any], on_end: OnEnd) -> Callable[[], object]:
+        # Whoever ended the batch before, its own context variables are of no concern to this one.
+        return self.context.copy().run(spawn, partial(self._run, samples, on_end))
+
+    async def _run(self, samples: Sequence[Any], on_end: OnEnd) -> None:
+        try:
+            batch = await self._on_lane(partial(self.steps.arguments, samples))
+            output = await _without_grad(self._call(batch))
+            values = await self._on_lane(partial(self.steps.results, output, samples))
+        except BaseException as error:
+            if ends_tasks(error) and is_cancelled():
+                on_end(CANCELLED, None)
+                raise
+            on_end(None, error)
+        else:
+            on_end(values, None)
+
+    async def _on_lane(self, function: Callable[[], Any]) -> Any:
+        lane = self.runtime.least_busy(self.runtime.lanes)[0]
+        return (await self.runtime.run_pass([(lane, function)], ambient=self.ambient.copy()))[0]
 
     async def _call(self, batch: tuple[Any, ...]) -> Any:
         return await self.function(*batch)
@@ -174,30 +242,25 @@ def open_slots(
     runtime = runtime or default_runtime()
     if _is_async(engine):
         return [_AsyncSlot(runtime, engine, steps) for _ in _repeated(runtime.lanes, max_in_flight)]
-    return _lane_slots(
-        runtime, runtime.lanes, max_in_flight, lambda lane, samples: steps.over(engine, samples)
-    )
+    return _lane_slots(runtime, runtime.lanes, max_in_flight, steps, lambda _: engine)
 
 
 def _engine_slots(engine: DataParallel, steps: _Steps, max_in_flight: int | None) -> list[Slot]:
-    positions = {lane: position for position, lane in enumerate(engine.lanes)}
-
-    def on_lane(lane: Lane, samples: Sequence[Any]) -> Sequence[Any]:
-        return steps.over(partial(engine.run_here, positions[lane]), samples)
-
-    return _lane_slots(engine.runtime, engine.lanes, max_in_flight, on_lane)
+    calls = {lane: partial(engine.run_here, position) for position, lane in enumerate(engine.lanes)}
+    return _lane_slots(engine.runtime, engine.lanes, max_in_flight, steps, calls.__getitem__)
 
 
 def _lane_slots(
     runtime: Runtime,
     lanes: Sequence[Lane],
     max_in_flight: int | None,
-    on_lane: Callable[[Lane, Sequence[Any]], Sequence[Any]],
+    steps: _Steps,
+    function_of: Callable[[Lane], Callable[..., Any]],
 ) -> list[Slot]:
     taken = _repeated(lanes, max_in_flight)
     spares = [lane for lane in lanes if lane not in taken]
     num_threads = runtime.thread_share(len(set(taken)))
-    return [_LaneSlot(runtime, lane, spares, num_threads, on_lane) for lane in taken]
+    return [_LaneSlot(runtime, lane, spares, num_threads, steps, function_of) for lane in taken]
 
 
 def _repeated(lanes: Sequence[Lane], count: int | None) -> list[Lane]:

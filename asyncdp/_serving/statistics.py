@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 _NUM_KEPT = 4096  # the latest durations, which percentiles are made of
@@ -82,13 +82,14 @@ class Recorder:
         self._total_size = 0.0
         self._padded_size = 0.0
 
-    def batch(self, sizes: list[float], waits: list[float]) -> None:
-        """Count a batch of samples of these sizes, which waited for so many seconds."""
+    def batch(self, sizes: Sequence[float], waits: Sequence[float]) -> None:
+        """Count a batch: the sizes of its samples, where those matter, and how long they waited."""
         self.waits.extend(waits)
         self.num_batches += 1
-        self._num_samples += len(sizes)
-        self._total_size += sum(sizes)
-        self._padded_size += len(sizes) * max(sizes)
+        self._num_samples += len(waits)
+        if sizes:
+            self._total_size += sum(sizes)
+            self._padded_size += len(sizes) * max(sizes)
 
     def snapshot(self, num_queued: int, num_outside: int) -> BatcherStatistics:
         """Make the statistics of this moment."""

@@ -48,12 +48,14 @@ class Stack:
     def _stack(self, leaves: Sequence[Any]) -> Tensor:
         tensors = [leaf if isinstance(leaf, Tensor) else _number(leaf) for leaf in leaves]
         dtype, shape = tensors[0].dtype, tensors[0].shape
-        # To convert would change what a sample gives by who happens to be beside it.
-        unlike = next((each.dtype for each in tensors if each.dtype != dtype), None)
-        if unlike is not None:
-            raise CollateError(f"samples differ in dtype: {dtype} and {unlike}")
-        other = next((each.shape for each in tensors if each.shape != shape), None)
-        if other is None:
+        other = shape
+        for each in tensors:
+            if each.dtype != dtype:
+                # To convert would change what a sample gives by who happens to be beside it.
+                raise CollateError(f"samples differ in dtype: {dtype} and {each.dtype}")
+            if each.shape != shape:
+                other = each.shape
+        if other is shape:
             return torch.stack(tensors)
         if self.pad is None or any(each.dim() != len(shape) for each in tensors):
             raise CollateError(f"samples differ in shape: {list(shape)} and {list(other)}")
@@ -100,6 +102,7 @@ def unbind(output: Any, samples: Sequence[Any]) -> Sequence[Any]:
 
 
 def _rows(tensor: Tensor, num_samples: int) -> Sequence[Tensor]:
-    if tensor.dim() == 0 or len(tensor) != num_samples:
-        raise SplitError(f"an output of shape {list(tensor.shape)} has not one row for each", num_samples)
+    shape = tensor.shape
+    if not shape or shape[0] != num_samples:
+        raise SplitError(f"an output of shape {list(shape)} has not one row for each", num_samples)
     return tensor.unbind()

@@ -16,7 +16,7 @@ from .._parallel_apply import arguments
 from .._runtime.completion import Completion, new_completion
 from .prefetch import Prefetcher
 from .tasks import ends_tasks, is_cancelled, spawn
-from .waiter import Waiter, new_waiter
+from .waiter import Waiter, new_waiter, wake
 
 if TYPE_CHECKING:
     from anyio.abc import TaskGroup
@@ -64,13 +64,13 @@ class _Shared:
         """Wait until one more batch may be in flight, and count it."""
         while self._room == 0:
             self._filler = new_waiter()
-            await self._filler.wait()
+            await self._filler
         self._room -= 1
 
     def give_back_room(self) -> None:
         self._room += 1
         if self._filler is not None:
-            self._filler.wake()
+            wake(self._filler)
 
     def put(self, index: int, outcome: _Outcome) -> None:
         self._ready[index] = outcome
@@ -107,11 +107,11 @@ class _Shared:
                 return None
             reader = new_waiter()
             self._readers.append(reader)
-            await reader.wait()
+            await reader
 
     def _wake_readers(self) -> None:
         while self._readers:
-            self._readers.pop().wake()
+            wake(self._readers.pop())
 
 
 class _Source:

@@ -1,4 +1,4 @@
-"""Tasks that belong to the event loop and not to whoever started them.
+"""Tasks and calls that belong to the event loop and not to whoever started them.
 
 A task group would turn every exception of its body into a group, and has to be left by the task that
 entered it; fixtures and generators do not promise that.
@@ -37,6 +37,30 @@ def spawn(function: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], obj
 
     trio.lowlevel.spawn_system_task(run, context=contextvars.copy_context())
     return partial(_soon_on_trio, trio.lowlevel.current_trio_token(), scope.cancel)
+
+
+def call_soon_of_loop() -> Callable[[Callable[[], object]], object]:
+    """What has the event loop of this thread call a function in its next turn; that must not raise."""
+    trio = sys.modules.get("trio")
+    if trio is None or not trio.lowlevel.in_trio_run():
+        return asyncio.get_running_loop().call_soon
+    return trio.lowlevel.current_trio_token().run_sync_soon  # type: ignore[no-any-return]
+
+
+def call_later(seconds: float, function: Callable[[], object]) -> Callable[[], object]:
+    """Have the event loop of this thread call a function after some time; returns what calls it off."""
+    trio = sys.modules.get("trio")
+    if trio is None or not trio.lowlevel.in_trio_run():
+        return asyncio.get_running_loop().call_later(seconds, function).cancel
+    scope = trio.CancelScope()
+
+    async def call() -> None:
+        with scope:
+            await trio.sleep(seconds)
+            function()
+
+    trio.lowlevel.spawn_system_task(call)
+    return scope.cancel  # type: ignore[no-any-return]
 
 
 def is_cancelled() -> bool:

@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Awaitable
+from collections.abc import Callable, Generator
+from functools import partial
 from typing import Any, Protocol
 
 
 class Waiter(Protocol):
-    """Waited for once by one task, woken by another of the same event loop."""
+    """Awaited by one task, once; on asyncio a future, of which this is a part."""
 
-    woken: bool
+    def done(self) -> bool:
+        """Whether it was woken, or its task is cancelled."""
 
-    def wake(self) -> None:
-        """End the wait; more than once does no harm."""
+    def set_result(self, result: None, /) -> None:
+        """Wake the task; see `wake`."""
 
-    def wait(self, timeout: float | None = None) -> Awaitable[bool]:
-        """To await for `wake`, at most `timeout` seconds; tells whether it came."""
+    def __await__(self) -> Generator[Any, Any, None]:
+        """Wait until woken."""
 
 
 def new_waiter() -> Waiter:
@@ -29,10 +31,21 @@ def new_waiter() -> Waiter:
     Raises:
         RuntimeError: neither an asyncio nor a trio event loop runs in this thread.
     """
+    return waiters_of_loop()()
+
+
+def waiters_of_loop() -> Callable[[], Waiter]:
+    """What makes waiters for the event loop that runs in this thread now, without another look for it."""
     trio = sys.modules.get("trio")
     if trio is not None and trio.lowlevel.in_trio_run():
-        return _TrioWaiter(trio)
-    return _AsyncioWaiter()
+        return partial(_TrioWaiter, trio)
+    return asyncio.get_running_loop().create_future
+
+
+def wake(waiter: Waiter) -> None:
+    """End the wait; more than once does no harm."""
+    if not waiter.done():
+        waiter.set_result(None)
 
 
 def current_loop() -> object:
@@ -47,61 +60,34 @@ def current_loop() -> object:
     return asyncio.get_running_loop()
 
 
-class _AsyncioWaiter:
-    __slots__ = ("_future", "woken")
-
-    def __init__(self) -> None:
-        self._future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self.woken = False
-
-    def wake(self) -> None:
-        self.woken = True
-        self._end()
-
-    def wait(self, timeout: float | None = None) -> Awaitable[bool]:
-        return self._future if timeout is None else self._wait_at_most(timeout)
-
-    async def _wait_at_most(self, timeout: float) -> bool:
-        timer = self._future.get_loop().call_later(timeout, self._end)
-        try:
-            await self._future
-        finally:
-            timer.cancel()
-        return self.woken
-
-    def _end(self) -> None:
-        if not self._future.done():
-            self._future.set_result(self.woken)
-
-
 class _TrioWaiter:
-    __slots__ = ("_task", "_trio", "woken")
+    __slots__ = ("_is_done", "_task", "_trio")
 
     def __init__(self, trio: Any) -> None:
         self._trio = trio
         self._task: Any = None
-        self.woken = False
+        self._is_done = False
 
-    def wake(self) -> None:
-        self.woken = True
+    def done(self) -> bool:
+        return self._is_done
+
+    def set_result(self, _: None) -> None:
+        self._is_done = True
         task, self._task = self._task, None
         if task is not None:
             self._trio.lowlevel.reschedule(task)
 
-    async def wait(self, timeout: float | None = None) -> bool:
-        if self.woken:
-            await self._trio.lowlevel.checkpoint()
-        elif timeout is None:
-            await self._park()
-        else:
-            with self._trio.move_on_after(timeout):
-                await self._park()
-        return self.woken
+    def __await__(self) -> Generator[Any, Any, None]:
+        return self._wait().__await__()
 
-    async def _park(self) -> None:
-        self._task = self._trio.lowlevel.current_task()
-        await self._trio.lowlevel.wait_task_rescheduled(self._abort)
+    async def _wait(self) -> None:
+        if self._is_done:
+            await self._trio.lowlevel.checkpoint()
+        else:
+            self._task = self._trio.lowlevel.current_task()
+            await self._trio.lowlevel.wait_task_rescheduled(self._abort)
 
     def _abort(self, _: object) -> Any:
         self._task = None
+        self._is_done = True
         return self._trio.lowlevel.Abort.SUCCEEDED

@@ -371,7 +371,7 @@ async def test_cancelled_batcher_leaves_nobody_hanging() -> None:
             await device.wait_issued()
             await anyio.wait_all_tasks_blocked()
             owners.cancel()
-            # Until its workers are cancelled, too.
+            # Until its batch is cancelled, too.
             await anyio.wait_all_tasks_blocked()
             device.release()
         for call, cause in zip(calls, ("was cancelled", "was left by an exception"), strict=True):

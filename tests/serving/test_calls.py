@@ -25,6 +25,11 @@ def double(x: torch.Tensor) -> torch.Tensor:
     return x * 2
 
 
+async def wait_for(call: Any) -> None:
+    """Await a call in a task of its own."""
+    await call
+
+
 def outcomes(told: BatcherStatistics) -> tuple[int, int, int, int]:
     """How many calls had which outcome: done, failed, cancelled, timed out."""
     return told.num_done, told.num_failed, told.num_cancelled, told.num_timed_out
@@ -158,7 +163,7 @@ async def test_a_call_is_awaited_by_one_task() -> None:
         anyio.create_task_group() as group,
     ):
         call = batcher.call_nowait(ONE)
-        group.start_soon(call.outcome)
+        group.start_soon(wait_for, call)
         await anyio.wait_all_tasks_blocked()
         with anyio.fail_after(30), pytest.raises(RuntimeError, match="two tasks"):
             await call
@@ -174,7 +179,7 @@ async def test_a_result_that_nobody_gets_to_see_is_not_done() -> None:
         anyio.create_task_group() as group,
     ):
         call = batcher.call_nowait(ONE)
-        group.start_soon(call.outcome)
+        group.start_soon(wait_for, call)
         await device.wait_issued()
         await anyio.wait_all_tasks_blocked()
         # Both in one turn: the result is there when the task learns of its cancellation.

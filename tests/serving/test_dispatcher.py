@@ -1,11 +1,13 @@
-"""The workers of a batcher: nothing that an engine or a lane does ends them, and closing ends them all."""
+"""The dispatcher of a batcher: nothing that an engine or a lane does ends it, and closing does."""
 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import gc
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import anyio
@@ -15,7 +17,14 @@ import torch
 
 from asyncdp import Batcher, Runtime
 from asyncdp._devices.fake import FakeDevice, fake_devices
-from asyncdp.errors import BatcherClosedError, DeviceLostError, EngineCancelledError, SplitError
+from asyncdp._serving.slots import _AsyncSlot, _LaneSlot
+from asyncdp.errors import (
+    BatcherClosedError,
+    DeviceLostError,
+    EngineCancelledError,
+    NestedPassError,
+    SplitError,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -45,7 +54,7 @@ async def outcomes_of(calls: Sequence[Any]) -> list[Any]:
 async def test_a_cancellation_of_the_engines_own_is_its_samples(
     kind: type[BaseException], is_async: bool
 ) -> None:
-    """What looks like a cancellation but is the engine's fails one call, and ends no worker or caller."""
+    """What looks like a cancellation but is the engine's fails one call, and ends no batcher or caller."""
 
     def engine(x: torch.Tensor) -> torch.Tensor:
         if (x < 0).any():
@@ -70,7 +79,7 @@ async def test_a_cancellation_of_the_engines_own_is_its_samples(
 
 
 async def test_an_engine_may_cancel_what_it_started() -> None:
-    """A cancel scope that expires within an async engine is no end of its worker."""
+    """A cancel scope that expires within an async engine is no end of its batcher."""
 
     async def engine(x: torch.Tensor) -> torch.Tensor:
         with anyio.move_on_after(0):
@@ -112,8 +121,8 @@ async def test_an_engine_that_swallows_its_cancellation_ends_all_the_same() -> N
 
 
 @pytest.mark.skipif(sys.implementation.name != "cpython", reason="needs coroutines closed when dropped")
-def test_workers_of_a_dropped_loop_are_closed_quietly() -> None:
-    """A loop that is dropped in mid-batch closes its workers, who do not take that for the engine's."""
+def test_tasks_of_a_dropped_loop_are_closed_quietly() -> None:
+    """A loop that is dropped in mid-batch closes its tasks; that is not taken for the engine's doing."""
     loop = asyncio.new_event_loop()
     begun = asyncio.Event()
     seen: list[str] = []
@@ -311,14 +320,14 @@ async def test_a_cancelled_close_ends_the_other_one() -> None:
             group.start_soon(close_impatiently)
             await anyio.wait_all_tasks_blocked()
             impatience.cancel()
-            # Once the workers know that they are cancelled.
+            # Once the batch knows that it is cancelled.
             await anyio.wait_all_tasks_blocked()
             device.release()
         assert "closed" in repr(batcher)
         assert [type(outcome) for outcome in await outcomes_of(calls)] == [BatcherClosedError] * 2
 
 
-@pytest.mark.parametrize("part", ["take", "batch", "_wake_one"])
+@pytest.mark.parametrize("part", ["take", "batch", "_send_one"])
 async def test_a_mistake_of_ours_leaves_nobody_hanging(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """If the batcher itself raises, all calls fail, new ones are refused and closing tells why."""
     devices = fake_devices(2)
@@ -333,7 +342,8 @@ async def test_a_mistake_of_ours_leaves_nobody_hanging(part: str, monkeypatch: p
         def fail(*_: object) -> None:
             raise ZeroDivisionError("ours")
 
-        owner = {"take": batcher._queue, "batch": batcher._recorder, "_wake_one": batcher._workers}[part]
+        dispatcher = batcher._dispatcher
+        owner = {"take": dispatcher.queue, "batch": dispatcher.recorder, "_send_one": dispatcher}[part]
         monkeypatch.setattr(type(owner), part, fail)
         for device in devices:
             device.release()
@@ -346,3 +356,89 @@ async def test_a_mistake_of_ours_leaves_nobody_hanging(part: str, monkeypatch: p
         assert all(isinstance(outcome.__cause__, ZeroDivisionError) for outcome in outcomes[2:])
         with pytest.raises(BatcherClosedError, match="closed"):
             await batcher(ONE)
+
+
+# --- what batches run under -----------------------------------------------------------------
+
+OWNER: contextvars.ContextVar[str] = contextvars.ContextVar("OWNER", default="nobody")
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+async def test_batches_run_in_the_context_of_the_batcher(is_async: bool) -> None:
+    """Context variables and autocast are those the batcher was entered with, whoever calls; changes stay."""
+    seen: list[tuple[str, bool]] = []
+
+    def engine(x: torch.Tensor) -> torch.Tensor:
+        seen.append((OWNER.get(), torch.is_autocast_enabled("cpu")))
+        OWNER.set("a batch")
+        return x
+
+    async def async_engine(x: torch.Tensor) -> torch.Tensor:
+        seen.append((OWNER.get(), True))
+        OWNER.set("a batch")
+        return x
+
+    def collate(samples: Sequence[Any]) -> torch.Tensor:
+        seen.append((OWNER.get(), torch.is_autocast_enabled("cpu")))
+        return torch.stack(list(samples))
+
+    async def call() -> None:
+        OWNER.set("a caller")
+        await batcher(ONE)
+
+    async with Runtime("cpu") as runtime:
+        OWNER.set("the batcher")
+        batcher = Batcher(async_engine if is_async else engine, collate=collate, runtime=runtime)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            await batcher.__aenter__()
+        async with anyio.create_task_group() as group:
+            for _ in range(3):
+                group.start_soon(call)
+        await call()
+        await batcher.aclose()
+    assert set(seen) == {("the batcher", True)}
+
+
+def test_a_batcher_on_one_of_its_own_lanes_is_refused() -> None:
+    """A lane that waited for its own runtime would wait for ever: entering the batcher there raises."""
+
+    async def main() -> None:
+        async with Batcher(double, runtime=runtime):
+            raise AssertionError
+
+    async def outside() -> None:
+        async with runtime:
+            with pytest.raises(NestedPassError):
+                await runtime.run(partial(asyncio.run, main()))
+
+    runtime = Runtime("cpu")
+    asyncio.run(outside())
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+async def test_a_batch_that_cannot_begin_fails_its_calls_alone(
+    is_async: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calls of a batch that its slot refuses to begin are told why, however many; the next one runs."""
+    slot_type = _AsyncSlot if is_async else _LaneSlot
+    begin = slot_type.begin
+    refused = [MemoryError("no room")] * 1201
+
+    def refuse(slot: Any, *args: Any) -> Any:
+        if refused:
+            raise refused.pop()
+        return begin(slot, *args)
+
+    async def engine(x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    used = engine if is_async else double
+    monkeypatch.setattr(slot_type, "begin", refuse)
+    async with (
+        Runtime("cpu") as runtime,
+        Batcher(used, max_batch_size=2000, max_queue=2000, runtime=runtime) as batcher,
+    ):
+        calls = [batcher.call_nowait(ONE) for _ in range(1200)]
+        assert {type(outcome) for outcome in await outcomes_of(calls)} == {MemoryError}
+        assert (await batcher(ONE)).item() in (1.0, 2.0)
+    assert batcher.statistics().num_running == 0
