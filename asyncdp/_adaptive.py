@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,6 @@ from ._structure import modules_of
 from ._training import count_rows
 from ._training_lanes import Modes
 from ._tuner import LaneChoice, Tuner, Workload
-
-T = TypeVar("T")
 
 
 class Adaptive:
@@ -55,15 +54,13 @@ class Adaptive:
                 return await self._run(self._all, replicas, args, kwargs)
         return result
 
-    async def train(
-        self, batch: Any, modes: Modes, step: Callable[[int, Callable[[float], None]], Awaitable[T]]
-    ) -> T:
-        """Take one training step; `step` takes the number of lanes and what to tell its seconds to."""
+    def choose_for_step(self, batch: Any, modes: Modes) -> tuple[int, Callable[[float], None]]:
+        """The number of lanes for one training step, and what to tell the seconds it took."""
         tensors = tensors_of(batch)
         workload = self._workload("train_step", tensors, modes.modules)
         num_lanes = workload.choose()
         size = sum(tensor.numel() for tensor in tensors)
-        return await step(num_lanes, lambda seconds: workload.record(num_lanes, seconds, size))
+        return num_lanes, partial(workload.record, num_lanes, size=size)
 
     async def _run(
         self, num_lanes: int, replicas: ReplicaSet, args: tuple[Any, ...], kwargs: Mapping[str, Any]

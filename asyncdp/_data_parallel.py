@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -21,7 +21,6 @@ from ._route import Route
 from ._runtime import Lane, Runtime, RuntimeStatistics, default_lanes
 from ._training import Trainer
 from ._training_commit import StepOptions
-from ._training_lanes import Modes
 from ._tuner import LaneChoice
 from .errors import NotAModuleError
 
@@ -290,16 +289,14 @@ class DataParallel:
         """
         options = StepOptions(loss_fn, optimizer, loss_reduction, before_step, scaler, reduce_only)
         options.check()
-        modes, accumulate = Modes(self.module), self in _accumulating.get()
-
-        def step(num_lanes: int, record: Callable[[float], None] | None = None) -> Awaitable[Tensor]:
-            return self._trainer.step(
-                inputs, targets, options, num_lanes, modes, accumulate=accumulate, record=record
-            )
-
+        modes = self._trainer.modes()
+        num_lanes, record = self._num_lanes, None
         if self._adaptive is not None:
-            return await self._adaptive.train((inputs, targets), modes, step)
-        return await step(self._num_lanes)
+            num_lanes, record = self._adaptive.choose_for_step((inputs, targets), modes)
+        accumulate = self in _accumulating.get()
+        return await self._trainer.step(
+            inputs, targets, options, num_lanes, modes, accumulate=accumulate, record=record
+        )
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

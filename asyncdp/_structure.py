@@ -40,6 +40,39 @@ def is_on(module: nn.Module, device: torch.device) -> bool:
     )
 
 
+class Outline:
+    """The modules that a module consists of, remembered to look at them all once more in little time.
+
+    Unlike a `Structure` it keeps them alive, and notices no other change than of which they are.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.modules = modules_of(module)
+        # Live views.
+        self._children = [each._modules.values() for each in self.modules]
+        self._parameters = [each._parameters.values() for each in self.modules]
+        self._noted_children = [*chain.from_iterable(self._children)]
+        self._noted_parameters: list[Tensor | None] = []
+        self._distinct_parameters: list[Tensor] = []
+
+    def is_same(self) -> bool:
+        """Whether the modules are the same still."""
+        return _are_same([*chain.from_iterable(self._children)], self._noted_children)
+
+    def parameters(self) -> list[Tensor]:
+        """The parameters of all modules as of now, each once."""
+        found: list[Tensor | None] = [*chain.from_iterable(self._parameters)]
+        if not _are_same(found, self._noted_parameters):
+            self._noted_parameters = found
+            distinct = {id(tensor): tensor for tensor in found if tensor is not None}
+            self._distinct_parameters = list(distinct.values())
+        return self._distinct_parameters
+
+
+def _are_same(some: list[Any], others: list[Any]) -> bool:
+    return len(some) == len(others) and all(map(is_, some, others))
+
+
 class Structure:
     """What a module looked like when its replicas were made; tells cheaply whether it still does.
 

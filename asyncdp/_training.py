@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from . import _tree
 from ._parallel_apply import arguments
 from ._runtime import Lane, Runtime, default_runtime
-from ._runtime.ambient import Ambient
 from ._runtime.lane import current_lane
-from ._runtime.passes import Stage
+from ._runtime.passes import NextStage, Stage
 from ._scatter import split
+from ._structure import Outline
 from ._training_commit import Accumulated, StepOptions
 from ._training_lanes import Modes, TrainingLanes
 from ._training_step import Shard, Step, recording
@@ -87,9 +87,17 @@ class Trainer:
         self._dim = dim
         self._replicas = TrainingLanes(module, [lane.device for lane in lanes])
         self._kept = Accumulated(len(lanes))
+        self._module = module
+        self._outline = Outline(module)
         self._one_at_a_time = anyio.Lock(fast_acquire=True)
         self.num_steps = 0
         """Optimizer steps taken, also those whose caller was cancelled too late to hold them up."""
+
+    def modes(self) -> Modes:
+        """The modes of the module, as of now."""
+        if not self._outline.is_same():
+            self._outline = Outline(self._module)
+        return Modes(self._outline)
 
     async def step(
         self,
@@ -115,9 +123,13 @@ class Trainer:
             self._runtime.refuse_closed()
             ambient = self._runtime.ambient()
             await self._one_at_a_time.acquire()
+        stage, following = self._stages(step, lanes)
+        share = self._runtime.thread_share(len(lanes))
         started = time.perf_counter()
         try:
-            loss = await self._run(step, lanes, ambient)
+            results = await self._runtime.run_pass(
+                stage, following, num_threads=share, replica_stage=0, ambient=ambient
+            )
         except BaseException:
             step.undo()
             raise
@@ -125,15 +137,11 @@ class Trainer:
             self._one_at_a_time.release()
         if record is not None:
             record(time.perf_counter() - started)
-        return loss
+        return results[0]  # type: ignore[no-any-return]
 
-    async def _run(self, step: Step, lanes: Sequence[Lane], ambient: Ambient | None) -> Tensor:
-        share = self._runtime.thread_share(len(lanes))
+    def _stages(self, step: Step, lanes: Sequence[Lane]) -> tuple[Stage, Sequence[NextStage]]:
         if len(lanes) == 1:
-            alone = [(lanes[0], partial(self._run_alone, step))]
-            result = await self._runtime.run_pass(alone, num_threads=share, replica_stage=0, ambient=ambient)
-            return result[0]  # type: ignore[no-any-return]
-        stage = [(lane, partial(step.run_lane, index)) for index, lane in enumerate(lanes)]
+            return [(lanes[0], partial(self._run_alone, step))], ()
 
         def last_stage(shares: list[Any], last: Lane) -> Stage:
             # The lane that is awake already, if it can reach the first lane's tensors. But only the
@@ -143,10 +151,7 @@ class Trainer:
             lane = last if is_able else lanes[0]
             return [(lane, partial(self._finish, step, shares))]
 
-        result = await self._runtime.run_pass(
-            stage, [last_stage], num_threads=share, replica_stage=0, ambient=ambient
-        )
-        return result[0]  # type: ignore[no-any-return]
+        return [(lane, partial(step.run_lane, index)) for index, lane in enumerate(lanes)], [last_stage]
 
     def _run_alone(self, step: Step) -> Tensor | None:
         """A whole step on this thread, that of its only lane; None if it was cancelled on the way."""

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from ._reducer import Gradients, bucket_positions
 from ._replica_set import ReplicaSet, brought_back
 from ._replicate import Replica, stand_ins
-from ._structure import modules_of
+from ._structure import Outline
 from ._training_commit import has_hooks
 
 Report = Callable[[int, Tensor], None]
@@ -31,8 +31,9 @@ class Modes:
     The module's own thread may change it while a step is queued or running.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self.modules = modules_of(module)
+    def __init__(self, outline: Outline) -> None:
+        self.outline = outline
+        self.modules = outline.modules
         self.training = [each.training for each in self.modules]
 
     def hold(self) -> bool:
@@ -181,16 +182,10 @@ class InPlaceLane:
     @classmethod
     def of(cls, modes: Modes, device: torch.device) -> InPlaceLane | None:
         """The lane on `device`, or None if the module has to have a replica there."""
-        found: dict[int, nn.Parameter | None] = {}
-        for each in modes.modules:
-            if each._buffers:
-                return None
-            for tensor in each._parameters.values():
-                found[id(tensor)] = tensor
+        if any(each._buffers for each in modes.modules):
+            return None
         learning: list[Tensor] = []
-        for tensor in found.values():
-            if tensor is None:
-                continue
+        for tensor in modes.outline.parameters():
             # A hook shall get the whole gradient, kept ones included, and only when all is well.
             if not tensor.is_leaf or tensor.device != device or has_hooks(tensor):
                 return None

@@ -15,7 +15,7 @@ from ._reducer import Gradients, Reducer, add_kept
 from ._replica_set import wait_issued
 from ._runtime import Lane
 from ._scatter import bring
-from ._structure import modules_of
+from ._structure import Outline
 from ._training_commit import Accumulated, Held, StepOptions, commit, deliver, threads
 from ._training_lanes import InPlaceLane, Modes, TrainingLane, TrainingLanes
 from .errors import LossNotScalarError
@@ -169,8 +169,8 @@ class Step:
             return self._prepared
         with self._lock:
             if self._prepared is None:
-                if modules_of(self._module) != self._modes.modules:  # changed since the call
-                    self._modes = Modes(self._module)
+                if not self._modes.outline.is_same():  # changed since the call
+                    self._modes = Modes(Outline(self._module))
                 self._prepared = self._prepare_alone() or self._prepare_lanes()
             return self._prepared
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from asyncdp import _tree
-from asyncdp._structure import modules_of
+from asyncdp._structure import Outline, modules_of
 
 from ..verbs.models import MODULES
 from .helpers import engine
@@ -59,3 +59,22 @@ def test_a_walk_finds_every_module_once() -> None:
     found = modules_of(module)
     assert len(found) == 4
     assert set(found) == set(module.modules())
+
+
+def test_an_outline_notices_other_modules_and_parameters() -> None:
+    """Which modules there are is compared at each look, and parameters are those of now, each once."""
+    tied = nn.Linear(2, 2)
+    module = nn.Sequential(tied, nn.Sequential(nn.ReLU(), nn.Linear(2, 2)), tied)
+    module[1][1].weight = tied.weight
+    outline = Outline(module)
+    assert outline.is_same()
+    assert list(map(id, outline.parameters())) == list(map(id, module.parameters()))
+    module[1][1].weight = nn.Parameter(torch.zeros(2, 2))
+    assert outline.is_same()
+    assert list(map(id, outline.parameters())) == list(map(id, module.parameters()))
+    module[1][0] = nn.GELU()
+    assert not outline.is_same()
+    module = nn.Sequential(nn.ReLU(), nn.Sequential())
+    outline = Outline(module)
+    module[1].append(nn.ReLU())
+    assert not outline.is_same()
