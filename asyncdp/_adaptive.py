@@ -32,6 +32,7 @@ class Adaptive:
         self._route = route
         self._all = len(route.lanes)
         self._tuner = Tuner(self._all)
+        self._latest: tuple[Any, Workload] | None = None  # what was asked for last, and its workload
 
     def choices(self) -> tuple[LaneChoice, ...]:
         """What was chosen so far, and why."""
@@ -59,7 +60,7 @@ class Adaptive:
         tensors = tensors_of(batch)
         workload = self._workload("train_step", tensors, modes.modules)
         num_lanes = workload.choose()
-        size = sum(tensor.numel() for tensor in tensors)
+        size = sum([tensor.numel() for tensor in tensors])
         return num_lanes, partial(workload.record, num_lanes, size=size)
 
     async def _run(
@@ -73,11 +74,14 @@ class Adaptive:
         """The workload of a call; one that may not be tuned is fixed here."""
         mode = "train" if self._module.training else "eval"
         reason = why_fixed(modules)
-        if reason is None:
-            return self._tuner.workload(Key((kind, mode, _torch_mode(), *map(roughly, tensors))))
-        key = Key((kind, mode, _torch_mode(), *map(roughly, tensors), f"({reason})"))
+        asked = (kind, mode, _torch_mode(), reason, [(each.dtype, each.shape) for each in tensors])
+        if self._latest is not None and asked == self._latest[0]:
+            return self._latest[1]  # most calls are as the one before, and spared the making of a key
+        key = Key((*asked[:3], *map(roughly, tensors), None if reason is None else f"({reason})"))
         workload = self._tuner.workload(key)
-        workload.fix(reason)
+        if reason is not None:
+            workload.fix(reason)
+        self._latest = asked, workload
         return workload
 
     def _keeps_its_meaning(self, workload: Workload, result: Any, batch: Any) -> bool:

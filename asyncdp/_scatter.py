@@ -90,6 +90,8 @@ def move(tree: Any, device: torch.device) -> Any:
 
 def bring(tree: Any, device: torch.device) -> Any:
     """As `move`, for what a work needs on its lane's device; a trace shows the copies."""
+    if isinstance(tree, Tensor) and tree.device == device:
+        return tree
     recorder = trace.recorder
     if recorder is None:
         return move(tree, device)

@@ -88,6 +88,7 @@ class Trainer:
         self._replicas = TrainingLanes(module, [lane.device for lane in lanes])
         self._kept = Accumulated(len(lanes))
         self._module = module
+        self._all_threads = runtime.thread_share(1)
         self._outline = Outline(module)
         self._one_at_a_time = anyio.Lock(fast_acquire=True)
         self.num_steps = 0
@@ -112,7 +113,8 @@ class Trainer:
     ) -> Tensor:
         """Take one step; see `DataParallel.train_step`. `record` gets the seconds that it took."""
         shards, num_rows = _divide(inputs, targets, num_lanes, self._dim)
-        weights = _weights(num_rows) if options.loss_reduction == "mean" else [1.0] * len(shards)
+        is_weighed = len(shards) > 1 and options.loss_reduction == "mean"
+        weights = _weights(num_rows) if is_weighed else [1.0] * len(shards)
         lanes = self._lanes[: len(shards)]
         step = Step(modes, self._replicas, self._kept, lanes, shards, weights, options, accumulate)
         if not self._one_at_a_time.locked():
@@ -124,7 +126,7 @@ class Trainer:
             ambient = self._runtime.ambient()
             await self._one_at_a_time.acquire()
         stage, following = self._stages(step, lanes)
-        share = self._runtime.thread_share(len(lanes))
+        share = self._all_threads if len(lanes) == 1 else self._runtime.thread_share(len(lanes))
         started = time.perf_counter()
         try:
             results = await self._runtime.run_pass(
@@ -155,11 +157,12 @@ class Trainer:
 
     def _run_alone(self, step: Step) -> Tensor | None:
         """A whole step on this thread, that of its only lane; None if it was cancelled on the way."""
-        share = step.run_lane(0)
-        lane = current_lane()
-        assert lane is not None
-        assert lane.running is not None
-        return self._finish(step, [share]) if lane.running.go_on() else None
+        with recording():
+            share = step.compute(0)
+            lane = current_lane()
+            assert lane is not None
+            assert lane.running is not None
+            return self._end(step, [share]) if lane.running.go_on() else None
 
     def discard_accumulated(self) -> None:
         """Forget the gradients of steps under `no_sync`."""
@@ -168,15 +171,18 @@ class Trainer:
     def _finish(self, step: Step, shares: Sequence[Tensor]) -> Tensor:
         """After every lane has succeeded: add up the loss, and keep the gradients or step with them."""
         with recording():
-            loss = shares[0].to(self._output)
-            for other in shares[1:]:
-                loss = loss + other.to(self._output)
-            if step.accumulate:
-                step.keep()
-            else:
-                step.commit(self._runtime.thread_share(1))
-                self.num_steps += not step.options.reduce_only
-            return loss
+            return self._end(step, shares)
+
+    def _end(self, step: Step, shares: Sequence[Tensor]) -> Tensor:
+        loss = shares[0].to(self._output)
+        for other in shares[1:]:
+            loss = loss + other.to(self._output)
+        if step.accumulate:
+            step.keep()
+        else:
+            step.commit(self._all_threads)
+            self.num_steps += not step.options.reduce_only
+        return loss
 
 
 def _divide(inputs: Any, targets: Any, num_lanes: int, dim: int) -> tuple[list[Shard], list[int | None]]:
@@ -222,6 +228,6 @@ def _weights(num_rows: Sequence[int | None]) -> list[float]:
     """Each shard's part of the batch's mean."""
     known = [count or 0 for count in num_rows]
     total = sum(known)
-    if len(known) == 1 or total == 0:
+    if total == 0:
         return [1.0] * len(known)
     return [count / total for count in known]

@@ -105,9 +105,11 @@ class Held:
         others = [tensor for group in groups for tensor in group["params"]]
         if len(others) == len(own) and all(map(is_, others, own)):
             others = []  # by far the most frequent case, spared the search
-        known = set(map(id, own)) if others else set()
-        self.outsiders = [tensor for tensor in others if id(tensor) not in known]
+        self.outsiders: list[Tensor] = []
         """The optimizer's tensors that are not the module's."""
+        if others:
+            known = set(map(id, own))
+            self.outsiders = [tensor for tensor in others if id(tensor) not in known]
         self.tensors = own + self.outsiders
         self.gradients = [tensor.grad for tensor in self.tensors]
         self.is_empty = self.gradients.count(None) == len(self.gradients)

@@ -97,23 +97,27 @@ class Step:
     def run_lane(self, index: int) -> Tensor:
         """One lane's forward, loss and backward. Returns its share of the loss."""
         with recording():
-            lanes, _, reducer, _, scale = self._prepare()
-            lane = lanes[index]
-            try:
-                report = None if reducer is None else partial(reducer.report, index)
-                share = self._loss_of(index, lane.module(report, self._modes))
-                if isinstance(lane, InPlaceLane) and not self._modes.hold():
-                    # Layers of the module itself may have run in different modes: once more, on a replica.
-                    self._prepared = self._prepare_lanes()
-                    return self.run_lane(index)
-                _backward(share if scale is None else share * scale.to(share.device))
-            finally:
-                gradients = lane.collect()
-            if reducer is None:
-                self._own_gradients = gradients
-            else:
-                reducer.end(index)
-            return share.detach()
+            return self.compute(index)
+
+    def compute(self, index: int) -> Tensor:
+        """As `run_lane`, where operations are recorded already."""
+        lanes, _, reducer, _, scale = self._prepare()
+        lane = lanes[index]
+        try:
+            report = None if reducer is None else partial(reducer.report, index)
+            share = self._loss_of(index, lane.module(report, self._modes))
+            if isinstance(lane, InPlaceLane) and not self._modes.hold():
+                # Layers of the module itself may have run in different modes: once more, on a replica.
+                self._prepared = self._prepare_lanes()
+                return self.compute(index)
+            _backward(share if scale is None else share * scale.to(share.device))
+        finally:
+            gradients = lane.collect()
+        if reducer is None:
+            self._own_gradients = gradients
+        else:
+            reducer.end(index)
+        return share.detach()
 
     def keep(self) -> None:
         """Put the lanes' gradients aside for the next step that reduces."""
@@ -127,14 +131,22 @@ class Step:
 
     def commit(self, all_threads: int) -> None:
         """Reduce what is left to reduce, and step with all the machine's threads if that pays."""
-        lanes, learning, reducer, held, _ = self._prepare()
-        with threads(all_threads) if self.takes_all_threads else nullcontext():
-            if not isinstance(lanes[0], InPlaceLane) or self._kept or not held.is_empty:
-                sums = self._own_sums(learning) if reducer is None else reducer.sums()
-                deliver(held, learning, sums, self._kept.of(held.outsiders))
-            commit(held, self.options, partial(lanes[0].write_buffers, self._module))
-        self._kept.clear()
+        if self.takes_all_threads:
+            with threads(all_threads):
+                self._commit()
+        else:
+            self._commit()
         self._is_done = True
+
+    def _commit(self) -> None:
+        lanes, learning, reducer, held, _ = self._prepare()
+        has_kept = bool(self._kept)
+        if not isinstance(lanes[0], InPlaceLane) or has_kept or not held.is_empty:
+            sums = self._own_sums(learning) if reducer is None else reducer.sums()
+            deliver(held, learning, sums, self._kept.of(held.outsiders))
+        commit(held, self.options, partial(lanes[0].write_buffers, self._module))
+        if has_kept:
+            self._kept.clear()
 
     def undo(self) -> None:
         """After a failure or a cancellation, when all lanes are done: let the gradients be as they were."""
