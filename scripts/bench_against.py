@@ -48,10 +48,7 @@ async def measure() -> dict[str, float]:
             for name in ("engine, both lanes", "engine, automatic", "data_parallel")
         },
         STALL: stalls["engine p99"],
-        **{
-            f"Batcher, callers at once: {count}, us per call": microseconds
-            for count, microseconds in fixed.items()
-        },
+        **{f"Batcher, callers at once: {count}, us per call": cost["us"] for count, cost in fixed.items()},
     }
     sentences, chance = bench_serving.find_sentences(2048), random.Random(0)
     async with serving_contender.open_asyncdp(bench_serving.MODEL) as call:

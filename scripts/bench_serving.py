@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import operator
 import os
 import platform
 import random
@@ -97,6 +98,7 @@ def bench_clients(counts: list[int], num_rounds: int, num_sentences: int) -> dic
     """Rates, latencies and stalls of all contenders that start, by number of clients."""
     pythons = {"asyncdp": Path(sys.executable), "asyncdp-http": Path(sys.executable)}
     pythons |= {name: venv / "bin" / "python" for name, venv in PEERS.items()}
+    pythons["encode"] = pythons["litserve"]  # which has sentence-transformers, too
     contenders = [Contender(name, python) for name, python in pythons.items() if python.exists()]
     contenders = [each for each in contenders if each.works]
     sentences = find_sentences(2048)
@@ -121,8 +123,11 @@ def _medians(rounds: list[dict[str, float]]) -> dict[str, float]:
     return {key: statistics.median(each[key] for each in rounds) for key in rounds[0]}
 
 
-async def bench_fixed_cost(num_rounds: int) -> dict[str, dict[int, float]]:
-    """Microseconds per call with a model that does nothing, beside asyncio.to_thread in turn."""
+async def bench_fixed_cost(num_rounds: int) -> dict[str, dict[int, dict[str, float]]]:
+    """Microseconds per call with a model that does nothing, and how many times asyncio.to_thread's they are.
+
+    The latter of every round by itself: the machine changes its pace from one to the other.
+    """
     sample = torch.zeros(8)
     times: dict[str, dict[int, list[float]]] = {}
 
@@ -156,8 +161,15 @@ async def bench_fixed_cost(num_rounds: int) -> dict[str, dict[int, float]]:
             for num_callers in (1, 64):
                 for name, call in candidates.items():
                     await measure(name, call, num_callers)
+    hand_made = times["asyncio.to_thread"]
     return {
-        name: {count: statistics.median(values) for count, values in by_count.items()}
+        name: {
+            count: {
+                "us": statistics.median(values),
+                "of_to_thread": statistics.median(map(operator.truediv, values, hand_made[count])),
+            }
+            for count, values in by_count.items()
+        }
         for name, by_count in times.items()
     }
 
@@ -170,15 +182,21 @@ def as_table(results: dict[str, Any]) -> str:
         f"`scripts/bench_serving`, {results['when']}, {results['machine']}, torch {results['torch']}.",
         f"Load of the machine before and after: {results['load']}. Contenders take turns, so ratios hold",
         "better than absolute figures. The fixed cost is also timed with cores that are kept from sleeping,",
-        "as `bench_overhead` does.",
+        "as `bench_overhead` does. In brackets, how many times that of asyncio.to_thread it is: the median",
+        "over the rounds.",
         "",
         "| fixed cost with an identity model, us per call | 1 caller | 64 callers "
         "| 1 caller, cores awake | 64 callers, cores awake |",
         "|---|---|---|---|---|",
     ]
-    for name, us in results["fixed_cost"]["as they are"].items():
+    for name, costs in results["fixed_cost"]["as they are"].items():
         awake = results["fixed_cost"]["awake"][name]
-        lines.append(f"| {name} | {us[1]:.0f} | {us[64]:.1f} | {awake[1]:.0f} | {awake[64]:.1f} |")
+        cells = [
+            f"{one['us']:.{digits}f} ({one['of_to_thread']:.2f})"
+            for by_count in (costs, awake)
+            for one, digits in ((by_count[1], 0), (by_count[64], 1))
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     for count in results["clients"].get("asyncdp", {}):
         lines += [
             "",
@@ -196,6 +214,7 @@ def as_table(results: dict[str, Any]) -> str:
     lines += [
         "",
         "The stall is that of the loop the clients run on; infinity and asyncdp share it with them.",
+        "`encode` is no service: all texts in one call of `SentenceTransformer.encode`, which blocks.",
         "",
     ]
     return "\n".join(lines)

@@ -2,7 +2,10 @@
 
 Every contender is a process of its own (DDP: two), made anew for every workload. They take turns, a few
 steps each, so that whatever else the machine does hits all of them alike. Told are medians over all
-timed steps, and the peak memory of each contender's processes added up.
+timed steps, the peak memory of each contender's processes added up, and how asyncdp's median of a turn
+compares with that of the better peer in the same round: the median of those ratios, since the machine changes
+its pace from one round to the other. For comparison, plain steps awaited through `asyncio.to_thread` take
+turns, too.
 
 With lanes on a GPU (`--devices cuda:0,cuda:0`) all of them work on that GPU, every step is timed to its end
 there, and memory is what torch allocated on it. DDP takes part only where two different GPUs are named.
@@ -14,6 +17,7 @@ import argparse
 import asyncio
 import copy
 import json
+import operator
 import os
 import platform
 import socket
@@ -21,7 +25,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +40,7 @@ from asyncdp._devices import parse_devices
 
 SCRIPT = Path(__file__).resolve()
 RESULTS = SCRIPT.parent.parent / "docs" / "results"
-CONTENDERS = ("plain", "ddp", "asyncdp", "asyncdp-all")
+CONTENDERS = ("plain", "ddp", "to_thread", "asyncdp", "asyncdp-all")
 
 
 class Place:
@@ -58,6 +63,7 @@ class Place:
         return {
             "plain": "plain torch, all threads" if self.is_cpu else "plain torch",
             **({"ddp": ddp} if self.has_ddp else {}),
+            "to_thread": "plain torch by asyncio.to_thread",
             "asyncdp": "asyncdp",
             "asyncdp-all": f"asyncdp, always {len(self.lanes)} lanes",
         }
@@ -228,19 +234,35 @@ def run_ddp(workload: Workload, place: Place, rank: int, port: int) -> None:
     serve(step, place)
 
 
+async def run_to_thread(workload: Workload, place: Place) -> None:
+    module, batch = made(workload, place.home)
+    optimizer = optimizer_of(module)
+
+    def step() -> None:
+        plain_step(module, optimizer, batch)
+        place.wait()
+
+    await serve_async(lambda: asyncio.to_thread(step), place)
+
+
 async def run_asyncdp(workload: Workload, place: Place, num_lanes: str) -> None:
     module, batch = made(workload, place.home)
     optimizer = optimizer_of(module)
-    answer("ready")
     async with asyncdp.DataParallel(module, place.spec, num_lanes=num_lanes) as engine:
-        for line in sys.stdin:
-            count = int(line)
-            times = []
-            for _ in range(count):
-                started = time.perf_counter()
-                await engine.train_step(*batch, functional.cross_entropy, optimizer)
-                times.append(time.perf_counter() - started)
-            answer(times if count else place.peak_bytes())
+        await serve_async(lambda: engine.train_step(*batch, functional.cross_entropy, optimizer), place)
+
+
+async def serve_async(step: Callable[[], Awaitable[object]], place: Place) -> None:
+    """As `serve`, with steps to await."""
+    answer("ready")
+    for line in sys.stdin:
+        count = int(line)
+        times = []
+        for _ in range(count):
+            started = time.perf_counter()
+            await step()
+            times.append(time.perf_counter() - started)
+        answer(times if count else place.peak_bytes())
 
 
 async def run_stall(workload: Workload, place: Place, inline: bool) -> None:
@@ -282,7 +304,7 @@ class Contender:
     """The processes of one contender, waiting for their turn."""
 
     def __init__(self, name: str, workload: str, place: Place) -> None:
-        self.times: list[float] = []
+        self.turns: list[list[float]] = []
         commands = [["--contender", name, "--workload", workload, "--devices", place.spec]]
         environment = dict(os.environ)
         if name == "ddp":
@@ -336,11 +358,12 @@ def race(workload: str, num_rounds: int, place: Place) -> dict[str, Any]:
     for turn in range(num_rounds):
         order = list(contenders.values())
         for each in order[turn % len(order) :] + order[: turn % len(order)]:
-            each.times += each.ask(count)[0]
+            each.turns.append(each.ask(count)[0])
     found = {
         name: {
-            "median_ms": statistics.median(each.times) * 1e3,
-            "best_ms": min(each.times) * 1e3,
+            "median_ms": statistics.median(chain.from_iterable(each.turns)) * 1e3,
+            "best_ms": min(chain.from_iterable(each.turns)) * 1e3,
+            "turns_ms": [round(statistics.median(turn) * 1e3, 3) for turn in each.turns],
             "peak_mib": sum(each.ask(0)) / 2**20,
         }
         for name, each in contenders.items()
@@ -410,6 +433,7 @@ def table(report: dict[str, Any], titles: dict[str, str]) -> str:
         "# Training steps",
         "",
         f"Medians of interleaved turns on {report['machine']}; `scripts/bench_training` measures again. "
+        f"The last column is the median of the ratios within each of the {report['num_rounds']} rounds. "
         f"The load of the machine before it began: {report['load']:.1f}.",
         "",
         "| workload | "
@@ -472,11 +496,14 @@ def drive(num_rounds: int, workloads: list[str], place: Place, out: Path) -> Non
     }
     for name in workloads:
         found = race(name, num_rounds, place)
-        better = min(found[peer]["median_ms"] for peer in ("plain", "ddp") if peer in found)
+        peers = [peer for peer in ("plain", "ddp") if peer in found]
+        better = min(peers, key=lambda peer: found[peer]["median_ms"])
         one: dict[str, Any] = {
             "title": WORKLOADS[name].title,
             "contenders": found,
-            "ratio": found["asyncdp"]["median_ms"] / better,
+            "ratio": statistics.median(
+                map(operator.truediv, found["asyncdp"]["turns_ms"], found[better]["turns_ms"])
+            ),
         }
         if "ddp" in found:
             one["memory_ratio"] = found["asyncdp"]["peak_mib"] / found["ddp"]["peak_mib"]
@@ -517,6 +544,8 @@ def main() -> None:
         run_plain(workload, place)
     elif asked.contender == "ddp":
         run_ddp(workload, place, asked.rank, asked.port)
+    elif asked.contender == "to_thread":
+        asyncio.run(run_to_thread(workload, place))
     else:
         num_lanes = "all" if asked.contender == "asyncdp-all" else "auto"
         asyncio.run(run_asyncdp(workload, place, num_lanes))

@@ -23,7 +23,7 @@ from pathlib import Path
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-Call = Callable[[str], Awaitable[object]]
+Call = Callable[..., Awaitable[object]]
 MAX_BATCH_SIZE = 32
 BEAT_SECONDS = 0.002
 
@@ -118,6 +118,19 @@ async def open_http(command: list[str], port: int) -> AsyncIterator[Call]:
         server.wait()
 
 
+@contextlib.asynccontextmanager
+async def open_encode(folder: str) -> AsyncIterator[Call]:
+    """No service, but what one would be without: all texts at once, on this thread."""
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(folder, device="cpu")
+
+    async def call(texts: str | list[str]) -> object:
+        return model.encode(texts, batch_size=MAX_BATCH_SIZE)
+
+    yield call
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return listener.getsockname()[1]
@@ -129,6 +142,8 @@ def open_contender(name: str, folder: str) -> contextlib.AbstractAsyncContextMan
         return open_asyncdp(folder)
     if name == "infinity":
         return open_infinity(folder)
+    if name == "encode":
+        return open_encode(folder)
     if name == "asyncdp-http":
         example = Path(__file__).parents[1] / "docs" / "examples" / "embedding_service.py"
         command = [sys.executable, str(example), folder, "--port", str(port), "--devices", "cpu*2"]
@@ -137,7 +152,7 @@ def open_contender(name: str, folder: str) -> contextlib.AbstractAsyncContextMan
     return open_http([sys.executable, server, folder, str(port), str(MAX_BATCH_SIZE)], port)
 
 
-async def run_round(call: Call, num_clients: int, texts: list[str]) -> dict[str, float]:
+async def run_round(call: Call, num_clients: int, texts: list[str] | list[list[str]]) -> dict[str, float]:
     rest, latencies, stalls = iter(texts), [], []
 
     async def client() -> None:
@@ -163,7 +178,7 @@ async def run_round(call: Call, num_clients: int, texts: list[str]) -> dict[str,
         "seconds": seconds,
         "p50": latencies[len(latencies) // 2],
         "p99": latencies[int(len(latencies) * 0.99)],
-        "stall_p99": stalls[int(len(stalls) * 0.99)],
+        "stall_p99": stalls[int(len(stalls) * 0.99)] if stalls else seconds,
     }
 
 
@@ -177,7 +192,8 @@ async def main() -> None:
         print(json.dumps("ready"), file=answers, flush=True)
         while line := await loop.run_in_executor(None, sys.stdin.readline):
             request = json.loads(line)
-            answer = await run_round(call, request["clients"], request["texts"])
+            texts = [request["texts"]] if sys.argv[1] == "encode" else request["texts"]
+            answer = await run_round(call, request["clients"], texts)
             print(json.dumps(answer), file=answers, flush=True)
 
 

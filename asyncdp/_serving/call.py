@@ -29,11 +29,11 @@ class Call(Item):
         "_new_waiter",
         "_queue",
         "_recorder",
-        "_timeout",
         "_value",
         "_waiter",
         "done",
         "sample",
+        "timeout",
     )
 
     def __init__(
@@ -53,7 +53,7 @@ class Call(Item):
         self._queue = queue
         self._recorder = recorder
         self._new_waiter = new_waiter
-        self._timeout = timeout
+        self.timeout = timeout
         self._waiter: Waiter | None = None  # made when somebody awaits the call
         self._call_off: Callable[[], object] | None = None  # what ends that wait in time
         self._value: Any = None
@@ -76,7 +76,12 @@ class Call(Item):
             BaseException: what the engine raised for this very sample.
         """
         if not self.done:
-            waiter = self._begin_wait()
+            if self._waiter is not None:
+                raise RuntimeError("two tasks await one call. Let one of them await it and tell the other.")
+            self._waiter = waiter = self._new_waiter()
+            if self.timeout is not None:
+                seconds = self.arrived + self.timeout - time.perf_counter()
+                self._call_off = call_later(max(0.0, seconds), partial(self.expire, math.inf))
             try:
                 yield from waiter.__await__()
             except BaseException:
@@ -123,11 +128,12 @@ class Call(Item):
         else:
             # Counted when the task that waits goes on: it may be cancelled before that.
             self.done, self._value, self._error = True, value, error
-            wake(self._waiter)
+            if not self._waiter.done():  # as `wake` does, but without its call
+                self._waiter.set_result(None)
 
     def expire(self, now: float) -> bool:
         """Give the call a `CallTimeoutError` if its time is over; tell whether it was."""
-        if self._timeout is None or self.done or now < self.arrived + self._timeout:
+        if self.timeout is None or self.done or now < self.arrived + self.timeout:
             return False
         self._time_out()
         if self._waiter is None:
@@ -136,19 +142,10 @@ class Call(Item):
             wake(self._waiter)
         return True
 
-    def _begin_wait(self) -> Waiter:
-        if self._waiter is not None:
-            raise RuntimeError("two tasks await one call. Let one of them await it and tell the other.")
-        self._waiter = waiter = self._new_waiter()
-        if self._timeout is not None:
-            seconds = self.arrived + self._timeout - time.perf_counter()
-            self._call_off = call_later(max(0.0, seconds), partial(self.expire, math.inf))
-        return waiter
-
     def _time_out(self) -> None:
-        assert self._timeout is not None
+        assert self.timeout is not None
         self.done = self._is_late = True
-        self._error = CallTimeoutError(self._timeout)
+        self._error = CallTimeoutError(self.timeout)
         self._queue.remove(self, time.perf_counter())
 
     def _give_up(self) -> None:

@@ -142,7 +142,7 @@ class Dispatcher:
             return False
         self._free.pop()
         try:
-            in_time = [call for call in calls if not call.expire(now)]
+            in_time = [call for call in calls if call.timeout is None or not call.expire(now)]
             if in_time:
                 sizes = [call.size for call in in_time] if self.queue.sized else ()
                 self.recorder.batch(sizes, [now - call.arrived for call in in_time])
