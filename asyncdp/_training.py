@@ -158,7 +158,9 @@ class Trainer:
     def _run_alone(self, step: Step) -> Tensor | None:
         """A whole step on this thread, that of its only lane; None if it was cancelled on the way."""
         with recording():
-            share = step.compute(0)
+            share = step.compute_in_place()
+            if share is None:
+                share = step.compute(0)
             lane = current_lane()
             assert lane is not None
             assert lane.running is not None

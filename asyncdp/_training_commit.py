@@ -171,18 +171,19 @@ def _hooked(tensor: Tensor, gradients: Gradients) -> Tensor | None:
     return tensor.grad
 
 
-def commit(held: Held, options: StepOptions, write_buffers: Callable[[], None]) -> None:
+def commit(held: Held, options: StepOptions, write_buffers: Callable[[], None] | None) -> None:
     """Take the optimizer's step with the gradients that are in `.grad`, and clear them.
 
     Args:
         held: the tensors that have them.
         options: what the user said about the step.
         write_buffers: makes the module's buffers those of the step; called when only the optimizer
-            itself can still fail.
+            itself can still fail. None if there are none.
     """
     if options.before_step is not None:
         _before_step(options, options.before_step)
-    write_buffers()
+    if write_buffers is not None:
+        write_buffers()
     if options.reduce_only:
         return
     try:

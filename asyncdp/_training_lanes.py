@@ -165,45 +165,18 @@ def _overlaps_itself(tensor: Tensor) -> bool:
     )
 
 
-class InPlaceLane:
-    """The only lane of a step, on which the module itself can train as in plain torch.
-
-    Without buffers there is nothing but gradients that a step which fails would have to put back.
-
-    Args:
-        module: what to train.
-        learning: its tensors that require gradients.
-    """
-
-    def __init__(self, module: nn.Module, learning: list[Tensor]) -> None:
-        self._module = module
-        self.learning = learning
-
-    @classmethod
-    def of(cls, modes: Modes, device: torch.device) -> InPlaceLane | None:
-        """The lane on `device`, or None if the module has to have a replica there."""
-        if any(each._buffers for each in modes.modules):
+def trained_in_place(outline: Outline, device: torch.device) -> list[Tensor] | None:
+    """The tensors of a module that learn, if it can train on `device` itself; None if it needs a replica."""
+    if any(each._buffers for each in outline.modules):
+        return None
+    learning: list[Tensor] = []
+    for tensor in outline.parameters():
+        # A hook shall get the whole gradient, kept ones included, and only when all is well.
+        if not tensor.is_leaf or tensor.device != device or has_hooks(tensor):
             return None
-        learning: list[Tensor] = []
-        for tensor in modes.outline.parameters():
-            # A hook shall get the whole gradient, kept ones included, and only when all is well.
-            if not tensor.is_leaf or tensor.device != device or has_hooks(tensor):
-                return None
-            if tensor.requires_grad:
-                learning.append(tensor)
-        return cls(modes.modules[0], learning)
-
-    def module(self, report: Report | None, modes: Modes) -> nn.Module:
-        """The module, for one forward and backward."""
-        assert report is None, "one lane has nobody to report to"
-        return self._module
-
-    def collect(self) -> Gradients:
-        """No gradients: they are in `.grad` of the module's own parameters."""
-        return [None] * len(self.learning)
-
-    def write_buffers(self, module: nn.Module) -> None:
-        """The module has none."""
+        if tensor.requires_grad:
+            learning.append(tensor)
+    return learning
 
 
 class TrainingLanes(ReplicaSet):

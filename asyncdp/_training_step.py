@@ -17,7 +17,7 @@ from ._runtime import Lane
 from ._scatter import bring
 from ._structure import Outline
 from ._training_commit import Accumulated, Held, StepOptions, commit, deliver, threads
-from ._training_lanes import InPlaceLane, Modes, TrainingLane, TrainingLanes
+from ._training_lanes import Modes, TrainingLane, TrainingLanes, trained_in_place
 from .errors import LossNotScalarError
 
 # Below this an optimizer's step takes less time than changing the thread count twice.
@@ -46,11 +46,10 @@ _NOTHING_TO_CHANGE = nullcontext()
 class _Prepared(NamedTuple):
     """What all lanes of a step share."""
 
-    lanes: Sequence[TrainingLane | InPlaceLane]
+    lanes: Sequence[TrainingLane]
     learning: list[Tensor]
     reducer: Reducer | None
     """None where one lane is alone: it has nothing to reduce."""
-    held: Held
     scale: Tensor | None
     """The factor of a GradScaler."""
 
@@ -90,6 +89,8 @@ class Step:
         self._shards = shards
         self._weights = weights
         self._prepared: _Prepared | None = None
+        self._in_place: list[Tensor] | None = None  # what learns, if the module itself has trained
+        self._held: Held | None = None
         self._lock = threading.Lock()
         self._own_gradients: Gradients = []
         self._is_done = False
@@ -101,15 +102,11 @@ class Step:
 
     def compute(self, index: int) -> Tensor:
         """As `run_lane`, where operations are recorded already."""
-        lanes, _, reducer, _, scale = self._prepare()
+        lanes, _, reducer, scale = self._prepare()
         lane = lanes[index]
         try:
             report = None if reducer is None else partial(reducer.report, index)
             share = self._loss_of(index, lane.module(report, self._modes))
-            if isinstance(lane, InPlaceLane) and not self._modes.hold():
-                # Layers of the module itself may have run in different modes: once more, on a replica.
-                self._prepared = self._prepare_lanes()
-                return self.compute(index)
             _backward(share if scale is None else share * scale.to(share.device))
         finally:
             gradients = lane.collect()
@@ -119,19 +116,45 @@ class Step:
             reducer.end(index)
         return share.detach()
 
+    def compute_in_place(self) -> Tensor | None:
+        """As `compute(0)` of an only lane, with the module itself, as in plain torch.
+
+        Without buffers there is nothing but gradients that a step which fails would have to put back.
+
+        Returns:
+            The loss, or None if the module has to have a replica; nothing has changed then.
+        """
+        self._note_changes()
+        device = self._lanes[0].device
+        learning = trained_in_place(self._modes.outline, device) if self._modes.hold() else None
+        if learning is None:
+            return None
+        self._held = Held(learning, self.options.optimizer)
+        loss = self._loss_of(0, self._module)
+        if not self._modes.hold():  # layers may have run in different modes
+            return None
+        scale = self._scale(learning)
+        _backward(loss if scale is None else loss * scale.to(loss.device))
+        self._in_place = learning
+        return loss.detach()
+
     def keep(self) -> None:
         """Put the lanes' gradients aside for the next step that reduces."""
-        lanes, learning, reducer, held, _ = self._prepare()
-        direct = held.direct()
-        self._kept.add(learning, [self._own_gradients] if reducer is None else reducer.gradients)
-        self._kept.add(held.tensors, [direct])
-        held.restore()
-        lanes[0].write_buffers(self._module)
+        assert self._held is not None
+        direct = self._held.direct()
+        if self._in_place is None:
+            lanes, learning, reducer, _ = self._prepare()
+            self._kept.add(learning, [self._own_gradients] if reducer is None else reducer.gradients)
+            lanes[0].write_buffers(self._module)
+        self._kept.add(self._held.tensors, [direct])
+        self._held.restore()
         self._is_done = True
 
     def commit(self, all_threads: int) -> None:
         """Reduce what is left to reduce, and step with all the machine's threads if that pays."""
-        if self.takes_all_threads:
+        if self._in_place is not None:
+            self._commit_in_place(self._in_place)
+        elif self.takes_all_threads:
             with threads(all_threads):
                 self._commit()
         else:
@@ -139,19 +162,25 @@ class Step:
         self._is_done = True
 
     def _commit(self) -> None:
-        lanes, learning, reducer, held, _ = self._prepare()
-        has_kept = bool(self._kept)
-        if not isinstance(lanes[0], InPlaceLane) or has_kept or not held.is_empty:
-            sums = self._own_sums(learning) if reducer is None else reducer.sums()
-            deliver(held, learning, sums, self._kept.of(held.outsiders))
-        commit(held, self.options, partial(lanes[0].write_buffers, self._module))
-        if has_kept:
-            self._kept.clear()
+        assert self._held is not None
+        lanes, learning, reducer, _ = self._prepare()
+        sums = self._own_sums(learning) if reducer is None else reducer.sums()
+        deliver(self._held, learning, sums, self._kept.of(self._held.outsiders))
+        commit(self._held, self.options, partial(lanes[0].write_buffers, self._module))
+        self._kept.clear()
+
+    def _commit_in_place(self, learning: list[Tensor]) -> None:
+        assert self._held is not None
+        if self._kept or not self._held.is_empty:
+            self._own_gradients = [None] * len(learning)  # they are in `.grad` already
+            deliver(self._held, learning, self._own_sums(learning), self._kept.of(self._held.outsiders))
+        commit(self._held, self.options, None)
+        self._kept.clear()
 
     def undo(self) -> None:
         """After a failure or a cancellation, when all lanes are done: let the gradients be as they were."""
-        if self._prepared is not None and not self._is_done:
-            self._prepared.held.restore()
+        if self._held is not None and not self._is_done:
+            self._held.restore()
 
     @property
     def takes_all_threads(self) -> bool:
@@ -181,17 +210,14 @@ class Step:
             return self._prepared
         with self._lock:
             if self._prepared is None:
-                if not self._modes.outline.is_same():  # changed since the call
-                    self._modes = Modes(Outline(self._module))
-                self._prepared = self._prepare_alone() or self._prepare_lanes()
+                self._note_changes()
+                self._prepared = self._prepare_lanes()
             return self._prepared
 
-    def _prepare_alone(self) -> _Prepared | None:
-        """The module as it is for one lane, where that can do without a replica."""
-        if len(self._lanes) > 1 or not self._modes.hold():
-            return None
-        lane = InPlaceLane.of(self._modes, self._lanes[0].device)
-        return None if lane is None else self._shared([lane], lane.learning, None)
+    def _note_changes(self) -> None:
+        """Let modules that were changed since the call have their modes of now."""
+        if not self._modes.outline.is_same():
+            self._modes = Modes(Outline(self._module))
 
     def _prepare_lanes(self) -> _Prepared:
         num_lanes = len(self._lanes)
@@ -202,19 +228,17 @@ class Step:
             overlap = not self.accumulate and all(lane.device.type == "cpu" for lane in self._lanes)
             kept = [] if self.accumulate else self._kept.of(learning)
             reducer = Reducer(learning, self._replicas.buckets, num_lanes, kept, overlap=overlap)
-        prepared = self._shared(lanes, learning, reducer)
+        if self._held is None:
+            self._held = Held(learning, self.options.optimizer)
+        prepared = _Prepared(lanes, learning, reducer, self._scale(learning))
         if num_lanes > 1:  # made on this lane's stream, read on those of others
             wait_issued({*(lane.device for lane in self._lanes), *(each.device for each in learning)})
         return prepared
 
-    def _shared(
-        self, lanes: Sequence[TrainingLane | InPlaceLane], learning: list[Tensor], reducer: Reducer | None
-    ) -> _Prepared:
-        scale: Tensor | None = None
-        if self.options.scaler is not None and learning:
-            scale = self.options.scaler.scale(torch.ones((), device=learning[0].device))
-        held = Held(learning, self.options.optimizer) if self._prepared is None else self._prepared.held
-        return _Prepared(lanes, learning, reducer, held, scale)
+    def _scale(self, learning: Sequence[Tensor]) -> Tensor | None:
+        if self.options.scaler is None or not learning:
+            return None
+        return self.options.scaler.scale(torch.ones((), device=learning[0].device))  # type: ignore[no-any-return]
 
 
 def _checked(loss: Any) -> Tensor:
