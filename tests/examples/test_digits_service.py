@@ -50,6 +50,7 @@ def events_of(text: str) -> list[dict[str, Any]]:
     return [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line]
 
 
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])  # that of its server; it takes long
 async def test_it_trains_while_it_answers() -> None:
     """Training reaches an accuracy of 0.97 on digits it never saw, and predictions are answered meanwhile."""
     async with client() as one:
