@@ -34,7 +34,6 @@ _NAMES = {
     "run_here": "run",
     "whole": "run",
     "over": "run",
-    "<lambda>": "run",
     "run_batch": "run",
     "arguments": "collate",
     "results": "split",
