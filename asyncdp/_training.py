@@ -117,6 +117,8 @@ class Trainer:
         weights = _weights(num_rows) if is_weighed else [1.0] * len(shards)
         lanes = self._lanes[: len(shards)]
         step = Step(modes, self._replicas, self._kept, lanes, shards, weights, options, accumulate)
+        stage, following = self._stages(step, lanes)
+        share = self._all_threads if len(lanes) == 1 else self._runtime.thread_share(len(lanes))
         if not self._one_at_a_time.locked():
             self._one_at_a_time.acquire_nowait()
             ambient = None
@@ -125,8 +127,6 @@ class Trainer:
             self._runtime.refuse_closed()
             ambient = self._runtime.ambient()
             await self._one_at_a_time.acquire()
-        stage, following = self._stages(step, lanes)
-        share = self._all_threads if len(lanes) == 1 else self._runtime.thread_share(len(lanes))
         started = time.perf_counter()
         try:
             results = await self._runtime.run_pass(

@@ -137,13 +137,13 @@ def test_a_failed_step_changes_nothing(home: str, kind: str, lane: int, phase: s
 
     async def main() -> None:
         for step, old in itertools.product(range(4), (False, True)):
-            await fail_in(Setting(phase, lane, bang, kind, home), step, old)
+            assert await fail_in(Setting(phase, lane, bang, kind, home), step, old)
 
     asyncio.run(main())
 
 
-async def fail_in(setting: Setting, step: int, old: bool) -> None:
-    """Fail in step `step`, with gradients there before it or not, then take it."""
+async def fail_in(setting: Setting, step: int, old: bool) -> bool:
+    """Fail in step `step`, with gradients there before it or not, then take it; tell if it left no trace."""
     async with setting.engine() as one:
         for _ in range(step):
             await setting.step(one)
@@ -159,7 +159,7 @@ async def fail_in(setting: Setting, step: int, old: bool) -> None:
         assert one.statistics().num_steps == step
         setting.trap.is_set = False
         await setting.step(one)
-    assert await setting.is_untroubled(step + 1, old_before_last=old)
+    return await setting.is_untroubled(step + 1, old_before_last=old)
 
 
 _untroubled: dict[tuple[int, str, str, bool], Snapshot] = {}
