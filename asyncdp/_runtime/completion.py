@@ -19,9 +19,19 @@ from collections import deque
 from collections.abc import Callable, Generator
 from typing import Any, Protocol
 
+from .wakeup import Look
+
+LOOK_SECONDS = 100e-6
+"""How long an event loop looks for the end of a short pass: no longer than many a callback takes."""
+
+_NUM_SKIPPED = 4  # looks that are left out after one in vain
+
 
 class Callback(Protocol):
     """Finished once by any thread, heard of on the event loop it was made on."""
+
+    def expect(self) -> None:
+        """It is likely to be finished in a moment: the loop may wait for that awake; called on the loop."""
 
     def finish(self) -> None:
         """Let the loop know. Callable from any thread; never blocks."""
@@ -61,6 +71,18 @@ def new_callback(function: Callable[[], object]) -> Callback:
     return _AsyncioCallback(function)
 
 
+def look_of_loop() -> Callable[[], object]:
+    """What has the event loop of this thread look for the callbacks it expects, and call them.
+
+    To be called on the loop, outside of any task, after callbacks were made that are expected; for
+    completions it happens by itself. On trio it does nothing: that cannot be spared its sleep.
+    """
+    trio = sys.modules.get("trio")
+    if trio is not None and trio.lowlevel.in_trio_run():
+        return bool
+    return _waker_of(get_running_loop()).look
+
+
 # --- asyncio ---------------------------------------------------------------------------------
 
 
@@ -81,6 +103,10 @@ class _AsyncioCompletion(asyncio.Future[None]):
         self._go_on: tuple[contextvars.Context, Callable[[Any], object]] | None = None
         self._cancelling = False
         self._message: Any = None
+
+    def expect(self) -> None:
+        if self._waker.expect():
+            self.get_loop().call_soon(self._waker.look)  # after all that is due by then
 
     def finish(self) -> None:
         self._waker.put(self)
@@ -123,6 +149,9 @@ class _AsyncioCallback:
         self._waker = _waker_of(get_running_loop())
         self._function: Callable[[], object] | None = function
 
+    def expect(self) -> None:
+        self._waker.expect()
+
     def finish(self) -> None:
         self._waker.put(self)
 
@@ -138,6 +167,9 @@ class _LoopWaker:
 
     An eventfd costs less per wake-up than `call_soon_threadsafe`, which is used where the loop or
     the system has none. Many may travel on one wake-up.
+
+    A loop that looks for them is spared its sleep: on a virtual machine, to be woken from it takes
+    longer than all the code of a call.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -145,6 +177,10 @@ class _LoopWaker:
         self.outbox: deque[_AsyncioCompletion | _AsyncioCallback] = deque()
         self.is_signalled = False
         self._lock = threading.Lock()
+        self._look = Look(LOOK_SECONDS)
+        self._is_look_due = False
+        self._is_looking = False
+        self._num_to_skip = 0
         self._fd = _open_eventfd()
         if self._fd is not None:
             try:
@@ -164,7 +200,36 @@ class _LoopWaker:
         self.outbox.append(ended)
         if not self.is_signalled:
             self.is_signalled = True
-            self.signal()
+            # Asked after the append; the loop stops looking before it empties the outbox.
+            if self._is_looking:
+                self._look.give()
+            else:
+                self.signal()
+
+    def expect(self) -> bool:
+        """Let the next `look` be one; tell whether it is now, and was not before."""
+        if self._num_to_skip:
+            self._num_to_skip -= 1
+            return False
+        was_due, self._is_look_due = self._is_look_due, True
+        return not was_due
+
+    def look(self) -> None:
+        """Wait awake for something to settle, if it is expected, and settle it; on the loop, in no task."""
+        if not self._is_look_due:
+            return
+        self._is_look_due = False
+        try:
+            if not self.outbox:
+                self._is_looking = True
+                self._look.take()
+        finally:
+            self._is_looking = False
+            self._look.clear()
+            if self.outbox:
+                self._settle_all()
+            else:
+                self._num_to_skip = _NUM_SKIPPED
 
     def signal(self) -> None:
         """Have the loop settle what is in the outbox; `is_signalled` tells that it is going to."""
@@ -248,6 +313,9 @@ class _TrioCompletion:
         self._raise_cancel: Callable[[], None] | None = None
         self._finished = False
 
+    def expect(self) -> None:
+        pass
+
     def finish(self) -> None:
         with contextlib.suppress(self._trio.RunFinishedError):  # nobody waits any more
             self._token.run_sync_soon(self._settle)
@@ -285,6 +353,9 @@ class _TrioCallback:
         self._trio = trio
         self._token = trio.lowlevel.current_trio_token()
         self._function: Callable[[], object] | None = function
+
+    def expect(self) -> None:
+        pass
 
     def finish(self) -> None:
         with contextlib.suppress(self._trio.RunFinishedError):  # nobody is there any more

@@ -13,7 +13,7 @@ import torch
 
 from .._devices.base import LaneDevice
 from .._devices.threads import set_intra_op_threads
-from . import trace
+from . import completion, trace
 from .ambient import LaneModes, Modes, current_modes
 from .schedule import LaneState
 from .wakeup import LOOK_SECONDS, Wakeup
@@ -88,6 +88,11 @@ class Lane:
     def state(self) -> LaneState:
         """Whether the lane takes work."""
         return self._core.schedule.state(self.index)
+
+    @property
+    def is_alert(self) -> bool:
+        """Whether it waits for work, awake, and its last work took less time than an event loop may look."""
+        return self._wakeup.is_looking and self._last_seconds < completion.LOOK_SECONDS
 
     @property
     def is_lost(self) -> bool:

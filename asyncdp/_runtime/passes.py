@@ -142,9 +142,13 @@ class Pass:
 
     def submit(self, *, waits: bool = True) -> None:
         """Begin the pass; `waits` for room, or is refused. Its end is told on the loop, not here."""
+        # Asked before the lane gets its work; the lanes of one stage do alike.
+        is_short = bool(self._works) and self._works[0].lane.is_alert
         with self._core.lock:
             self._core.submit(self, waits)
         self._core.wake()
+        if is_short:
+            self._completion.expect()
 
     def cancel(self) -> None:
         """Drop what has not started; the pass ends once what runs has drained."""

@@ -1,4 +1,4 @@
-"""What a lane's thread waits for between works, awake for a moment before it sleeps."""
+"""How threads wait for what comes soon: awake for a moment, before they sleep."""
 
 from __future__ import annotations
 
@@ -10,58 +10,88 @@ import time
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-LOOK_SECONDS = 300e-6
+LOOK_SECONDS = 500e-6
 """How long a thread looks for its signal before it sleeps."""
 
 _SOON = 2 * LOOK_SECONDS  # a signal that came later than this last time is not looked for the next time
-_GRACE = 10e-6  # seconds from the signal to the end of the look: by then a slow machine has let go, too
-_NUM_ROWS = round(LOOK_SECONDS / _GRACE)
-_SILENT = bytes(_NUM_ROWS)
-_SIGNALLED = bytes([1] * (_NUM_ROWS - 1) + [0])
+_GRACE = 10e-6  # seconds from the sign to the end of the look: by then a slow machine has let go, too
+
+
+class Look:
+    """One thread looks for a sign for a moment, any other gives it.
+
+    To sleep and be woken by the system takes longer than a short work, above all when the core sleeps
+    too. To look for the sign in Python would hold the interpreter's lock, which whoever prepares the
+    sign needs. So NumPy looks, which lets go of that lock: whether any element is true of an array
+    whose rows, by a stride of 0, are one byte each. It leaves a row at the first that is.
+
+    A sign sets the bytes of all rows but the last: the look ends one row later, by which time the
+    thread that gave it has let go of the interpreter's lock as a rule. Nothing may depend on what the
+    look sees but how soon it ends.
+
+    Args:
+        seconds: how long to look at most.
+
+    Attributes:
+        seen: for each row, whether the latest look found it signed.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        num_rows = round(seconds / _GRACE)
+        self._bytes = bytearray(num_rows)
+        self._silent = bytes(num_rows)
+        self._signed = bytes([1] * (num_rows - 1) + [0])
+        self._rows = as_strided(np.frombuffer(self._bytes, bool), (num_rows, _row_length()), (1, 0))
+        self.seen = np.zeros(num_rows, bool)
+
+    def give(self) -> None:
+        """Give the sign."""
+        self._bytes[:] = self._signed
+
+    def take(self) -> None:
+        """Look until the sign is given or the time is over."""
+        np.logical_or.reduce(self._rows, axis=1, out=self.seen)
+
+    def clear(self) -> None:
+        """Forget the sign."""
+        self._bytes[:] = self._silent
 
 
 class Wakeup:
-    """One thread waits, any other signals, once for each wait.
-
-    To sleep and be woken by the system takes longer than a short work, above all when the core sleeps
-    too. To look for the signal in Python would hold the interpreter's lock, which whoever prepares the
-    signal needs. So NumPy looks, which lets go of that lock: whether any element is true of an array
-    whose rows, by a stride of 0, are one byte each. It leaves a row at the first that is.
-
-    A signal sets the bytes of all rows but the last: the look ends one row later, by which time the
-    signalling thread has let go of the interpreter's lock as a rule. Nothing depends on what the look
-    sees but how soon the wait ends.
+    """A lane's thread waits for its next work, any other signals it, once for each wait.
 
     Attributes:
-        seen: for each row, whether the latest look found it signalled.
+        look: what the thread sees while it is awake.
+        is_looking: whether it is awake, waiting.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._lock.acquire()
-        self._bytes = bytearray(_NUM_ROWS)
-        self._rows = as_strided(np.frombuffer(self._bytes, bool), (_NUM_ROWS, _row_length()), (1, 0))
-        self.seen = np.zeros(_NUM_ROWS, bool)
+        self.look = Look(LOOK_SECONDS)
+        self.is_looking = False
         self._last_wait = float("inf")
 
     def signal(self) -> None:
         """Let the waiting thread go on."""
-        self._bytes[:] = _SIGNALLED
+        self.look.give()
         self._lock.release()
 
     def wait(self, *, look: bool) -> None:
         """Wait for the signal; `look` for it first, if there is a core to spare and the last came soon."""
         started = time.perf_counter()
-        if look and self._last_wait < _SOON and _has_spare_core():
-            np.logical_or.reduce(self._rows, axis=1, out=self.seen)
+        if look and self._last_wait < _SOON and has_spare_core():
+            self.is_looking = True
+            self.look.take()
+            self.is_looking = False
         self._lock.acquire()
-        self._bytes[:] = _SILENT
+        self.look.clear()
         self._last_wait = time.perf_counter() - started
 
 
 @functools.cache
-def _has_spare_core() -> bool:
-    """Whether the signal can be prepared while this thread looks for it."""
+def has_spare_core() -> bool:
+    """Whether a sign can be prepared while another thread looks for it."""
     return len(os.sched_getaffinity(0)) > 1 if hasattr(os, "sched_getaffinity") else os.cpu_count() != 1
 
 

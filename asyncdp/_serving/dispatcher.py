@@ -10,6 +10,7 @@ from functools import partial
 
 import anyio
 
+from .._runtime.completion import look_of_loop
 from ..errors import BatcherClosedError, DeviceLostError, EngineCancelledError
 from .call import Call
 from .schedule import BatchSchedule
@@ -61,6 +62,7 @@ class Dispatcher:
 
     new_waiter: Callable[[], Waiter]
     _call_soon: Callable[[Callable[[], object]], object]
+    _look: Callable[[], object]
 
     def __init__(self, slots: Sequence[Slot], queue: BatchSchedule[Call], recorder: Recorder) -> None:
         self.state = BatcherState.NEW
@@ -82,6 +84,7 @@ class Dispatcher:
             slot.open()
         self.new_waiter = waiters_of_loop()
         self._call_soon = call_soon_of_loop()
+        self._look = look_of_loop()
         self._ended = anyio.Event()
         self.state = OPEN
 
@@ -107,7 +110,7 @@ class Dispatcher:
         """A call has been queued: look at it in the loop's next turn, when others may have come."""
         if not self._is_due and self._free and (self.queue.num_queued == 1 or self.queue.may_leave):
             self._is_due = True
-            self._call_soon(self._send)
+            self._call_soon(self._take_turn)
 
     def fail_waiting(self, make_error: Callable[[], BaseException]) -> None:
         """End the wait of every call that no batch has taken yet."""
@@ -116,9 +119,14 @@ class Dispatcher:
 
     # Sending batches.
 
+    def _take_turn(self) -> None:
+        """Send what may leave, and wait for the end of what is short; called by the loop."""
+        self._is_due = False
+        self._send()
+        self._look()
+
     def _send(self) -> None:
         """Send what may leave to slots that are free, and end once there is nothing more to do."""
-        self._is_due = False
         try:
             while self._free and self.queue.num_queued and not self._is_cancelled:
                 if not self._send_one():

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import anyio
 import pytest
 
+from asyncdp._runtime import completion
 from asyncdp._runtime import wakeup as wakeup_module
 from asyncdp._runtime.wakeup import LOOK_SECONDS, Wakeup
 
@@ -20,7 +21,7 @@ ENDLESS = 300_000_000
 @pytest.fixture
 def spare_core(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine of several cores, whatever this one has."""
-    monkeypatch.setattr(wakeup_module, "_has_spare_core", lambda: True)
+    monkeypatch.setattr(wakeup_module, "has_spare_core", lambda: True)
 
 
 def expectant() -> Wakeup:
@@ -38,10 +39,13 @@ def test_a_signal_ends_the_look_from_any_thread(monkeypatch: pytest.MonkeyPatch)
     wakeup = expectant()
     waiter = threading.Thread(target=wakeup.wait, kwargs={"look": True})
     waiter.start()
+    while not wakeup.is_looking:
+        assert waiter.is_alive()
     wakeup.signal()
     waiter.join(PATIENCE)
     assert not waiter.is_alive()
-    assert wakeup.seen[-2]
+    assert not wakeup.is_looking
+    assert wakeup.look.seen[-2]
 
 
 @pytest.mark.usefixtures("spare_core")
@@ -69,22 +73,23 @@ def test_each_signal_ends_one_wait() -> None:
     for _ in range(2):
         wakeup.signal()
         wakeup.wait(look=True)
-        assert wakeup.seen[:-1].all()
-        assert not wakeup.seen[-1]
-        assert not any(wakeup._bytes)
+        assert wakeup.look.seen[:-1].all()
+        assert not wakeup.look.seen[-1]
+        wakeup.look.take()
+        assert not wakeup.look.seen.any()
 
 
 def test_nobody_looks_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
     """Unasked, without a spare core, or after a long wait, the thread sleeps at once."""
     cores = SimpleNamespace(spare=True)
-    monkeypatch.setattr(wakeup_module, "_has_spare_core", lambda: cores.spare)
+    monkeypatch.setattr(wakeup_module, "has_spare_core", lambda: cores.spare)
     wakeup = expectant()
 
     def looked(*, asked: bool = True) -> bool:
-        wakeup.seen[:] = False
+        wakeup.look.seen[:] = False
         wakeup.signal()
         wakeup.wait(look=asked)
-        return bool(wakeup.seen.any())
+        return bool(wakeup.look.seen.any())
 
     assert looked()
     assert not looked(asked=False)
@@ -136,3 +141,23 @@ async def test_a_lane_looks_for_more_after_a_short_work_with_nothing_else_under_
             assert await look_after(LOOK_SECONDS / 2) == ("asyncdp-cpu:0", False)
             latch.open()
         assert await look_after(LOOK_SECONDS / 2) == ("asyncdp-cpu:0", True)
+
+
+@pytest.mark.anyio
+async def test_a_lane_is_alert_while_it_looks_between_short_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asleep, or after a work longer than an event loop may look, nobody shall wait for a lane awake."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("asyncdp._runtime.lane.time", SimpleNamespace(perf_counter=lambda: clock.now))
+
+    def pass_time(seconds: float) -> None:
+        clock.now += seconds
+
+    async with runtime(1) as rt:
+        (lane,) = rt.lanes
+        for share, is_alert in ((0.5, True), (1.5, False)):
+            await rt.run(pass_time, share * completion.LOOK_SECONDS)
+            await wait_until(lambda: lane._sleeping)
+            monkeypatch.setattr(lane._wakeup, "is_looking", True)
+            assert lane.is_alert == is_alert
+            monkeypatch.setattr(lane._wakeup, "is_looking", False)
+            assert not lane.is_alert
