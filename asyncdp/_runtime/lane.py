@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -60,6 +61,7 @@ class Lane:
         running: the pass whose work it does, for that work itself; None between works.
         num_done: works done since the lane was made.
         busy_seconds: time spent in works.
+        last_seconds: that the last work took; infinite before there is one, or if the device was to go on.
     """
 
     def __init__(self, name: str, index: int, driver: LaneDevice, core: Core) -> None:
@@ -69,7 +71,7 @@ class Lane:
         self.running: Pass | None = None
         self.num_done = 0
         self.busy_seconds = 0.0
-        self._last_seconds = 0.0  # that the last work took
+        self.last_seconds = math.inf
         self._num_threads = 0
         self._modes = LaneModes()
         self._core = core  # its lock guards the queue and the two flags
@@ -92,7 +94,7 @@ class Lane:
     @property
     def is_alert(self) -> bool:
         """Whether it waits for work, awake, and its last work took less time than an event loop may look."""
-        return self._wakeup.is_looking and self._last_seconds < completion.LOOK_SECONDS
+        return self._wakeup.is_looking and self.last_seconds < completion.LOOK_SECONDS
 
     @property
     def is_lost(self) -> bool:
@@ -176,7 +178,7 @@ class Lane:
                 break
             else:
                 modes = current_modes(self._core.device_types)
-                self._wakeup.wait(look=idle and self._last_seconds < LOOK_SECONDS)
+                self._wakeup.wait(look=idle and self.last_seconds < LOOK_SECONDS)
         self._modes.leave()  # here, since whichever thread lets go of torch's guards gets their old modes
         self.driver.close()
 
@@ -223,6 +225,7 @@ class Lane:
         if self._modes.are_brief:
             self._modes.leave()
         self.num_done += 1
-        self._last_seconds = time.perf_counter() - started
-        self.busy_seconds += self._last_seconds
+        seconds = time.perf_counter() - started
+        self.busy_seconds += seconds
+        self.last_seconds = seconds if marker is None else math.inf
         return marker is None

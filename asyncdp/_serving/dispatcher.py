@@ -145,7 +145,7 @@ class Dispatcher:
             self._free.pop()
             self._give_up(slot)
             return True
-        calls = self.queue.take(now, len(self._free))
+        calls = self.queue.take(now, 1 if slot.is_quick else len(self._free))
         if not calls:
             return False
         self._free.pop()

@@ -29,6 +29,9 @@ Values = Any
 CANCELLED = object()
 """Instead of results: the batch was given up."""
 
+# Up to here the batches of two lanes, for most of which Python's lock is held, take longer than one of both.
+_QUICK_SECONDS = 250e-6
+
 OnEnd = Callable[[Values, BaseException | None], object]
 """Told of results, or of what the engine raised."""
 
@@ -39,6 +42,10 @@ class Slot(Protocol):
     @property
     def lost(self) -> str | None:
         """The name of the lane under this slot, if its device is lost."""
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether its batches take no longer than it costs to make two of one."""
 
     def move_on(self) -> bool:
         """Change to a living lane that no slot is on; tell whether there was one."""
@@ -112,6 +119,10 @@ class _LaneSlot:
     def lost(self) -> str | None:
         return self.lane.name if self.lane.is_lost else None
 
+    @property
+    def is_quick(self) -> bool:
+        return self.lane.last_seconds < _QUICK_SECONDS
+
     def move_on(self) -> bool:
         for lane in self.spares:
             if not lane.is_lost:
@@ -155,6 +166,10 @@ class _AsyncSlot:
     @property
     def lost(self) -> str | None:
         return None
+
+    @property
+    def is_quick(self) -> bool:
+        return False
 
     def move_on(self) -> bool:
         return True

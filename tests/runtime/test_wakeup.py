@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from types import SimpleNamespace
 
 import anyio
 import pytest
 
+import asyncdp
+from asyncdp._devices.fake import fake_devices
 from asyncdp._runtime import completion
 from asyncdp._runtime import wakeup as wakeup_module
 from asyncdp._runtime.wakeup import LOOK_SECONDS, Wakeup
@@ -161,3 +164,13 @@ async def test_a_lane_is_alert_while_it_looks_between_short_works(monkeypatch: p
             assert lane.is_alert == is_alert
             monkeypatch.setattr(lane._wakeup, "is_looking", False)
             assert not lane.is_alert
+
+
+@pytest.mark.anyio
+async def test_a_work_that_the_device_goes_on_with_took_nobody_knows_how_long() -> None:
+    """What it took to issue is not taken for what it takes: nothing is expected of such a lane soon."""
+    async with asyncdp.Runtime(fake_devices(1)) as rt, runtime(1) as cpu:
+        for each, is_known in ((cpu, True), (rt, False)):
+            assert each.lanes[0].last_seconds == math.inf
+            await each.run(int)
+            assert (each.lanes[0].last_seconds < math.inf) == is_known

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import gc
+import math
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -44,6 +45,25 @@ async def outcomes_of(calls: Sequence[Any]) -> list[Any]:
         except Exception as error:
             outcomes.append(error)
     return outcomes
+
+
+# --- which batches are sent ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("seconds", "sizes"), [(1e-6, [4]), (1.0, [2, 2]), (math.inf, [2, 2])])
+async def test_what_waits_is_shared_out_where_that_pays(seconds: float, sizes: list[int]) -> None:
+    """Two free lanes share what waits, unless the last batch took so little time that two take longer."""
+    seen: list[int] = []
+
+    def engine(x: torch.Tensor) -> torch.Tensor:
+        seen.append(len(x))
+        return x * 2
+
+    async with Runtime("cpu*2") as runtime, Batcher(engine, runtime=runtime) as batcher:
+        for lane in runtime.lanes:
+            lane.last_seconds = seconds
+        assert await outcomes_of([batcher.call_nowait(ONE) for _ in range(4)]) == [2.0] * 4
+    assert seen == sizes
 
 
 # --- what an engine raises -------------------------------------------------------------------
