@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,8 @@ from ._structure import modules_of
 from ._training import count_rows
 from ._training_lanes import Modes
 from ._tuner import LaneChoice, Tuner, Workload
+
+_KIND = attrgetter("dtype", "shape")
 
 
 class Adaptive:
@@ -45,7 +48,7 @@ class Adaptive:
         workload = self._workload("call", tensors, modules_of(self._module))
         is_trial = workload.is_learning
         num_lanes = workload.choose()
-        num_elements = sum(tensor.numel() for tensor in tensors)
+        num_elements = sum(map(Tensor.numel, tensors))
         started = time.perf_counter()
         result = await self._run(num_lanes, replicas, args, kwargs)
         workload.record(num_lanes, time.perf_counter() - started, num_elements)
@@ -60,7 +63,7 @@ class Adaptive:
         tensors = tensors_of(batch)
         workload = self._workload("train_step", tensors, modes.modules)
         num_lanes = workload.choose()
-        size = sum([tensor.numel() for tensor in tensors])
+        size = sum(map(Tensor.numel, tensors))
         return num_lanes, partial(workload.record, num_lanes, size=size)
 
     async def _run(
@@ -74,7 +77,7 @@ class Adaptive:
         """The workload of a call; one that may not be tuned is fixed here."""
         mode = "train" if self._module.training else "eval"
         reason = why_fixed(modules)
-        asked = (kind, mode, _torch_mode(), reason, [(each.dtype, each.shape) for each in tensors])
+        asked = (kind, mode, _torch_mode(), reason, [*map(_KIND, tensors)])
         if self._latest is not None and asked == self._latest[0]:
             return self._latest[1]  # most calls are as the one before, and spared the making of a key
         key = Key((*asked[:3], *map(roughly, tensors), None if reason is None else f"({reason})"))
@@ -115,8 +118,12 @@ class Rough(NamedTuple):
 
 def tensors_of(batch: Any) -> Sequence[Tensor]:
     """All tensors of a batch."""
-    if type(batch) is tuple and all(isinstance(each, Tensor) for each in batch):
-        return batch  # most calls are so, and spared the detour over trees
+    if type(batch) is tuple:  # of tensors alone, as most calls are: spared the detour over trees
+        for each in batch:
+            if not isinstance(each, Tensor):
+                break
+        else:
+            return batch
     return [leaf for leaf in _tree.flatten(batch)[0] if isinstance(leaf, Tensor)]
 
 

@@ -57,20 +57,18 @@ class Outline:
 
     def is_same(self) -> bool:
         """Whether the modules are the same still."""
-        return _are_same([*chain.from_iterable(self._children)], self._noted_children)
+        found = [*chain.from_iterable(self._children)]
+        return len(found) == len(self._noted_children) and all(map(is_, found, self._noted_children))
 
     def parameters(self) -> list[Tensor]:
         """The parameters of all modules as of now, each once."""
         found: list[Tensor | None] = [*chain.from_iterable(self._parameters)]
-        if not _are_same(found, self._noted_parameters):
+        noted = self._noted_parameters
+        if len(found) != len(noted) or not all(map(is_, found, noted)):
             self._noted_parameters = found
             distinct = {id(tensor): tensor for tensor in found if tensor is not None}
             self._distinct_parameters = list(distinct.values())
         return self._distinct_parameters
-
-
-def _are_same(some: list[Any], others: list[Any]) -> bool:
-    return len(some) == len(others) and all(map(is_, some, others))
 
 
 class Structure:

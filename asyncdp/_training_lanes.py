@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -25,6 +26,9 @@ Report = Callable[[int, Tensor], None]
 """Takes the position of a tensor that learns, and its gradient."""
 
 
+_TRAINING = attrgetter("training")
+
+
 class Modes:
     """Which parts of a module are in train mode, as of a call.
 
@@ -34,11 +38,11 @@ class Modes:
     def __init__(self, outline: Outline) -> None:
         self.outline = outline
         self.modules = outline.modules
-        self.training = [each.training for each in self.modules]
+        self.training = [*map(_TRAINING, self.modules)]
 
     def hold(self) -> bool:
         """Whether they are so still."""
-        return [each.training for each in self.modules] == self.training
+        return [*map(_TRAINING, self.modules)] == self.training
 
 
 class TrainingLane:
@@ -167,8 +171,9 @@ def _overlaps_itself(tensor: Tensor) -> bool:
 
 def trained_in_place(outline: Outline, device: torch.device) -> list[Tensor] | None:
     """The tensors of a module that learn, if it can train on `device` itself; None if it needs a replica."""
-    if any(each._buffers for each in outline.modules):
-        return None
+    for each in outline.modules:
+        if each._buffers:
+            return None
     learning: list[Tensor] = []
     for tensor in outline.parameters():
         # A hook shall get the whole gradient, kept ones included, and only when all is well.

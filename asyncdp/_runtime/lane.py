@@ -10,8 +10,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from .._devices.base import LaneDevice
 from .._devices.threads import set_intra_op_threads
 from . import completion, trace
@@ -68,6 +66,7 @@ class Lane:
         self.name = name
         self.index = index
         self.driver = driver
+        self.device = driver.device
         self.running: Pass | None = None
         self.num_done = 0
         self.busy_seconds = 0.0
@@ -80,11 +79,6 @@ class Lane:
         self._stopping = False
         self._wakeup = Wakeup()
         self._thread = threading.Thread(target=self._run, name=f"asyncdp-{name}", daemon=True)
-
-    @property
-    def device(self) -> torch.device:
-        """Where this lane's tensors live."""
-        return self.driver.device
 
     @property
     def state(self) -> LaneState:
