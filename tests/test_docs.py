@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import multiprocessing.context
+import os
 import re
-import subprocess
-import sys
+import traceback
+import warnings
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -21,15 +25,42 @@ EXAMPLES = [
 ]
 
 
+def run_example(code: str, folder: Path) -> None:
+    """Be the program; called in a process of its own."""
+    os.chdir(folder)
+    warnings.simplefilter("error")
+    with (folder / "output").open("w") as output, redirect_stdout(output), redirect_stderr(output):
+        try:
+            exec(compile(code, "example", "exec"), {"__name__": "__main__"})
+        except BaseException:
+            traceback.print_exc()
+            raise
+
+
+@pytest.fixture(scope="module")
+def processes() -> multiprocessing.context.ForkServerContext:
+    """Makes processes that have imported the package already: most examples take less time than that."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "asyncdp._serving", "asyncdp.testing"])
+    return context
+
+
 @pytest.mark.parametrize(
     ("page", "number", "code"), EXAMPLES, ids=[f"{page}-{number}" for page, number, _ in EXAMPLES]
 )
-def test_examples_run(page: Path, number: int, code: str, tmp_path: Path) -> None:
+def test_examples_run(
+    page: Path,
+    number: int,
+    code: str,
+    tmp_path: Path,
+    processes: multiprocessing.context.ForkServerContext,
+) -> None:
     """Every Python example is a whole program that runs without a warning."""
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, f"example {number} of {page}:\n{done.stderr}"
+    process = processes.Process(target=run_example, args=(code, tmp_path))
+    process.start()
+    process.join(50)
+    told = (tmp_path / "output").read_text()
+    assert process.exitcode == 0, f"example {number} of {page}:\n{told}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
