@@ -21,8 +21,8 @@ from typing import Any, Protocol
 
 from .wakeup import Look
 
-LOOK_SECONDS = 100e-6
-"""How long an event loop looks for the end of a short pass: no longer than many a callback takes."""
+LOOK_SECONDS = 400e-6
+"""How long an event loop looks for the end of a short pass at most: no longer than a callback may take."""
 
 _NUM_SKIPPED = 4  # looks that are left out after one in vain
 

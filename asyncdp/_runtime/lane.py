@@ -87,8 +87,8 @@ class Lane:
 
     @property
     def is_alert(self) -> bool:
-        """Whether it waits for work, awake, and its last work took less time than an event loop may look."""
-        return self._wakeup.is_looking and self.last_seconds < completion.LOOK_SECONDS
+        """Whether it waits for work, awake, and a work like its last one ends well within a loop's look."""
+        return self._wakeup.is_looking and self.last_seconds < completion.LOOK_SECONDS / 2
 
     @property
     def is_lost(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import threading
 import time
@@ -10,10 +11,10 @@ import time
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-LOOK_SECONDS = 500e-6
-"""How long a thread looks for its signal before it sleeps."""
+LOOK_SECONDS = 1e-3
+"""How long a lane looks for its signal at most before it sleeps."""
 
-_SOON = 2 * LOOK_SECONDS  # a signal that came later than this last time is not looked for the next time
+_LONGER = 2.0  # a lane looks so many times as long as it had to wait last
 _GRACE = 10e-6  # seconds from the sign to the end of the look: by then a slow machine has let go, too
 
 
@@ -37,6 +38,7 @@ class Look:
     """
 
     def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
         num_rows = round(seconds / _GRACE)
         self._bytes = bytearray(num_rows)
         self._silent = bytes(num_rows)
@@ -48,9 +50,13 @@ class Look:
         """Give the sign."""
         self._bytes[:] = self._signed
 
-    def take(self) -> None:
-        """Look until the sign is given or the time is over."""
-        np.logical_or.reduce(self._rows, axis=1, out=self.seen)
+    def take(self, seconds: float = math.inf) -> None:
+        """Look until the sign is given or the time is over, that of the constructor or less."""
+        num_rows = len(self._bytes)
+        if seconds < self._seconds:
+            num_rows = max(2, math.ceil(seconds / _GRACE))
+        # The last ones, since a sign leaves out the last of all.
+        np.logical_or.reduce(self._rows[-num_rows:], axis=1, out=self.seen[-num_rows:])
 
     def clear(self) -> None:
         """Forget the sign."""
@@ -80,9 +86,9 @@ class Wakeup:
     def wait(self, *, look: bool) -> None:
         """Wait for the signal; `look` for it first, if there is a core to spare and the last came soon."""
         started = time.perf_counter()
-        if look and self._last_wait < _SOON and has_spare_core():
+        if look and self._last_wait < LOOK_SECONDS and has_spare_core():
             self.is_looking = True
-            self.look.take()
+            self.look.take(_LONGER * self._last_wait)
             self.is_looking = False
         self._lock.acquire()
         self.look.clear()

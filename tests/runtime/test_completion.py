@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import math
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -139,7 +140,7 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> list[Meanwhile]:
     """What happens during each look of a loop, in turn; a look without anything to come fails."""
     script: list[Meanwhile] = []
 
-    def take(self: Look) -> None:
+    def take(self: Look, _: float = math.inf) -> None:
         if threading.current_thread() is threading.main_thread():
             script.pop(0)()
 
@@ -232,10 +233,10 @@ async def test_a_loop_looks_for_what_alert_lanes_do(
     num_looks = 0
     plain_take = Look.take
 
-    def take(self: Look) -> None:
+    def take(self: Look, seconds: float = math.inf) -> None:
         nonlocal num_looks
         num_looks += threading.current_thread() is threading.main_thread()
-        plain_take(self)
+        plain_take(self, seconds)
 
     latch = threading.Event()
 

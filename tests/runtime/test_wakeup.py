@@ -13,7 +13,7 @@ import asyncdp
 from asyncdp._devices.fake import fake_devices
 from asyncdp._runtime import completion
 from asyncdp._runtime import wakeup as wakeup_module
-from asyncdp._runtime.wakeup import LOOK_SECONDS, Wakeup
+from asyncdp._runtime.wakeup import LOOK_SECONDS, Look, Wakeup
 
 from .helpers import PATIENCE, Latch, runtime, wait_until
 
@@ -76,10 +76,34 @@ def test_each_signal_ends_one_wait() -> None:
     for _ in range(2):
         wakeup.signal()
         wakeup.wait(look=True)
-        assert wakeup.look.seen[:-1].all()
+        assert wakeup.look.seen[-2]
         assert not wakeup.look.seen[-1]
         wakeup.look.take()
         assert not wakeup.look.seen.any()
+
+
+def test_a_look_may_be_shorter() -> None:
+    """A look of less time goes through as many rows less, and ends a row after the sign just the same."""
+    look = Look(100e-6)
+    look.give()
+    look.take(35e-6)
+    assert look.seen.tolist() == [False] * 6 + [True] * 3 + [False]
+    look.take(1.0)
+    assert look.seen.tolist() == [True] * 9 + [False]
+
+
+@pytest.mark.usefixtures("spare_core")
+def test_a_look_is_twice_as_long_as_the_last_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever was waited for only briefly is not looked for much longer."""
+    asked: list[float] = []
+    monkeypatch.setattr(Look, "take", lambda self, seconds: asked.append(seconds))
+    clock = iter([0.0, 0.125e-3, 1.0, 1.0])
+    monkeypatch.setattr(wakeup_module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    wakeup = Wakeup()
+    for _ in range(2):
+        wakeup.signal()
+        wakeup.wait(look=True)
+    assert asked == [0.25e-3]
 
 
 def test_nobody_looks_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +172,7 @@ async def test_a_lane_looks_for_more_after_a_short_work_with_nothing_else_under_
 
 @pytest.mark.anyio
 async def test_a_lane_is_alert_while_it_looks_between_short_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Asleep, or after a work longer than an event loop may look, nobody shall wait for a lane awake."""
+    """Asleep, or after a work too long for a look of the event loop, nobody shall wait for a lane awake."""
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr("asyncdp._runtime.lane.time", SimpleNamespace(perf_counter=lambda: clock.now))
 
@@ -157,7 +181,7 @@ async def test_a_lane_is_alert_while_it_looks_between_short_works(monkeypatch: p
 
     async with runtime(1) as rt:
         (lane,) = rt.lanes
-        for share, is_alert in ((0.5, True), (1.5, False)):
+        for share, is_alert in ((0.4, True), (0.6, False)):
             await rt.run(pass_time, share * completion.LOOK_SECONDS)
             await wait_until(lambda: lane._sleeping)
             monkeypatch.setattr(lane._wakeup, "is_looking", True)
