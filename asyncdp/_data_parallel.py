@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ._adaptive import Adaptive
 from ._buckets import DEFAULT_BUCKET_BYTES
 from ._devices import DeviceLike, Devices, parse_devices
+from ._devices.threads import end_own_team
 from ._parallel_apply import arguments
 from ._replica_set import ReplicaSet, replica_set_of
 from ._replicate import check_module
@@ -131,6 +132,7 @@ class DataParallel:
         checksum: bool = False,
     ) -> None:
         check_module(module)
+        end_own_team()  # this is the thread that made the module, most likely
         output = None if output_device is None else parse_devices(output_device)[0]
         self._owns_runtime = runtime is None
         self.runtime = Runtime(devices) if runtime is None else runtime

@@ -14,6 +14,7 @@ import torch
 
 from .. import _devices, _kernels
 from .._devices import Devices, LaneDevice, parse_devices
+from .._devices.threads import end_own_team
 from ..errors import (
     NestedPassError,
     RuntimeClosedError,
@@ -86,6 +87,7 @@ class Runtime:
         if max_queue < 0:
             raise ValueError(f"max_queue must be 0 or more, but got {max_queue}. 0 queues nothing.")
         drivers = _drivers(devices)
+        end_own_team()
         # Read here, in the caller's thread: what torch would use for one operation of this program.
         self._core = Core(max_queue, torch.get_num_threads())
         for driver in drivers:

@@ -98,9 +98,10 @@ def test_a_forked_child_builds_its_own() -> None:
         """
         import asyncio, os, sys, warnings
         warnings.simplefilter("ignore", DeprecationWarning)  # fork beside threads: what this is about
-        import asyncdp
+        import torch, asyncdp
         asyncio.run(asyncdp.default_runtime().run(int))
         old = asyncdp.Runtime("cpu")
+        torch.ones(1 << 20).add_(1)  # brings this thread helpers, whom the child must not wait for
         child = os.fork()
         if child == 0:
             assert asyncio.run(asyncdp.default_runtime().run(int, "7")) == 7
