@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 import time
 from collections import deque
@@ -32,6 +33,16 @@ _current = _Current()
 def current_lane() -> Lane | None:
     """The lane whose thread this is, or None."""
     return _current.lane
+
+
+_alive: dict[Lane, None] = {}  # all lanes of the process whose threads run
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_alive.clear)
+
+
+def _is_any_at_work() -> bool:
+    """Whether some lane of the process has use for a core that another one looks for work with."""
+    return any(lane.running is not None for lane in list(_alive))
 
 
 class Work:
@@ -144,6 +155,7 @@ class Lane:
 
     def _run(self) -> None:
         _current.lane = self
+        _alive[self] = None
         self._open()
         ended: Work | None = None
         modes: Modes | None = None  # of this thread; None if a work may have switched them
@@ -172,7 +184,9 @@ class Lane:
                 break
             else:
                 modes = current_modes(self._core.device_types)
-                self._wakeup.wait(look=idle and self.last_seconds < LOOK_SECONDS)
+                looks = idle and self.last_seconds < LOOK_SECONDS and not _is_any_at_work()
+                self._wakeup.wait(look=looks)
+        del _alive[self]
         self._modes.leave()  # here, since whichever thread lets go of torch's guards gets their old modes
         self.driver.close()
 

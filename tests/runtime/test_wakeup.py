@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from functools import partial
 from types import SimpleNamespace
 
 import anyio
@@ -134,7 +135,7 @@ def test_nobody_looks_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_a_lane_looks_for_more_after_a_short_work_with_nothing_else_under_way(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Neither a long work nor another pass leaves a lane awake: it would take a core from them."""
+    """Neither a long work nor another, of any runtime, leaves a lane awake: it would take their core."""
     clock = SimpleNamespace(now=0.0)
     lane_clock = SimpleNamespace(perf_counter=lambda: clock.now)
     looks: list[tuple[str, bool]] = []
@@ -149,8 +150,8 @@ async def test_a_lane_looks_for_more_after_a_short_work_with_nothing_else_under_
 
     monkeypatch.setattr(Wakeup, "wait", wait)
     monkeypatch.setattr("asyncdp._runtime.lane.time", lane_clock)
-    async with runtime() as rt:
-        await wait_until(lambda: len(looks) == 2)
+    async with runtime() as rt, runtime(1) as other:
+        await wait_until(lambda: len(looks) == 3)
         first, second = rt.lanes
 
         async def look_after(seconds: float) -> tuple[str, bool]:
@@ -161,12 +162,14 @@ async def test_a_lane_looks_for_more_after_a_short_work_with_nothing_else_under_
 
         assert await look_after(LOOK_SECONDS / 2) == ("asyncdp-cpu:0", True)
         assert await look_after(LOOK_SECONDS * 2) == ("asyncdp-cpu:0", False)
-        latch = Latch()
-        async with anyio.create_task_group() as group:
-            group.start_soon(lambda: rt.run(latch.hold, lane=second))
-            await latch.wait_entered()
-            assert await look_after(LOOK_SECONDS / 2) == ("asyncdp-cpu:0", False)
-            latch.open()
+        for busy, lane in ((rt, second), (other, other.lanes[0])):
+            latch, before = Latch(), len(looks)
+            async with anyio.create_task_group() as group:
+                group.start_soon(partial(busy.run, latch.hold, lane=lane))
+                await latch.wait_entered()
+                assert await look_after(LOOK_SECONDS / 2) == ("asyncdp-cpu:0", False)
+                latch.open()
+            await wait_until(lambda: len(looks) == before + 2)  # noqa: B023  called at once
         assert await look_after(LOOK_SECONDS / 2) == ("asyncdp-cpu:0", True)
 
 
