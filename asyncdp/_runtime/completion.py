@@ -250,6 +250,8 @@ class _LoopWaker:
     def _settle_all(self) -> None:
         # Cleared first: a completion appended during the loop below signals again.
         self.is_signalled = False
+        # Nor may a look that nobody came to take, for what has ended by now, keep later ones from being due.
+        self._is_look_due = False
         try:
             # Only those of now: what tasks that go on here bring to an end comes after all else that is
             # due on the loop, such as cancellations.

@@ -182,6 +182,25 @@ def test_a_look_waits_for_nothing_that_has_ended(looks: list[Meanwhile]) -> None
     asyncio.run(main())
 
 
+def test_what_was_expected_in_vain_keeps_no_later_look_away(looks: list[Meanwhile]) -> None:
+    """A callback that woke the loop before anyone looked for it leaves the next pass its look."""
+
+    async def main() -> None:
+        heard = asyncio.Event()
+        callback = new_callback(heard.set)
+        callback.expect()
+        callback.finish()
+        await heard.wait()
+        completion = new_completion(lambda: None)
+        completion.expect()
+        looks.append(completion.finish)
+        asyncio.get_running_loop().call_later(5.0, completion.finish)  # without a look: fail, not hang
+        await completion
+
+    asyncio.run(main())
+    assert not looks
+
+
 def test_after_a_look_in_vain_the_loop_sleeps(looks: list[Meanwhile]) -> None:
     """Whoever is late wakes the loop as ever, and the next few are not looked for."""
     looked: list[str] = []
