@@ -39,7 +39,12 @@ async def open_asyncdp(folder: str) -> AsyncIterator[Call]:
         arguments = steps.collate(list(samples))
         return arguments["input_ids"], arguments.get("attention_mask")
 
-    options = {"collate": collate, "split": lambda output, _: output["embedding"].unbind(), "size_of": len}
+    options = {
+        "collate": collate,
+        "split": lambda output, _: output["embedding"].unbind(),
+        "size_of": len,
+        "max_padding": 1.0,  # nothing is computed for it
+    }
 
     def split(tokens, _):
         return tokens
@@ -131,6 +136,31 @@ async def open_encode(folder: str) -> AsyncIterator[Call]:
     yield call
 
 
+@contextlib.asynccontextmanager
+async def open_threads(folder: str) -> AsyncIterator[Call]:
+    """No service either, but what two cores give: a thread on each, and all texts sorted by length."""
+    import torch
+
+    from asyncdp.infer.embed import embed_steps, load_embedder
+
+    model, steps = load_embedder(Path(folder))[0].eval(), embed_steps(Path(folder))
+
+    def work(batches: list[object]) -> None:
+        torch.set_num_threads(1)
+        with torch.inference_mode():
+            while batches:
+                model(**steps.collate(batches.pop()))
+
+    async def call(texts: str | list[str]) -> object:
+        samples = sorted(steps.preprocess(texts if isinstance(texts, list) else [texts]), key=len)
+        batches = [
+            samples[start : start + MAX_BATCH_SIZE] for start in range(0, len(samples), MAX_BATCH_SIZE)
+        ]
+        return await asyncio.gather(*[asyncio.to_thread(work, batches) for _ in range(2)])
+
+    yield call
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return listener.getsockname()[1]
@@ -144,6 +174,8 @@ def open_contender(name: str, folder: str) -> contextlib.AbstractAsyncContextMan
         return open_infinity(folder)
     if name == "encode":
         return open_encode(folder)
+    if name == "threads":
+        return open_threads(folder)
     if name == "asyncdp-http":
         example = Path(__file__).parents[1] / "docs" / "examples" / "embedding_service.py"
         command = [sys.executable, str(example), folder, "--port", str(port), "--devices", "cpu*2"]
@@ -192,7 +224,7 @@ async def main() -> None:
         print(json.dumps("ready"), file=answers, flush=True)
         while line := await loop.run_in_executor(None, sys.stdin.readline):
             request = json.loads(line)
-            texts = [request["texts"]] if sys.argv[1] == "encode" else request["texts"]
+            texts = [request["texts"]] if sys.argv[1] in ("encode", "threads") else request["texts"]
             answer = await run_round(call, request["clients"], texts)
             print(json.dumps(answer), file=answers, flush=True)
 

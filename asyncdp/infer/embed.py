@@ -14,6 +14,7 @@ from torch import nn
 
 from ..errors import MissingExtraError, ModelLoadError
 from .names import brief
+from .packing import Packing, find_packing
 from .steps import Steps, same
 
 _DEFAULT_MAX_LENGTH = 512
@@ -30,23 +31,36 @@ class Embedder(nn.Module):
     Args:
         encoder: Called with token ids [batch, length] and a mask of the same shape, or None for a
             batch without padding; gives ``last_hidden_state`` [batch, length, width].
+        packing: How the encoder runs on the CPU over tokens alone, where it can.
     """
 
-    def __init__(self, encoder: nn.Module) -> None:
+    def __init__(self, encoder: nn.Module, packing: Packing | None = None) -> None:
         super().__init__()
         self.encoder = encoder
+        self._packing = packing
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
         """Returns ``embedding`` [batch, width]."""
-        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return {"embedding": nn.functional.normalize(self._pooled(input_ids, attention_mask), dim=-1)}
+
+    def _pooled(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        # A GPU would be given many small kernels; a compiler wants one shape whatever the lengths are.
+        if (
+            self._packing is not None
+            and attention_mask is not None
+            and input_ids.device.type == "cpu"
+            and not torch.compiler.is_compiling()
+        ):
+            return self._packing.mean_states(self.encoder, input_ids, attention_mask)
+        states: torch.Tensor = self.encoder(
+            input_ids=input_ids, attention_mask=attention_mask
+        ).last_hidden_state
         if attention_mask is None:
-            pooled = states.mean(1)
-        else:
-            weights = attention_mask.unsqueeze(-1).to(states.dtype)
-            pooled = (states * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
-        return {"embedding": nn.functional.normalize(pooled, dim=-1)}
+            return states.mean(1)
+        weights = attention_mask.unsqueeze(-1).to(states.dtype)
+        return (states * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
 
 
 def load_embedder(folder: Path) -> tuple[Embedder, dict[str, Path]]:
@@ -73,7 +87,7 @@ def load_embedder(folder: Path) -> tuple[Embedder, dict[str, Path]]:
             f"The folder {folder} holds no model that transformers can load: {brief(error)}",
             "It needs config.json and model.safetensors as save_pretrained writes them.",
         ) from error
-    return Embedder(encoder), _files_read(folder)
+    return Embedder(encoder, find_packing(encoder)), _files_read(folder)
 
 
 def _files_read(folder: Path) -> dict[str, Path]:

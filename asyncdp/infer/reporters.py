@@ -172,7 +172,7 @@ def tell_summary(summary: Summary, *, as_json: bool) -> str:
         f"  time     {summary.seconds:.1f} s, {summary.rate:,.1f} records/s",
         f"  output   {summary.files} files in {summary.output}",
         f"  bad      {summary.num_bad:,} records{told}",
-        f"  padding  {summary.padding:.1%} of the work",
+        f"  padding  {summary.padding:.1%} of the batches",
         f"  lanes    {lanes or 'none'}",
         f"  stages   {stages or 'none'}",
     ]

@@ -19,7 +19,7 @@ class Summary:
         num_bad: Those of them that were refused, earlier runs included.
         seconds: Time this run took, loading not included.
         rate: Records per second of this run.
-        padding: Part of the work that went into padding, 0 to 1; stacks and lists of texts have none.
+        padding: Part of the batches that was padding, 0 to 1; stacks and lists of texts have none.
         stages: Seconds by stage, summed over its workers; on the lanes without waiting for them.
         lanes: Part of the time each lane was busy, 0 to 1.
         files: Shards with outputs in the output folder.

@@ -60,7 +60,10 @@ def make_app(folder: Path, devices: str | None = None, timeout: float = 30.0) ->
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         async with (
             DataParallel(model, devices) as engine,
-            Batcher(engine, collate=collate, split=split, size_of=len, timeout=timeout) as batcher,
+            # CPU lanes compute nothing for padding, so that a full batch is worth any of it.
+            Batcher(
+                engine, collate=collate, split=split, size_of=len, max_padding=1.0, timeout=timeout
+            ) as batcher,
             # Off the loop, where a long text would hold up all others, and not on the engine's lanes,
             # which need the next batch's tokens while they run one.
             Runtime("cpu") as runtime,
@@ -79,7 +82,7 @@ def make_app(folder: Path, devices: str | None = None, timeout: float = 30.0) ->
         except ValueError as error:
             return JSONResponse({"error": str(error)}, status_code=400)
         try:
-            # Samples are tokens, so that texts of like length go together with little padding.
+            # Samples are tokens, so that texts of like length go together.
             samples = await answer(request.app.state.tokenizer, texts)
             vectors = await answer(request.app.state.batcher, samples)
         except QueueFull as error:

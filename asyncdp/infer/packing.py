@@ -1,0 +1,129 @@
+"""Runs texts of unlike length back to back, so that nothing is computed for padding."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+_ATTENTION = "asyncdp_packed"
+
+# Encoders whose tokens meet nowhere but in attention, and that can be told the position of every token.
+_MODEL_TYPES = ("bert", "roberta", "xlm-roberta")
+
+_Run = tuple[int, int]  # how many texts, and of how many tokens each
+
+
+class Packing:
+    """Runs an encoder of transformers over the tokens of a batch, and not over its padding.
+
+    The tokens of all texts form one row. Layers that treat each token by itself see that row; attention
+    takes the texts of one length at a time.
+
+    Args:
+        encoder: One that `find_packing` has tried. The attention it gets does as before with a padded batch.
+    """
+
+    def __init__(self, encoder: Any) -> None:
+        self._pad: int | None = None if encoder.config.model_type == "bert" else encoder.config.pad_token_id
+        _register_attention()
+        encoder.set_attn_implementation(_ATTENTION)
+
+    def mean_states(self, encoder: nn.Module, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Averages the states of every text's tokens.
+
+        Args:
+            encoder: The one this was made for, or a copy of it.
+            input_ids: [batch, length], padding last.
+            mask: [batch, length], 0 at padding, else 1.
+
+        Returns:
+            [batch, width].
+        """
+        lengths, order = mask.sum(1).sort()
+        is_token = mask[order].bool()
+        runs = [(len(list(alike)), length) for length, alike in itertools.groupby(lengths.tolist())]
+        row, positions = (
+            each[order][is_token].unsqueeze(0) for each in (input_ids, self._positions(input_ids))
+        )
+        with_tokens = [run for run in runs if run[1]]
+        states = encoder(input_ids=row, position_ids=positions, runs=with_tokens).last_hidden_state[0]
+        # The mean of an empty text is zero, as it is with padding.
+        means = torch.cat([texts.sum(1) / max(texts.shape[1], 1) for texts in _split(states, runs)])
+        return means[order.argsort()]
+
+    def _positions(self, input_ids: torch.Tensor) -> torch.Tensor:
+        if self._pad is None:
+            return torch.arange(input_ids.shape[1]).expand(input_ids.shape)
+        # RoBERTa counts from its padding token, and does not count such tokens, which a text may hold too.
+        counted = (input_ids != self._pad).long()
+        return counted.cumsum(1) * counted + self._pad
+
+
+def find_packing(encoder: Any) -> Packing | None:
+    """Returns how to run an encoder of transformers without padding; None if that gives other states."""
+    if encoder.config.model_type not in _MODEL_TYPES:
+        return None
+    if not hasattr(importlib.import_module("transformers"), "AttentionMaskInterface"):
+        return None
+    usual = encoder.config._attn_implementation
+    packing = Packing(encoder)
+    if not _is_right(packing, encoder):
+        encoder.set_attn_implementation(usual)
+        return None
+    return packing
+
+
+@torch.inference_mode()
+def _is_right(packing: Packing, encoder: Any) -> bool:
+    """Tries it: not every version of transformers hands on to attention what it needs to be told."""
+    mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 1, 0]])
+    input_ids = torch.arange(mask.numel()).view_as(mask) % encoder.config.vocab_size
+    try:
+        found = packing.mean_states(encoder, input_ids, mask)
+    except TypeError:
+        return False
+    expected = torch.cat(
+        [
+            encoder(input_ids=tokens[kept].unsqueeze(0)).last_hidden_state.mean(1)
+            for tokens, kept in zip(input_ids, mask.bool(), strict=True)
+        ]
+    )
+    return torch.allclose(found, expected, rtol=0, atol=torch.finfo(found.dtype).eps ** 0.5)
+
+
+def _register_attention() -> None:
+    interfaces: Any = importlib.import_module("transformers")
+    usual = interfaces.AttentionInterface()["sdpa"]
+
+    def attend(
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        runs: Sequence[_Run] | None = None,
+        **settings: Any,
+    ) -> Any:
+        # All of [batch, heads, length, width of a head]; in the result the length comes before the heads.
+        if runs is None:
+            return usual(module, query, key, value, attention_mask, **settings)
+        rows = [each[0].transpose(0, 1) for each in (query, key, value)]
+        attended = [
+            usual(module, *(part.transpose(1, 2) for part in parts), None, **settings)[0].flatten(0, 1)
+            for parts in zip(*(_split(row, runs) for row in rows), strict=True)
+        ]
+        return torch.cat(attended).unsqueeze(0), None
+
+    interfaces.AttentionInterface.register(_ATTENTION, attend)
+    interfaces.AttentionMaskInterface.register(_ATTENTION, interfaces.AttentionMaskInterface()["sdpa"])
+
+
+def _split(row: torch.Tensor, runs: Sequence[_Run]) -> list[torch.Tensor]:
+    """Cuts [tokens, ...] into [texts, length, ...], one for every run."""
+    parts = row.split([number * length for number, length in runs])
+    return [part.unflatten(0, run) for part, run in zip(parts, runs, strict=True)]
