@@ -13,6 +13,7 @@ import contextvars
 import os
 import sys
 import threading
+import time
 import weakref
 from asyncio import get_running_loop
 from collections import deque
@@ -220,7 +221,7 @@ class _LoopWaker:
             return
         self._is_look_due = False
         try:
-            if not self.outbox:
+            if not self.outbox and self._look.is_worth_it(time.perf_counter()):
                 self._is_looking = True
                 self._look.take()
         finally:

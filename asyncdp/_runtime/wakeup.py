@@ -16,6 +16,10 @@ LOOK_SECONDS = 1e-3
 
 _LONGER = 2.0  # a lane looks so many times as long as it had to wait last
 _GRACE = 10e-6  # seconds from the sign to the end of the look: by then a slow machine has let go, too
+_MIN_DELAY = 1e-3  # seconds that a look takes too long where others want its core
+_MAX_DELAY = 10e-3  # what counts of longer ones, as of a process that was stopped
+_MAX_LOSS = 0.02  # share of the time that such delays may take
+_MAX_REST = 0.5  # seconds that may be missing to that share
 
 
 class Look:
@@ -45,6 +49,7 @@ class Look:
         self._signed = bytes([1] * (num_rows - 1) + [0])
         self._rows = as_strided(np.frombuffer(self._bytes, bool), (num_rows, _row_length()), (1, 0))
         self.seen = np.zeros(num_rows, bool)
+        self._rested_at = 0.0
 
     def give(self) -> None:
         """Give the sign."""
@@ -52,11 +57,24 @@ class Look:
 
     def take(self, seconds: float = math.inf) -> None:
         """Look until the sign is given or the time is over, that of the constructor or less."""
+        started = time.perf_counter()
         num_rows = len(self._bytes)
         if seconds < self._seconds:
             num_rows = max(2, math.ceil(seconds / _GRACE))
         # The last ones, since a sign leaves out the last of all.
         np.logical_or.reduce(self._rows[-num_rows:], axis=1, out=self.seen[-num_rows:])
+        ended = time.perf_counter()
+        delay = ended - started - min(seconds, self._seconds)
+        if delay > _MIN_DELAY:
+            self._rested_at = max(self._rested_at, ended) + min(delay, _MAX_DELAY) / _MAX_LOSS
+
+    def is_worth_it(self, now: float) -> bool:
+        """Whether looks of late have ended in time; `now` is of `time.perf_counter`.
+
+        They do not where other processes want all cores. Who looks uses up its share of one there, and
+        waits for its next turn just when it has something to do: it had better sleep.
+        """
+        return self._rested_at < now + _MAX_REST
 
     def clear(self) -> None:
         """Forget the sign."""
@@ -86,7 +104,7 @@ class Wakeup:
     def wait(self, *, look: bool) -> None:
         """Wait for the signal; `look` for it first, if there is a core to spare and the last came soon."""
         started = time.perf_counter()
-        if look and self._last_wait < LOOK_SECONDS and has_spare_core():
+        if look and self._last_wait < LOOK_SECONDS and has_spare_core() and self.look.is_worth_it(started):
             self.is_looking = True
             self.look.take(_LONGER * self._last_wait)
             self.is_looking = False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import math
 import threading
 from functools import partial
@@ -125,10 +127,64 @@ def test_nobody_looks_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not looked()
     cores.spare = True
     assert looked()
-    clock = iter([0.0, 1.0, 2.0, 2.0])
+    clock = iter([0.0, 0.0, 0.0, 1.0, 2.0, 2.0])  # of the look, too
     monkeypatch.setattr(wakeup_module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     assert looked()  # and this wait took a second
     assert not looked()
+
+
+def test_looks_that_end_late_are_left_out_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where others want the cores, looks may take a fiftieth of the time too long; a stop counts 10 ms."""
+    clock = SimpleNamespace(now=0.0, late=0.0)
+
+    def passes(*arguments: object, **named: object) -> None:
+        clock.now += 1e-3 + clock.late
+
+    fake_numpy = SimpleNamespace(logical_or=SimpleNamespace(reduce=passes))
+    look = Look(1e-3)
+    monkeypatch.setattr(wakeup_module, "np", fake_numpy)
+    monkeypatch.setattr(wakeup_module, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+
+    def rest(late: float, num_looks: int) -> float:
+        """How long after looks that end so late the next is left out."""
+        clock.late, clock.now = late, clock.now + 1e4
+        for _ in range(num_looks):
+            assert look.is_worth_it(clock.now)
+            look.take()
+        return next(ms / 1e3 for ms in itertools.count() if look.is_worth_it(clock.now + ms / 1e3 + 0.5e-3))
+
+    assert rest(0.9e-3, 100) == 0.0
+    assert rest(2e-3, 5) == 0.0
+    assert rest(4e-3, 3) == pytest.approx(0.1 - 2 * 5e-3, abs=1e-3)
+    assert rest(60.0, 1) == 0.0
+    # The second of two stops begins before the rest for the first is over.
+    assert rest(0.01, 2) == pytest.approx(0.5 - 0.011, abs=1e-3)
+
+
+@pytest.mark.usefixtures("spare_core")
+def test_neither_lane_nor_loop_looks_while_it_is_not_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both sleep then, and are woken."""
+    looked: list[Look] = []
+    wakeup = expectant()
+
+    async def wait_on_loop() -> None:
+        awaited = completion.new_completion(lambda: None)
+        awaited.expect()
+        asyncio.get_running_loop().call_later(0.0, awaited.finish)
+        await awaited
+
+    def wait_everywhere() -> int:
+        """How many looked."""
+        looked.clear()
+        wakeup.signal()
+        wakeup.wait(look=True)
+        asyncio.run(wait_on_loop())
+        return len(looked)
+
+    monkeypatch.setattr(Look, "take", lambda self, seconds=math.inf: looked.append(self))
+    assert wait_everywhere() == 2
+    monkeypatch.setattr(Look, "is_worth_it", lambda self, now: False)
+    assert wait_everywhere() == 0
 
 
 @pytest.mark.anyio
