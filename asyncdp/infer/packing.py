@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import itertools
 from collections.abc import Sequence
@@ -64,36 +65,27 @@ class Packing:
         return counted.cumsum(1) * counted + self._pad
 
 
+@torch.inference_mode()
 def find_packing(encoder: Any) -> Packing | None:
     """Returns how to run an encoder of transformers without padding; None if that gives other states."""
     if encoder.config.model_type not in _MODEL_TYPES:
         return None
     if not hasattr(importlib.import_module("transformers"), "AttentionMaskInterface"):
         return None
-    usual = encoder.config._attn_implementation
-    packing = Packing(encoder)
-    if not _is_right(packing, encoder):
-        encoder.set_attn_implementation(usual)
-        return None
-    return packing
-
-
-@torch.inference_mode()
-def _is_right(packing: Packing, encoder: Any) -> bool:
-    """Tries it: not every version of transformers hands on to attention what it needs to be told."""
+    # Tried, since not every version of transformers hands on to attention what it needs to be told.
     mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 1, 0]])
     input_ids = torch.arange(mask.numel()).view_as(mask) % encoder.config.vocab_size
-    try:
+    texts = [ids[kept].unsqueeze(0) for ids, kept in zip(input_ids, mask.bool(), strict=True)]
+    expected = torch.cat([encoder(input_ids=text).last_hidden_state.mean(1) for text in texts])
+    usual = encoder.config._attn_implementation
+    packing = Packing(encoder)
+    # An encoder that takes no further arguments raises.
+    with contextlib.suppress(TypeError):
         found = packing.mean_states(encoder, input_ids, mask)
-    except TypeError:
-        return False
-    expected = torch.cat(
-        [
-            encoder(input_ids=tokens[kept].unsqueeze(0)).last_hidden_state.mean(1)
-            for tokens, kept in zip(input_ids, mask.bool(), strict=True)
-        ]
-    )
-    return torch.allclose(found, expected, rtol=0, atol=torch.finfo(found.dtype).eps ** 0.5)
+        if torch.allclose(found, expected, rtol=0, atol=torch.finfo(found.dtype).eps ** 0.5):
+            return packing
+    encoder.set_attn_implementation(usual)
+    return None
 
 
 def _register_attention() -> None:
