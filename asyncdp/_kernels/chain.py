@@ -5,7 +5,9 @@ Nothing here imports Numba or cuda.core: installed distributions are looked up b
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -143,6 +145,11 @@ def _missing_on(device: torch.device) -> list[tuple[str, str]]:
 
 
 def _driver_version() -> tuple[int, int]:
+    # Asked of the driver itself: torch does not name it any more, and a package that does may be missing.
+    library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    number = ctypes.c_int()
+    status = library.cuDriverGetVersion(ctypes.byref(number))
+    if status != 0:
+        raise RuntimeError(f"cuDriverGetVersion failed with CUDA error {status}; check nvidia-smi.")
     # Versions read 13020 for 13.2.
-    number = int(torch._C._cuda_getDriverVersion())  # type: ignore[attr-defined, unused-ignore]
-    return number // 1000, number % 1000 // 10
+    return number.value // 1000, number.value % 1000 // 10

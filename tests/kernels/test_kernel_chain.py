@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import threading
 from importlib import metadata
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -261,3 +263,18 @@ def test_calls_go_to_the_kernels_of_the_destination(monkeypatch):
     kernels.warm_up(torch.device("cpu"))
     assert loaded == [CUDA]
     assert kernels.reduce_add(tensors, torch.device("cpu")).tolist() == [2.0, 2.0]
+
+
+def test_the_driver_is_asked_for_its_version(monkeypatch):
+    """13.2 is read from the driver's 13020, whatever torch and the packages of the chain offer."""
+
+    def get_version(address):
+        address._obj.value = 13020
+        return 0
+
+    library = SimpleNamespace(cuDriverGetVersion=get_version)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
+    assert chain._driver_version() == (13, 2)
+    library.cuDriverGetVersion = lambda address: 3
+    with pytest.raises(RuntimeError, match="CUDA error 3"):
+        chain._driver_version()
