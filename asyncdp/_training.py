@@ -157,12 +157,12 @@ class Trainer:
 
     def _run_alone(self, step: Step) -> Tensor | None:
         """A whole step on this thread, that of its only lane; None if it was cancelled on the way."""
-        with recording():
+        lane = current_lane()
+        assert lane is not None
+        with recording(), lane.without_default_device():
             share = step.compute_in_place()
             if share is None:
                 share = step.compute(0)
-            lane = current_lane()
-            assert lane is not None
             assert lane.running is not None
             return self._end(step, [share]) if lane.running.go_on() else None
 
@@ -172,7 +172,9 @@ class Trainer:
 
     def _finish(self, step: Step, shares: Sequence[Tensor]) -> Tensor:
         """After every lane has succeeded: add up the loss, and keep the gradients or step with them."""
-        with recording():
+        lane = current_lane()
+        assert lane is not None
+        with recording(), lane.without_default_device():
             return self._end(step, shares)
 
     def _end(self, step: Step, shares: Sequence[Tensor]) -> Tensor:

@@ -97,7 +97,7 @@ class Step:
 
     def run_lane(self, index: int) -> Tensor:
         """One lane's forward, loss and backward. Returns its share of the loss."""
-        with recording():
+        with recording(), self._lanes[index].without_default_device():
             return self.compute(index)
 
     def compute(self, index: int) -> Tensor:
@@ -194,10 +194,11 @@ class Step:
         return self._replicas.has_buffers
 
     def _loss_of(self, index: int, module: nn.Module) -> Tensor:
-        device = self._lanes[index].device
+        lane = self._lanes[index]
         args, targets = self._shards[index]
-        outputs = module(*[bring(each, device) for each in args])
-        loss = _checked(self.options.loss_fn(outputs, bring(targets, device)))
+        with lane.as_default_device():
+            outputs = module(*[bring(each, lane.device) for each in args])
+            loss = _checked(self.options.loss_fn(outputs, bring(targets, lane.device)))
         weight = self._weights[index]
         return loss if weight == 1.0 else loss * weight
 

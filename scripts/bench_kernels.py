@@ -112,13 +112,24 @@ def bench_reduce_add(device: torch.device, num_inputs: int) -> dict[str, float]:
 def bench_many(device: torch.device, shapes: list[tuple[int, ...]]) -> dict[str, float]:
     """Sum the gradients of a model over 4 lanes in one launch."""
     groups = [[torch.randn(shape, device=device) for _ in range(4)] for shape in shapes]
-    ours, chained, many = measure(
+    source = torch.empty(64 * MIB, device=device)
+    target = torch.empty_like(source)
+    ours, chained, many, copy = measure(
         lambda: kernels.reduce_add_many(groups, device),
         lambda: [chain(group) for group in groups],
         lambda: foreach(groups),
+        lambda: target.copy_(source),
     )
+    num_bytes = 5 * sum(group[0].nbytes for group in groups)  # of four inputs and their sum
+    share = (num_bytes / ours) / (2 * source.nbytes / copy)
     host = measure_host(lambda: kernels.reduce_add_many(groups, device))
-    return {"ms": ours * 1e3, "host_ms": host * 1e3, "of_chain": chained / ours, "of_foreach": many / ours}
+    return {
+        "ms": ours * 1e3,
+        "host_ms": host * 1e3,
+        "of_copy": share,
+        "of_chain": chained / ours,
+        "of_foreach": many / ours,
+    }
 
 
 def measure_host(way: Callable[[], object]) -> float:

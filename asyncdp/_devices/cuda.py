@@ -81,6 +81,7 @@ class CudaLane(LaneDevice):
     def open(self) -> None:
         """Bind the thread to the device: a fresh thread has no current context and would use device 0."""
         torch.cuda.set_device(self.device)
+        _allow_gradients_from_streams()
         self._stream = torch.cuda.Stream(self.device)
         self._stream.query()
         transfer.add_lane(self.device, self._stream)
@@ -173,3 +174,13 @@ class CudaLane(LaneDevice):
         except RuntimeError:
             return True
         return False
+
+
+def _allow_gradients_from_streams() -> None:
+    """Have torch not warn that a parameter's gradient comes from another stream than it was first used on.
+
+    Here that is meant: lanes take turns with a module's parameters, and autograd waits for their streams.
+    """
+    allow = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None)
+    if allow is not None:  # torch 2.10 and newer
+        allow(False)

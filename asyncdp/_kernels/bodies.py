@@ -17,6 +17,9 @@ THREADS = 256
 # Four loads in flight in every thread hide the latency of memory at half occupancy.
 UNROLL = 4
 TILE = THREADS * UNROLL
+# A tile of a copy has this many bytes whatever its unit: a block that moved fewer would take longer to find
+# out what to move than to move it.
+COPY_TILE_BYTES = TILE * VECTOR_BYTES
 
 # Enough to divide any index in a tile exactly, and one bit short of 32 so that 1 has a reciprocal too.
 RECIPROCAL_BITS = 31
@@ -194,6 +197,33 @@ def _make_copy_tile(machine: Any, load: Any, store: Any, unit: int) -> Callable[
     thread, read = machine.thread, machine.read
     offset = machine.device(make_offset(machine, unit))
 
+    def load_four(source, i, reciprocal, columns, num_rows, num_columns, pitch):  # type: ignore[no-untyped-def]
+        # A thread outside of the tile reads its first unit, so that no branch comes between the loads.
+        a = load(source + max(offset(i, reciprocal, columns, num_rows, num_columns, pitch), 0))
+        i += THREADS
+        b = load(source + max(offset(i, reciprocal, columns, num_rows, num_columns, pitch), 0))
+        i += THREADS
+        c = load(source + max(offset(i, reciprocal, columns, num_rows, num_columns, pitch), 0))
+        i += THREADS
+        d = load(source + max(offset(i, reciprocal, columns, num_rows, num_columns, pitch), 0))
+        return a, b, c, d
+
+    def store_four(target, values, i, reciprocal, columns, num_rows, num_columns, pitch):  # type: ignore[no-untyped-def]
+        at = offset(i, reciprocal, columns, num_rows, num_columns, pitch)
+        if at >= 0:
+            store(target + at, values[0])
+        at = offset(i + THREADS, reciprocal, columns, num_rows, num_columns, pitch)
+        if at >= 0:
+            store(target + at, values[1])
+        at = offset(i + 2 * THREADS, reciprocal, columns, num_rows, num_columns, pitch)
+        if at >= 0:
+            store(target + at, values[2])
+        at = offset(i + 3 * THREADS, reciprocal, columns, num_rows, num_columns, pitch)
+        if at >= 0:
+            store(target + at, values[3])
+
+    load_four, store_four = machine.device(load_four), machine.device(store_four)
+
     def copy_tile(row, tile_row, tile_column):  # type: ignore[no-untyped-def]
         reciprocal, columns = read(row + RECIPROCAL * 8), read(row + TILE_COLUMNS * 8)
         to_pitch, from_pitch = read(row + TARGET_PITCH * 8), read(row + SOURCE_PITCH * 8)
@@ -202,23 +232,11 @@ def _make_copy_tile(machine: Any, load: Any, store: Any, unit: int) -> Callable[
         num_columns = min(columns, read(row + WIDTH * 8) - first_column)
         target = read(row + TARGET * 8) + first_row * to_pitch + first_column * unit
         source = read(row + SOURCE * 8) + first_row * from_pitch + first_column * unit
-        i = thread()
-        j, k, m = i + THREADS, i + 2 * THREADS, i + 3 * THREADS
-        from_i = offset(i, reciprocal, columns, num_rows, num_columns, from_pitch)
-        from_j = offset(j, reciprocal, columns, num_rows, num_columns, from_pitch)
-        from_k = offset(k, reciprocal, columns, num_rows, num_columns, from_pitch)
-        from_m = offset(m, reciprocal, columns, num_rows, num_columns, from_pitch)
-        # Loads before stores: all four are in flight together. A thread outside of the tile reads its
-        # first unit, so that no branch comes between them.
-        a, b = load(source + max(from_i, 0)), load(source + max(from_j, 0))
-        c, d = load(source + max(from_k, 0)), load(source + max(from_m, 0))
-        if from_i >= 0:
-            store(target + offset(i, reciprocal, columns, num_rows, num_columns, to_pitch), a)
-        if from_j >= 0:
-            store(target + offset(j, reciprocal, columns, num_rows, num_columns, to_pitch), b)
-        if from_k >= 0:
-            store(target + offset(k, reciprocal, columns, num_rows, num_columns, to_pitch), c)
-        if from_m >= 0:
-            store(target + offset(m, reciprocal, columns, num_rows, num_columns, to_pitch), d)
+        i, end = thread(), num_rows * columns
+        while i < end:
+            # Loads before stores: all four are in flight together.
+            values = load_four(source, i, reciprocal, columns, num_rows, num_columns, from_pitch)
+            store_four(target, values, i, reciprocal, columns, num_rows, num_columns, to_pitch)
+            i += TILE
 
     return copy_tile

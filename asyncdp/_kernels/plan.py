@@ -12,9 +12,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .bodies import COPY_FIELDS, RECIPROCAL_BITS, TILE, VECTOR_BYTES
+from .bodies import COPY_FIELDS, COPY_TILE_BYTES, RECIPROCAL_BITS, TILE, VECTOR_BYTES
 
 Integers = NDArray[np.int64]
+
+# A row is cut into no narrower parts than this, to save idle threads: every part ends amid a line of memory.
+_LEAST_COLUMNS = 128
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def copy_table(copies: Iterable[Copy]) -> Table:
 
 
 def reciprocal(divisor: int) -> int:
-    """Return `r` such that `(i * r) >> RECIPROCAL_BITS` is `i // divisor` for every `i` below `TILE`."""
+    """Return `r` such that `(i * r) >> RECIPROCAL_BITS` is `i // divisor` for any two of one tile."""
     return (1 << RECIPROCAL_BITS) // divisor + 1
 
 
@@ -104,12 +107,27 @@ def _in_tiles(copy: Copy) -> list[tuple[int, ...]]:
         return []
     unit = _unit(target | source | width | target_pitch | source_pitch)
     columns = width // unit
-    tile_columns = min(columns, TILE)
-    tile_rows = TILE // tile_columns
-    column_tiles = -(-columns // tile_columns)
+    column_tiles, tile_columns, tile_rows = _tile_shape(columns, COPY_TILE_BYTES // unit)
     num_tiles = column_tiles * -(-num_rows // tile_rows)
     shape = (unit, target, source, columns, num_rows, target_pitch, source_pitch)
     return [(num_tiles, *shape, tile_rows, tile_columns, column_tiles, reciprocal(tile_columns))]
+
+
+def _tile_shape(columns: int, tile_units: int) -> tuple[int, int, int]:
+    """Cut rows of `columns` into equal parts, so that tiles of several rows leave few of their units unused.
+
+    Returns:
+        How many tiles make a row, and how many columns and rows a tile has.
+    """
+
+    def shape(num_parts: int) -> tuple[int, int, int]:
+        tile_columns = -(-columns // num_parts)
+        return -(-columns // tile_columns), tile_columns, tile_units // tile_columns
+
+    fewest = -(-columns // tile_units)
+    most = max(fewest, min(fewest + 3, columns // _LEAST_COLUMNS))
+    # By the units that a tile uses on average.
+    return max(map(shape, range(fewest, most + 1)), key=lambda found: columns / found[0] * found[2])
 
 
 def _unit(bits: int) -> int:

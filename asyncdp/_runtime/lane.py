@@ -7,7 +7,8 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +83,7 @@ class Lane:
         self.num_done = 0
         self.busy_seconds = 0.0
         self.last_seconds = math.inf
+        self._is_default = self.device.type != "cpu"  # which every thread's default device is anyway
         self._num_threads = 0
         self._modes = LaneModes()
         self._core = core  # its lock guards the queue and the two flags
@@ -149,6 +151,26 @@ class Lane:
         if self._thread is not threading.current_thread():
             self._thread.join(timeout)
 
+    def as_default_device(self) -> AbstractContextManager[object]:
+        """A block in `without_default_device` for which that does not hold."""
+        return self.device if self._is_default else nullcontext()
+
+    def without_default_device(self) -> AbstractContextManager[None]:
+        """A block of this lane's thread with no default device, as threads have that are no lanes.
+
+        A default device costs a microsecond or more at every operation and look at a tensor, and puts
+        what belongs on the host on the device: an optimizer that counts its steps there waits at each.
+        """
+        return self._without_default_device() if self._is_default else nullcontext()
+
+    @contextmanager
+    def _without_default_device(self) -> Iterator[None]:
+        self.device.__exit__(None, None, None)
+        try:
+            yield
+        finally:
+            self.device.__enter__()
+
     def _rouse(self) -> None:
         self._sleeping = False
         self._core.to_wake.append(self._wakeup.signal)
@@ -193,7 +215,7 @@ class Lane:
     def _open(self) -> None:
         try:
             self.driver.open()
-            if self.device.type != "cpu":
+            if self._is_default:
                 self.device.__enter__()  # what a work makes without naming a device, it makes here
         except Exception as error:
             # The thread goes on, to be stopped like any other; everyone who asks gets the reason.

@@ -199,13 +199,24 @@ def test_gather_leaves_torch_its_own_errors(machine):
 
 
 def test_multiplication_by_a_reciprocal_is_exact_division():
-    """For every divisor and index of a tile the product's high bits are the quotient."""
-    index = np.arange(bodies.TILE, dtype=np.uint64)
-    for divisor in range(1, bodies.TILE + 1):
+    """For every divisor and index of a tile of bytes the product's high bits are the quotient."""
+    index = np.arange(bodies.COPY_TILE_BYTES, dtype=np.uint64)
+    for divisor in range(1, bodies.COPY_TILE_BYTES + 1):
         reciprocal = plan.reciprocal(divisor)
         assert reciprocal < 1 << 32
         quotient = (index * np.uint64(reciprocal)) >> np.uint64(bodies.RECIPROCAL_BITS)
         assert np.array_equal(quotient, index // np.uint64(divisor))
+
+
+@pytest.mark.parametrize("unit", [1, 4, 16])
+def test_tiles_cover_rows_and_are_well_used(unit):
+    """The parts of a row are its columns, none is empty, and tiles move three quarters of what they could."""
+    tile_units = bodies.COPY_TILE_BYTES // unit
+    for columns in [*range(1, 3000, 7), 4096, 4097, 262143]:
+        column_tiles, tile_columns, tile_rows = plan._tile_shape(columns, tile_units)
+        assert (column_tiles - 1) * tile_columns < columns <= column_tiles * tile_columns
+        assert 1 <= tile_columns * tile_rows <= tile_units
+        assert columns / column_tiles * tile_rows > 0.75 * tile_units
 
 
 @pytest.mark.parametrize(("bits", "signs"), [(8, 0x80808080), (16, 0x80008000)])

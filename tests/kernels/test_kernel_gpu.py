@@ -186,9 +186,9 @@ async def main():
     async with Runtime("cuda:0,cuda:0") as runtime:
         for lane in runtime.lanes:
             try:
-                await runtime.run(lambda: launch.launch("copy", 0, 1, 1 << 40, 1), lane=lane)
+                await runtime.run(lambda: launch.launch("copy", 0, 1, 16, 1), lane=lane)
             except RuntimeError as error:
-                print(type(error).__name__, str(error).splitlines()[0])
+                print(type(error).__name__, str(error).splitlines()[0], flush=True)
 
 asyncio.run(main())
 """
@@ -197,6 +197,7 @@ asyncio.run(main())
 def test_a_faulting_kernel_closes_the_lanes_of_its_device(device):
     """A wild address fails its pass with CUDA's own error and closes the lanes of the device."""
     result = subprocess.run([sys.executable, "-c", FAULT], capture_output=True, text=True, timeout=50)
+    assert result.returncode == 0, result.stderr
     first, second = result.stdout.splitlines()
     assert "illegal memory access" in first
     assert second.startswith("DeviceLostError lane cuda:0")

@@ -12,6 +12,7 @@ import torch
 
 import asyncdp
 from asyncdp._devices import LaneDevice
+from asyncdp._runtime.lane import current_lane
 from asyncdp.testing import FakeDevice
 
 from .helpers import runtime
@@ -95,15 +96,26 @@ async def test_the_default_device_is_the_lanes() -> None:
 
 
 async def test_the_default_device_is_that_of_a_lane_elsewhere_too() -> None:
-    """On a lane of another device than the CPU what is made without naming a device belongs there."""
+    """On a lane of another device than the CPU tensors made without a device are there, unless it is left."""
     device = torch.device("cuda", 0)
 
     def defaults() -> list[torch.device]:
         # Asked of torch itself, since no tensor can be made there without the device.
         return [mode.device for mode in torch.overrides._get_current_function_mode_stack()]
 
+    def without() -> list[list[torch.device]]:
+        lane = current_lane()
+        assert lane is not None
+        with lane.without_default_device():
+            found = [defaults()]
+            with lane.as_default_device():
+                found.append(defaults())
+        return found
+
     async with asyncdp.Runtime([LaneDevice(device)]) as rt:
         assert [await rt.run(defaults) for _ in range(2)] == [[device], [device]]
+        assert await rt.run(without) == [[], [device]]
+        assert await rt.run(defaults) == [device]
     assert defaults() == []
 
 

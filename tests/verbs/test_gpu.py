@@ -35,15 +35,23 @@ def dp(module: nn.Module, x: Any, devices: Any, **kwargs: Any) -> Any:
     return asyncio.run(asyncdp.data_parallel(module, x, devices, **kwargs))
 
 
+def on(home: str, module: nn.Module) -> nn.Module:
+    """Move a module, and keep buffers that learn what they were: leaves."""
+    module = module.to(home)
+    for buffer in module.buffers():
+        buffer.detach_().requires_grad_(buffer.requires_grad)
+    return module
+
+
 @pytest.mark.parametrize("home", ["cpu", "cuda:0"])
 @pytest.mark.parametrize("devices", LANES)
 @pytest.mark.parametrize("name", [name for name in MODULES if "norm, old" not in name])
 def test_values_and_gradients(name: str, devices: list[str], home: str) -> None:
     """Contract 4, 5, 7, 14: wherever the module lives and the lanes are, results are the plain module's."""
     case = MODULES[name]
-    module = case.make().to(home)
+    module = case.make()
     module = module if name == "complex" else module.double()
-    twin = copy.deepcopy(module)
+    module, twin = on(home, module), on(home, copy.deepcopy(module))
     for _ in range(2):
         x = case.batch().to(home).requires_grad_()
         y = x.detach().clone().requires_grad_()
@@ -53,7 +61,9 @@ def test_values_and_gradients(name: str, devices: list[str], home: str) -> None:
         found.abs().square().sum().backward()
         expected.abs().square().sum().backward()
         torch.testing.assert_close(x.grad, y.grad)
-    assert_same(gradients(module), gradients(twin))
+    # torch's own fused weight_norm is of single precision on a GPU, also for doubles.
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if name == "weight_norm" else {}
+    assert_same(gradients(module), gradients(twin), **tolerance)
 
 
 @pytest.mark.parametrize("devices", LANES)
@@ -109,13 +119,31 @@ def test_outputs_of_parallel_apply_follow_their_inputs() -> None:
 def test_recurrent_weights_stay_flat() -> None:
     """Contract 18: `flatten_parameters` in a replica leaves one chunk of memory, and the original's alone."""
     module = Recurrent().cuda()
-    address = module.rnn.weight_ih_l0.data_ptr()
     x = torch.randn(4, 5, 3, device="cuda")
     for replica in asyncdp.replicate(module, ONE, detach=True):
         torch.testing.assert_close(replica(x), module(x))
+    address = module.rnn.weight_ih_l0.data_ptr()  # another one after every forward of the original's own
     for _ in range(2):
         dp(module, x, ONE).sum().backward()
     assert module.rnn.weight_ih_l0.data_ptr() == address
+
+
+def test_recurrent_weights_are_followed() -> None:
+    """Replicas that have made their weights one chunk of memory still see what the module's become."""
+    module = Recurrent().cuda()
+    x = torch.randn(4, 5, 3, device="cuda")
+
+    async def compare() -> None:
+        async with asyncdp.DataParallel(module, ONE, num_lanes="all") as engine:
+            for grad in (False, True, False):
+                with torch.set_grad_enabled(grad):
+                    found = await engine(x)
+                torch.testing.assert_close(found, module(x))
+                with torch.no_grad():
+                    for parameter in module.parameters():
+                        parameter.mul_(1.5)
+
+    asyncio.run(compare())
 
 
 def test_autocast_of_the_device() -> None:
@@ -178,22 +206,17 @@ def test_device_times_in_a_trace(tmp_path: Path) -> None:
 
 
 class Slow(nn.Module):
-    """Keeps its stream busy for half a second or so; on the host, sees what the stream before it did."""
+    """Keeps its stream busy for half a second or so, and notes by the device's clock when each ended."""
 
     def __init__(self) -> None:
         super().__init__()
         self.arrived: list[torch.cuda.Event] = []
         self.ended: list[torch.cuda.Event] = []
-        self.overlapped: list[bool] = []
 
     def forward(self, x: Tensor) -> Tensor:
-        place = len(self.ended)
-        if place > 0:
-            self.arrived[place].synchronize()
-            self.overlapped.append(not self.ended[-1].query())
         torch.cuda._sleep(1_000_000_000)
         result = x * 2
-        self.ended.append(torch.cuda.Event())
+        self.ended.append(torch.cuda.Event(enable_timing=True))
         self.ended[-1].record()
         return result
 
@@ -210,7 +233,7 @@ def test_map_copies_the_next_batch_while_one_computes(monkeypatch: pytest.Monkey
 
             def watched(tensors: Sequence[Tensor]) -> Any:
                 take = prefetch(tensors)
-                module.arrived.append(torch.cuda.Event())
+                module.arrived.append(torch.cuda.Event(enable_timing=True))
                 module.arrived[-1].record(driver._copies)
                 return take
 
@@ -218,7 +241,7 @@ def test_map_copies_the_next_batch_while_one_computes(monkeypatch: pytest.Monkey
             return [result async for result in engine.map(batches)]
 
     results = asyncio.run(stream())
-    assert module.overlapped[0]
+    assert module.arrived[1].elapsed_time(module.ended[0]) > 0
     for batch, result in zip(batches, results, strict=True):
         assert torch.equal(result.cpu(), batch * 2)
 

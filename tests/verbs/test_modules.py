@@ -21,11 +21,15 @@ def gradients(module: nn.Module) -> dict[str, Tensor | None]:
     return {name: tensor.grad for name, tensor in tensors if tensor.is_leaf}
 
 
-def assert_same(found: dict[str, Tensor | None], expected: dict[str, Tensor | None]) -> None:
+def assert_same(
+    found: dict[str, Tensor | None], expected: dict[str, Tensor | None], **tolerance: float
+) -> None:
     """Compare two sets of gradients."""
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            found[name], gradient, msg=lambda text, name=name: f"{name}: {text}", **tolerance
+        )
 
 
 @pytest.mark.parametrize("name", MODULES)
