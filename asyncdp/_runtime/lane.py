@@ -176,6 +176,12 @@ class Lane:
         self._core.to_wake.append(self._wakeup.signal)
 
     def _run(self) -> None:
+        # What a work makes without naming a device, it makes here. Left again at the end: torch would drop it
+        # after the thread's end, take the interpreter's lock for that, and abort an interpreter that exits.
+        with self.as_default_device():
+            self._serve()
+
+    def _serve(self) -> None:
         _current.lane = self
         _alive[self] = None
         self._open()
@@ -215,8 +221,6 @@ class Lane:
     def _open(self) -> None:
         try:
             self.driver.open()
-            if self._is_default:
-                self.device.__enter__()  # what a work makes without naming a device, it makes here
         except Exception as error:
             # The thread goes on, to be stopped like any other; everyone who asks gets the reason.
             with self._core.lock:

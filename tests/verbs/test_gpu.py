@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -203,6 +205,23 @@ def test_device_times_in_a_trace(tmp_path: Path) -> None:
         assert 20_000 < span["dur"] < 500_000
         assert span["ts"] > issued["ts"] - 1000
     assert device[0]["ts"] + device[0]["dur"] <= device[1]["ts"]
+
+
+EXIT = """
+import asyncio, torch, asyncdp
+
+module = torch.nn.Linear(3, 3).cuda()
+x = torch.randn(4, 3, device="cuda")
+asyncio.run(asyncdp.data_parallel(module, x, ["cuda:0", "cuda:0"])).sum().backward()
+"""
+
+
+def test_a_process_with_lanes_ends_well() -> None:
+    """The default runtime's CUDA lanes end with the interpreter, and do not abort it."""
+    ends = [subprocess.Popen([sys.executable, "-c", EXIT], stderr=subprocess.PIPE) for _ in range(4)]
+    for each in ends:
+        _, errors = each.communicate(timeout=50)
+        assert each.returncode == 0, errors.decode()
 
 
 class Slow(nn.Module):
