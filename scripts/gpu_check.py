@@ -13,11 +13,13 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from xml.etree import ElementTree
 
+import machine
 import torch
 
 from asyncdp import _kernels as kernels
@@ -41,7 +43,8 @@ AIMS = (
 
 def versions() -> dict[str, str]:
     """Name everything the result depends on."""
-    found = {"python": platform.python_version(), "platform": platform.platform()}
+    found = {**machine.origin(), "platform": platform.platform()}
+    del found["date"], found["torch"]  # given to the minute, and with the other packages
     for name in PACKAGES:
         try:
             found[name] = metadata.version(name)
@@ -49,9 +52,19 @@ def versions() -> dict[str, str]:
             found[name] = "not installed"
     if torch.cuda.is_available():
         found["torch's CUDA"] = str(torch.version.cuda)
+        found["driver"] = driver()
         found["device"] = torch.cuda.get_device_name(0)
         found["devices"] = str(torch.cuda.device_count())
     return found
+
+
+def driver() -> str:
+    """Name the version of NVIDIA's driver."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (FileNotFoundError, subprocess.CalledProcessError) as error:
+        return f"unknown: {error}"
 
 
 def run_tests() -> dict[str, object]:
@@ -66,7 +79,8 @@ def run_tests() -> dict[str, object]:
             subprocess.run(command, cwd=ROOT, timeout=TESTS_SECONDS, check=False)
             suite = next(ElementTree.parse(report).iter("testsuite"))
         except (subprocess.TimeoutExpired, FileNotFoundError) as error:
-            return {"passed": 0, "failed": 1, "skipped": 0, "failures": [f"the tests did not end: {error}"]}
+            failures = [f"the tests did not end: {error}"]
+            return {"passed": 0, "failed": 1, "skipped": 0, "failures": failures, "reasons": {}}
     counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
     failed = counts["failures"] + counts["errors"]
     failures = [
@@ -74,8 +88,14 @@ def run_tests() -> dict[str, object]:
         for case in suite.iter("testcase")
         if case.find("failure") is not None or case.find("error") is not None
     ]
-    passed = counts["tests"] - failed - counts["skipped"]
-    return {"passed": passed, "failed": failed, "skipped": counts["skipped"], "failures": failures}
+    reasons = Counter(str(each.get("message")) for each in suite.iter("skipped"))
+    return {
+        "passed": counts["tests"] - failed - counts["skipped"],
+        "failed": failed,
+        "skipped": counts["skipped"],
+        "failures": failures,
+        "reasons": dict(reasons),
+    }
 
 
 def run_benchmarks() -> dict[str, dict[str, float]]:
@@ -120,7 +140,7 @@ def markdown(result: dict[str, object], aims: list[tuple[str, float, float]]) ->
     assert isinstance(tests, dict)
     assert isinstance(benchmarks, dict)
     assert isinstance(result["versions"], dict)
-    lines = ["# The kernels on a GPU", "", f"Measured by `scripts/gpu_check` on {result['date']}.", ""]
+    lines = ["# On a GPU", "", f"Measured by `scripts/gpu_check` on {result['date']}.", ""]
     lines += [f"- {name}: {version}" for name, version in result["versions"].items()]
     lines += [
         "",
@@ -128,7 +148,8 @@ def markdown(result: dict[str, object], aims: list[tuple[str, float, float]]) ->
         "",
     ]
     lines += [f"- failed: {name}" for name in tests["failures"]]
-    lines += ["| aim | measured | at least | |", "| --- | --- | --- | --- |"]
+    lines += [f"- skipped: {count}, {reason}" for reason, count in tests["reasons"].items()]
+    lines += ["", "| aim | measured | at least | |", "| --- | --- | --- | --- |"]
     lines += [f"| {what} | {figure:.2f} | {least} | {met(figure, least)} |" for what, figure, least in aims]
     lines += [
         "",
