@@ -152,14 +152,14 @@ class Lane:
             self._thread.join(timeout)
 
     def as_default_device(self) -> AbstractContextManager[object]:
-        """A block in `without_default_device` for which that does not hold."""
+        """A block of this lane's thread in which what names no device is made on the lane's."""
         return self.device if self._is_default else nullcontext()
 
     def without_default_device(self) -> AbstractContextManager[None]:
-        """A block of this lane's thread with no default device, as threads have that are no lanes.
+        """A block of this lane's thread in which what names no device is made where it is anywhere else.
 
-        A default device costs a microsecond or more at every operation and look at a tensor, and puts
-        what belongs on the host on the device: an optimizer that counts its steps there waits at each.
+        A default device costs some microseconds at every operation and look at a tensor, and an
+        optimizer that counts its steps on it waits for the device at each.
         """
         return self._without_default_device() if self._is_default else nullcontext()
 
@@ -176,8 +176,8 @@ class Lane:
         self._core.to_wake.append(self._wakeup.signal)
 
     def _run(self) -> None:
-        # What a work makes without naming a device, it makes here. Left again at the end: torch would drop it
-        # after the thread's end, take the interpreter's lock for that, and abort an interpreter that exits.
+        # Left again at the end: torch would drop it after the thread's end, take the interpreter's lock for
+        # that, and abort an interpreter that exits.
         with self.as_default_device():
             self._serve()
 
