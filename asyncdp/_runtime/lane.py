@@ -83,7 +83,7 @@ class Lane:
         self.num_done = 0
         self.busy_seconds = 0.0
         self.last_seconds = math.inf
-        self._is_default = self.device.type != "cpu"  # which every thread's default device is anyway
+        self._sets_default_device = self.device.type != "cpu"  # which every thread's default device is anyway
         self._num_threads = 0
         self._modes = LaneModes()
         self._core = core  # its lock guards the queue and the two flags
@@ -153,7 +153,7 @@ class Lane:
 
     def as_default_device(self) -> AbstractContextManager[object]:
         """A block of this lane's thread in which what names no device is made on the lane's."""
-        return self.device if self._is_default else nullcontext()
+        return self.device if self._sets_default_device else nullcontext()
 
     def without_default_device(self) -> AbstractContextManager[None]:
         """A block of this lane's thread in which what names no device is made where it is anywhere else.
@@ -161,7 +161,7 @@ class Lane:
         A default device costs some microseconds at every operation and look at a tensor, and an
         optimizer that counts its steps on it waits for the device at each.
         """
-        return self._without_default_device() if self._is_default else nullcontext()
+        return self._without_default_device() if self._sets_default_device else nullcontext()
 
     @contextmanager
     def _without_default_device(self) -> Iterator[None]:
