@@ -43,7 +43,10 @@ AIMS = (
 
 def versions() -> dict[str, str]:
     """Name everything the result depends on."""
-    found = {**machine.origin(), "platform": platform.platform()}
+    found = {
+        **machine.origin(),
+        "platform": f"{platform.system()} {platform.machine()}, {' '.join(platform.libc_ver())}",
+    }
     del found["date"], found["torch"]  # given to the minute, and with the other packages
     for name in PACKAGES:
         try:
