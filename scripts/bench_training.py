@@ -1,11 +1,11 @@
 """Training steps: asyncdp, plain torch and DDP side by side.
 
-Every contender is a process of its own (DDP: two), made anew for every workload. They take turns, a few
-steps each, so that whatever else the machine does hits all of them alike. Told are medians over all
-timed steps, the peak memory of each contender's processes added up, and how asyncdp's median of a turn
-compares with that of the better peer in the same round: the median of those ratios, since the machine changes
-its pace from one round to the other. For comparison, plain steps awaited through `asyncio.to_thread` take
-turns, too.
+Every contender is a process of its own (DDP: two), launched several times for every workload, since some
+processes are a few percent quicker than others that do the same. They take turns, a few steps each, so that
+whatever else the machine does hits all of them alike. Told are medians over all timed steps, the peak memory
+of each contender's processes added up, and how asyncdp's median of a turn compares with that of the better
+peer in the same round: the median of those ratios, since the machine changes its pace from one round to the
+other. For comparison, plain steps awaited through `asyncio.to_thread` take turns, too.
 
 With lanes on a GPU (`--devices cuda:0,cuda:0`) all of them work on that GPU, every step is timed to its end
 there, and memory is what torch allocated on it. DDP takes part only where two different GPUs are named.
@@ -305,7 +305,6 @@ class Contender:
     """The processes of one contender, waiting for their turn."""
 
     def __init__(self, name: str, workload: str, place: Place) -> None:
-        self.turns: list[list[float]] = []
         commands = [["--contender", name, "--workload", workload, "--devices", place.spec]]
         environment = dict(os.environ)
         if name == "ddp":
@@ -351,27 +350,30 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
-def race(workload: str, num_rounds: int, place: Place) -> dict[str, Any]:
+def race(workload: str, num_launches: int, num_rounds: int, place: Place) -> dict[str, Any]:
     count = WORKLOADS[workload].num_steps
-    contenders = {name: Contender(name, workload, place) for name in place.titles()}
-    for each in contenders.values():
-        each.ask(24)  # warm up; asyncdp learns how many lanes pay
-    for turn in range(num_rounds):
-        order = list(contenders.values())
-        for each in order[turn % len(order) :] + order[: turn % len(order)]:
-            each.turns.append(each.ask(count)[0])
-    found = {
+    turns: dict[str, list[list[float]]] = {name: [] for name in place.titles()}
+    peaks: dict[str, list[int]] = {name: [] for name in turns}
+    for _ in range(num_launches):
+        contenders = {name: Contender(name, workload, place) for name in turns}
+        for each in contenders.values():
+            each.ask(24)  # warm up; asyncdp learns how many lanes pay
+        for turn in range(num_rounds):
+            order = list(contenders)
+            for name in order[turn % len(order) :] + order[: turn % len(order)]:
+                turns[name].append(contenders[name].ask(count)[0])
+        for name, each in contenders.items():
+            peaks[name].append(sum(each.ask(0)))
+            each.end()
+    return {
         name: {
-            "median_ms": statistics.median(chain.from_iterable(each.turns)) * 1e3,
-            "best_ms": min(chain.from_iterable(each.turns)) * 1e3,
-            "turns_ms": [round(statistics.median(turn) * 1e3, 3) for turn in each.turns],
-            "peak_mib": sum(each.ask(0)) / 2**20,
+            "median_ms": statistics.median(chain.from_iterable(turns[name])) * 1e3,
+            "best_ms": min(chain.from_iterable(turns[name])) * 1e3,
+            "turns_ms": [round(statistics.median(turn) * 1e3, 3) for turn in turns[name]],
+            "peak_mib": max(peaks[name]) / 2**20,
         }
-        for name, each in contenders.items()
+        for name in turns
     }
-    for each in contenders.values():
-        each.end()
-    return found
 
 
 def measure_stall(workload: str, place: Place) -> dict[str, Any]:
@@ -434,7 +436,8 @@ def table(report: dict[str, Any], titles: dict[str, str]) -> str:
         "# Training steps",
         "",
         f"Medians of interleaved turns on {report['machine']}; `scripts/bench_training` measures again. "
-        f"The last column is the median of the ratios within each of the {report['num_rounds']} rounds. "
+        f"The last column is the median of the ratios within each round: "
+        f"{report['num_rounds']} of each of {report['num_launches']} launches. "
         f"The load of the machine before it began: {report['load']:.1f}.",
         "",
         "| workload | "
@@ -487,15 +490,16 @@ def machine(place: Place) -> str:
     )
 
 
-def drive(num_rounds: int, workloads: list[str], place: Place, out: Path) -> None:
+def drive(num_launches: int, num_rounds: int, workloads: list[str], place: Place, out: Path) -> None:
     report: dict[str, Any] = {
         "load": os.getloadavg()[0],
         "machine": machine(place),
+        "num_launches": num_launches,
         "num_rounds": num_rounds,
         "workloads": {},
     }
     for name in workloads:
-        found = race(name, num_rounds, place)
+        found = race(name, num_launches, num_rounds, place)
         peers = [peer for peer in ("plain", "ddp") if peer in found]
         better = min(peers, key=lambda peer: found[peer]["median_ms"])
         one: dict[str, Any] = {
@@ -520,7 +524,8 @@ def drive(num_rounds: int, workloads: list[str], place: Place, out: Path) -> Non
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15, help="turns of each contender")
+    parser.add_argument("--launches", type=int, default=3, help="how often each contender is launched")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each contender in a launch")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     parser.add_argument(
         "--devices", default="cpu*2", help="lanes of asyncdp; the others work where the first is"
@@ -537,7 +542,7 @@ def main() -> None:
     place = Place(asked.devices)
     workload = WORKLOADS.get(asked.workload)
     if workload is None:
-        drive(asked.rounds, asked.workloads, place, asked.out)
+        drive(asked.launches, asked.rounds, asked.workloads, place, asked.out)
     elif asked.stall:
         asyncio.run(run_stall(workload, place, asked.stall == "inline"))
     elif asked.contender == "plain":
