@@ -105,6 +105,9 @@ class CudaStub:
     def current_stream(self, device: Any = None) -> Stream:
         return getattr(self._local, "stream", self._default)
 
+    def set_stream(self, stream: Stream) -> None:
+        self._local.stream = stream
+
     @contextlib.contextmanager
     def stream(self, stream: Stream) -> Iterator[None]:
         before = self.current_stream()
@@ -151,6 +154,7 @@ def cuda_stub(monkeypatch: pytest.MonkeyPatch) -> CudaStub:
     monkeypatch.setattr(torch.cuda, "Event", lambda **kwargs: Event(stub, **kwargs))
     monkeypatch.setattr(torch.cuda, "current_stream", stub.current_stream)
     monkeypatch.setattr(torch.cuda, "stream", stub.stream)
+    monkeypatch.setattr(torch.cuda, "set_stream", stub.set_stream)
     monkeypatch.setattr(transfer, "_lane_streams", {})
     monkeypatch.setattr(transfer, "_peers", {})
     monkeypatch.setattr(cuda_clock, "_clocks", {})

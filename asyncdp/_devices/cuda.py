@@ -133,8 +133,8 @@ class CudaLane(LaneDevice):
         if timing is not None:
             timing.begin(self._stream)
         try:
-            with torch.cuda.stream(self._stream):
-                value = function()
+            torch.cuda.set_stream(self._stream)  # which a work may have changed, and the device with it
+            value = function()
         except BaseException:
             # What was issued before the error still reads its inputs. After a context error this
             # fails too, and the first error is the one to report.

@@ -56,6 +56,14 @@ async def test_every_stage_is_ordered_behind_the_caller(
     assert f"default borrows {output.tolist()}" in log
 
 
+async def test_every_work_has_the_stream_of_its_lane(cuda_stub: CudaStub) -> None:
+    """A work that makes another stream the current one, and leaves it so, does not change the next one's."""
+    async with Runtime([cuda_stub.lane()]) as runtime:
+        before = await runtime.run(cuda_stub.current_stream)
+        await runtime.run(cuda_stub.set_stream, cuda_stub.make_stream())
+        assert await runtime.run(cuda_stub.current_stream) is before
+
+
 async def test_a_device_lost_between_passes_is_told(cuda_stub: CudaStub) -> None:
     """A device found lost at the call fails that pass and all later ones alike, and closes its lanes."""
     async with Runtime([cuda_stub.lane()]) as runtime:
