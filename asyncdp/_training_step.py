@@ -196,9 +196,11 @@ class Step:
     def _loss_of(self, index: int, module: nn.Module) -> Tensor:
         lane = self._lanes[index]
         args, targets = self._shards[index]
-        with lane.as_default_device():
-            outputs = module(*[bring(each, lane.device) for each in args])
-            loss = _checked(self.options.loss_fn(outputs, bring(targets, lane.device)))
+        args = tuple(bring(each, lane.device) for each in args)
+        targets = bring(targets, lane.device)
+        with lane.as_default_device():  # for the user's code alone, since our own takes longer in it
+            loss = self.options.loss_fn(module(*args), targets)
+        loss = _checked(loss)
         weight = self._weights[index]
         return loss if weight == 1.0 else loss * weight
 
