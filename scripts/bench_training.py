@@ -151,10 +151,10 @@ def classes(*shape: int) -> Callable[[], tuple[Tensor, Tensor]]:
 
 
 WORKLOADS = {
-    "mlp256": Workload("MLP 8 x Linear(256), batch 64", lambda: mlp(8, 256), classes(64, 256), 50),
-    "mlp1024": Workload("MLP 4 x Linear(1024), batch 512", lambda: mlp(4, 1024), classes(512, 1024), 4),
-    "encoder": Workload("TransformerEncoder 6 x 384, batch 16 x 32", Encoder, classes(16, 32, 384), 2),
-    "resnet": Workload("small ResNet, batch 64 x 3 x 32 x 32", resnet, classes(64, 3, 32, 32), 4),
+    "mlp256": Workload("MLP 8 x Linear(256), batch 64", lambda: mlp(8, 256), classes(64, 256), 20),
+    "mlp1024": Workload("MLP 4 x Linear(1024), batch 512", lambda: mlp(4, 1024), classes(512, 1024), 2),
+    "encoder": Workload("TransformerEncoder 6 x 384, batch 16 x 32", Encoder, classes(16, 32, 384), 1),
+    "resnet": Workload("small ResNet, batch 64 x 3 x 32 x 32", resnet, classes(64, 3, 32, 32), 2),
 }
 
 
@@ -525,7 +525,7 @@ def drive(num_launches: int, num_rounds: int, workloads: list[str], place: Place
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--launches", type=int, default=3, help="how often each contender is launched")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each contender in a launch")
+    parser.add_argument("--rounds", type=int, default=15, help="turns of each contender in a launch")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     parser.add_argument(
         "--devices", default="cpu*2", help="lanes of asyncdp; the others work where the first is"

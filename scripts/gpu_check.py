@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 TESTS_SECONDS, BENCHMARKS_SECONDS, TRAINING_SECONDS = 270, 80, 220
 TRAINING = (
     *("--devices", "cuda:0,cuda:0", "--workloads", "mlp1024", "encoder"),
-    *("--launches", "1", "--rounds", "7"),
+    *("--launches", "1"),
 )
 PACKAGES = (
     *("torch", "numpy", "numba", "numba-cuda", "cuda-core"),
