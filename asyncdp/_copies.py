@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -54,6 +54,15 @@ def hold_storages(tensors: Sequence[Tensor]) -> list[StorageWeakRef]:
         What to keep for as long as stamps of these tensors shall tell them from later ones.
     """
     return [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors if tensor.layout is _STRIDED]
+
+
+def storages(tensors: Iterable[Tensor]) -> list[torch.UntypedStorage]:
+    """The memory of tensors, to keep although they may be given other (as by `flatten_parameters`).
+
+    A CUDA allocator knows only the stream on which memory was made: it gives it away at once, although
+    another lane's stream has yet to read it.
+    """
+    return [tensor.untyped_storage() for tensor in tensors if tensor.layout is _STRIDED]
 
 
 def copies_on(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ._autograd import broadcast_first
 from ._buckets import DEFAULT_BUCKET_BYTES, buckets
-from ._copies import Stamp, copies_on, hold_storages
+from ._copies import Stamp, copies_on, hold_storages, storages
 from ._replicate import KEPT, AttributeMap, Replica, TensorMap, check_module, stand_ins
 from ._structure import Structure, modules_of
 
@@ -37,6 +37,8 @@ class LaneModule:
     changes: AttributeMap
     source: _Copies | None
     buffer_owners: Sequence[nn.Module]
+    held: Sequence[torch.UntypedStorage] = ()
+    """What the tensors begin with: a forward may give them other memory before a device has read this."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the replica's forward; only ever on the lane's own thread."""
@@ -200,6 +202,7 @@ class ReplicaSet:
                 self._changes,
                 self._copies[lane],
                 owners if lane == 0 else (),
+                storages(own.values()) if self._devices[lane].type != "cpu" else (),
             )
             for lane, own in zip(lanes, aliases or [{}] * len(lanes), strict=True)
         ]

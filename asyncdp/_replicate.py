@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from types import MethodType
@@ -125,7 +126,10 @@ class Replica:
             self._memo = {**self._modules, **{id(copied): copied for copied in self._modules.values()}}
         tensor_ids = {id(tensor) for tensor in module_tensors(original)}
         for each in original.modules():
-            self._fill(each, self._modules[id(each)].__dict__, tensor_ids)
+            replica = self._modules[id(each)]
+            self._fill(each, replica.__dict__, tensor_ids)
+            if isinstance(each, nn.RNNBase) and not deep:
+                replica.__dict__["flatten_parameters"] = _Flatten(each, replica)
 
     def install(self, tensors: TensorMap, changes: AttributeMap | None = None) -> None:
         """Put tensors in the places of the original's, and values in those of its plain attributes.
@@ -185,6 +189,32 @@ class Replica:
             elif self._memo is not None:
                 mapped = _deep_copy(name, mapped, self._memo)
             namespace[name] = mapped
+
+
+class _Flatten:
+    """`flatten_parameters` of a replica, which leaves weights alone that it shares with the original.
+
+    It gives every weight a new place in memory. Shared ones are no longer shared then, or other lanes read
+    them while they move. They are flat as far as the original's are.
+    """
+
+    def __init__(self, original: nn.RNNBase, replica: nn.Module) -> None:
+        self._original = weakref.ref(original)
+        self._replica = weakref.ref(replica)
+
+    def __call__(self) -> None:
+        original, replica = self._original(), self._replica()
+        assert isinstance(replica, nn.RNNBase), "it is called by way of the replica"
+        if original is None or not _share_weights(original, replica):
+            type(replica).flatten_parameters(replica)
+
+
+def _share_weights(one: nn.RNNBase, other: nn.RNNBase) -> bool:
+    pairs = zip(one._flat_weights, other._flat_weights, strict=True)
+    return any(
+        isinstance(weight, Tensor) and isinstance(twin, Tensor) and weight.data_ptr() == twin.data_ptr()
+        for weight, twin in pairs
+    )
 
 
 def _bare_copy(module: nn.Module) -> nn.Module:

@@ -16,7 +16,7 @@ from ._replica_set import LaneModule, ReplicaSet, updates_buffers
 from ._runtime import Lane, Runtime
 from ._runtime.passes import NextStage, Stage
 from ._scatter import split_arguments
-from ._structure import is_on
+from ._structure import is_on, moves_weights
 from ._wholes import Wholes
 
 
@@ -126,7 +126,8 @@ class Route:
         lane = self.lanes[0]
 
         def whole() -> Any:
-            runner = module if is_on(module, lane.device) else replicas.prepare(module, [0])[0]
+            is_able = is_on(module, lane.device) and not moves_weights(module, lane.device)
+            runner = module if is_able else replicas.prepare(module, [0])[0]
             return gather_to([apply(runner, args, kwargs, lane.device)], self.output, self.dim)
 
         return await self.runtime.run(whole, lane=lane, num_threads=self.runtime.thread_share(1))

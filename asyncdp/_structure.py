@@ -40,6 +40,11 @@ def is_on(module: nn.Module, device: torch.device) -> bool:
     )
 
 
+def moves_weights(module: nn.Module, device: torch.device) -> bool:
+    """Whether the module's forward may give its own weights another place, under lanes that read them."""
+    return device.type == "cuda" and any(isinstance(each, nn.RNNBase) for each in modules_of(module))
+
+
 class Outline:
     """The modules that a module consists of, remembered to look at them all once more in little time.
 

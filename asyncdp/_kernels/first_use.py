@@ -65,6 +65,16 @@ def _may_wait(choice: str) -> bool:
     return choice == "numba" or not isinstance(threading.current_thread(), threading._DummyThread)
 
 
+def _load(device: torch.device) -> None:
+    try:
+        warm_up(device)
+    except Warning:
+        # Of Numba's import. Filters belong to the process: another thread, pytest's between two tests say,
+        # has put some that raise in the place of the import's own. The next call asks again.
+        with _lock:
+            _asked.discard(device)
+
+
 def _load_soon(device: torch.device) -> None:
     """Load the kernels on a thread of their own, once per device."""
     with _lock:
@@ -72,4 +82,4 @@ def _load_soon(device: torch.device) -> None:
             return
         _asked.add(device)
     # No daemon: the interpreter must not end in the middle of the compiler's native code.
-    threading.Thread(target=warm_up, args=(device,), name=f"asyncdp-kernels-{device}").start()
+    threading.Thread(target=_load, args=(device,), name=f"asyncdp-kernels-{device}").start()

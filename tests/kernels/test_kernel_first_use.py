@@ -93,6 +93,22 @@ async def test_a_loop_thread_takes_the_reference_until_all_is_loaded(loader, nam
 
 
 @pytest.mark.anyio
+async def test_a_warning_that_became_an_error_puts_loading_off(loader, monkeypatch):
+    """Loading that fails by another thread's filters for warnings begins anew with the next call."""
+
+    def warn(device):
+        raise DeprecationWarning("of an import")
+
+    monkeypatch.setattr(launch, "load_all", warn)
+    assert CALLS["gather"]() == "reference"
+    await anyio.to_thread.run_sync(loader.end)
+    monkeypatch.setattr(launch, "load_all", loader.load_all)
+    assert CALLS["gather"]() == "reference"
+    await anyio.to_thread.run_sync(loader.end)
+    assert CALLS["gather"]() == "compiled"
+
+
+@pytest.mark.anyio
 async def test_a_loop_thread_does_not_look_at_the_machine(loader, monkeypatch):
     """Finding out what is installed reads files, so the loading thread does it."""
     looked = []
