@@ -87,7 +87,7 @@ class TrainingLane:
             # Always: no version tells of changes through `.data`, nor of batch norm's to its buffers.
             with torch.inference_mode(False), torch.no_grad():
                 torch._foreach_copy_([own for own, _ in self._copies], [source for _, source in self._copies])
-        self._held = storages(own for own, _ in self._copies)
+        self._held = storages(own for own, _ in self._copies)  # until the next step
         self._versions = {id(own): own._version for own, _ in self._copies}
         self._replica.install(self._tensors)
         self._training = dict(zip(map(id, modes.modules), modes.training, strict=True))

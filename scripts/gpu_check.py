@@ -27,10 +27,7 @@ from asyncdp import _kernels as kernels
 ROOT = Path(__file__).parent.parent
 # Together under 10 minutes, with a margin for start and the report.
 TESTS_SECONDS, BENCHMARKS_SECONDS, TRAINING_SECONDS = 270, 80, 220
-TRAINING = (
-    *("--devices", "cuda:0,cuda:0", "--workloads", "mlp1024", "encoder"),
-    *("--launches", "1"),
-)
+TRAINING = ("--devices", "cuda:0,cuda:0", "--workloads", "mlp1024", "encoder", "--launches", "1")
 PACKAGES = (
     *("torch", "numpy", "numba", "numba-cuda", "cuda-core"),
     *("nvidia-cuda-nvrtc", "nvidia-nvvm", "nvidia-nvjitlink"),
