@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ._devices.threads import set_intra_op_threads
 from ._reducer import Gradients, add_up
+from ._training_fused import fused
 from .errors import ClosureOptimizerError, LossReductionError, NotAnOptimizerError
 
 
@@ -187,10 +188,12 @@ def commit(held: Held, options: StepOptions, write_buffers: Callable[[], None] |
     if options.reduce_only:
         return
     try:
-        if options.scaler is None:
-            options.optimizer.step()
-        else:
-            options.scaler.step(options.optimizer)
+        with fused(options.optimizer):
+            if options.scaler is None:
+                options.optimizer.step()
+            else:
+                options.scaler.step(options.optimizer)
+        if options.scaler is not None:
             options.scaler.update()
     except BaseException as error:
         _forget_unscaling(options)

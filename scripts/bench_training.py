@@ -41,7 +41,7 @@ from asyncdp._devices import parse_devices
 
 SCRIPT = Path(__file__).resolve()
 RESULTS = SCRIPT.parent.parent / "docs" / "results"
-CONTENDERS = ("plain", "ddp", "to_thread", "asyncdp", "asyncdp-all")
+CONTENDERS = ("plain", "plain-fused", "ddp", "to_thread", "asyncdp", "asyncdp-all")
 
 
 class Place:
@@ -63,6 +63,8 @@ class Place:
         ddp = "DDP gloo, 2 processes x 1 thread" if self.is_cpu else "DDP nccl, 2 processes"
         return {
             "plain": "plain torch, all threads" if self.is_cpu else "plain torch",
+            # As asyncdp's is on the CPU, where nobody says otherwise.
+            **({"plain-fused": "plain torch, SGD(fused=True)"} if self.is_cpu else {}),
             **({"ddp": ddp} if self.has_ddp else {}),
             "to_thread": "plain torch by asyncio.to_thread",
             "asyncdp": "asyncdp",
@@ -163,8 +165,8 @@ WORKLOADS = {
 Step = Callable[[], None]
 
 
-def optimizer_of(module: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(module.parameters(), 0.01, momentum=0.9)
+def optimizer_of(module: nn.Module, *, fused: bool | None = None) -> torch.optim.Optimizer:
+    return torch.optim.SGD(module.parameters(), 0.01, momentum=0.9, fused=fused)
 
 
 def plain_step(module: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor]) -> None:
@@ -200,9 +202,9 @@ def made(workload: Workload, device: torch.device) -> tuple[nn.Module, tuple[Ten
     return workload.make().to(device), (inputs.to(device), targets.to(device))
 
 
-def run_plain(workload: Workload, place: Place) -> None:
+def run_plain(workload: Workload, place: Place, fused: bool | None) -> None:
     module, batch = made(workload, place.home)
-    optimizer = optimizer_of(module)
+    optimizer = optimizer_of(module, fused=fused)
 
     def step() -> None:
         plain_step(module, optimizer, batch)
@@ -376,6 +378,12 @@ def race(workload: str, num_launches: int, num_rounds: int, place: Place) -> dic
     }
 
 
+def ratio_to(peer: str, found: dict[str, Any]) -> float:
+    """What a step of asyncdp takes of a peer's, turn by turn."""
+    turns = map(operator.truediv, found["asyncdp"]["turns_ms"], found[peer]["turns_ms"])
+    return statistics.median(turns)
+
+
 def measure_stall(workload: str, place: Place) -> dict[str, Any]:
     found = {}
     for name in ("asyncdp", "inline"):
@@ -432,22 +440,26 @@ async def measure_digits(place: Place) -> dict[str, float]:
 
 def table(report: dict[str, Any], titles: dict[str, str]) -> str:
     has_ddp = "ddp" in titles
+    has_fused = "plain-fused" in titles
     lines = [
         "# Training steps",
         "",
         f"Medians of interleaved turns on {report['machine']}; `scripts/bench_training` measures again. "
-        f"The last column is the median of the ratios within each round: "
+        f"Ratios are medians of those within each round: "
         f"{report['num_rounds']} of each of {report['num_launches']} launches. "
         f"The load of the machine before it began: {report['load']:.1f}.",
         "",
         "| workload | "
         + " | ".join(f"{title}, ms" for title in titles.values())
-        + (" | asyncdp / better peer |" if has_ddp else " | asyncdp / plain |"),
-        "|---|" + "---:|" * (len(titles) + 1),
+        + (" | asyncdp / better of plain and DDP |" if has_ddp else " | asyncdp / plain |")
+        + (" asyncdp / plain, fused |" if has_fused else ""),
+        "|---|" + "---:|" * (len(titles) + 1 + has_fused),
     ]
     for one in report["workloads"].values():
         cells = [f"{one['contenders'][name]['median_ms']:.2f}" for name in titles]
-        lines.append(f"| {one['title']} | {' | '.join(cells)} | {one['ratio']:.3f} |")
+        ratios = [one["ratio"], one["ratio_fused"]] if has_fused else [one["ratio"]]
+        cells += [f"{ratio:.3f}" for ratio in ratios]
+        lines.append(f"| {one['title']} | {' | '.join(cells)} |")
     lines += [
         "",
         "| workload | "
@@ -505,10 +517,10 @@ def drive(num_launches: int, num_rounds: int, workloads: list[str], place: Place
         one: dict[str, Any] = {
             "title": WORKLOADS[name].title,
             "contenders": found,
-            "ratio": statistics.median(
-                map(operator.truediv, found["asyncdp"]["turns_ms"], found[better]["turns_ms"])
-            ),
+            "ratio": ratio_to(better, found),
         }
+        if "plain-fused" in found:
+            one["ratio_fused"] = ratio_to("plain-fused", found)
         if "ddp" in found:
             one["memory_ratio"] = found["asyncdp"]["peak_mib"] / found["ddp"]["peak_mib"]
         report["workloads"][name] = {**one, "stall": measure_stall(name, place)}
@@ -545,8 +557,8 @@ def main() -> None:
         drive(asked.launches, asked.rounds, asked.workloads, place, asked.out)
     elif asked.stall:
         asyncio.run(run_stall(workload, place, asked.stall == "inline"))
-    elif asked.contender == "plain":
-        run_plain(workload, place)
+    elif asked.contender in ("plain", "plain-fused"):
+        run_plain(workload, place, fused=asked.contender == "plain-fused" or None)
     elif asked.contender == "ddp":
         run_ddp(workload, place, asked.rank, asked.port)
     elif asked.contender == "to_thread":
