@@ -35,15 +35,14 @@ _KEPT: Mapping[type, _Names] = {
     optim.Adagrad: lambda _: ("sum",),
 }
 
-_OPTION_TYPES = {bool, float, int, type(None), list, tuple}
+_OPTION_TYPES = {bool, float, int, str, type(None), list, tuple}
 _TENSOR_TYPES = {Tensor, nn.Parameter}
 _LAYOUTS = {torch.strided}
-_DEVICES = {torch.device("cpu")}
 _DTYPES = ({torch.float32}, {torch.float64})  # of others the kernels compute in a wider type
 
 _gradient_of = attrgetter("grad")
 _layout_of = attrgetter("layout")
-_device_of = attrgetter("device")
+_is_on_cpu = attrgetter("is_cpu")
 _dtype_of = attrgetter("dtype")
 
 
@@ -81,13 +80,13 @@ def _fits(optimizer: Any, group: _Group, names: _Names) -> bool:
         return False
     parameters = [each for each in group["params"] if each.grad is not None]
     tensors = [*parameters, *map(_gradient_of, parameters)]
-    kept = [optimizer.state.get(each, {}) for each in parameters]
+    if not _LAYOUTS.issuperset(map(_layout_of, tensors)) or not all(map(_is_on_cpu, parameters)):
+        return False
+    state = optimizer.state
     for name in names(group):
-        tensors += [each.get(name) for each in kept]
+        tensors += [state[each].get(name) if each in state else None for each in parameters]
     return (
         _TENSOR_TYPES.issuperset(map(type, tensors))
-        and _LAYOUTS.issuperset(map(_layout_of, tensors))
-        and _DEVICES.issuperset(map(_device_of, tensors))
         and {*map(_dtype_of, tensors)} in _DTYPES
         and all(map(Tensor.is_contiguous, tensors))
     )

@@ -220,7 +220,7 @@ def test_not_for_other_optimizers(make: Make) -> None:
 def test_each_group_by_itself() -> None:
     """A group that cannot be fused does not keep others from it."""
     params = parameters()
-    groups = [{"params": params[:1], "foreach": False}, {"params": params[1:]}]
+    groups = [{"params": params[:1], "foreach": False}, {"params": params[1:], "name": "rest"}]
     optimizer = optim.SGD(groups, 0.1, momentum=0.9)
     give_gradients(params)
     optimizer.step()
