@@ -89,13 +89,15 @@ class Place:
 
 
 class Workload(NamedTuple):
-    """A module, its batch, and how long a turn is."""
+    """A module, its batch, how long a turn is, and how many there are."""
 
     title: str
     make: Callable[[], nn.Module]
     batch: Callable[[], tuple[Tensor, Tensor]]
     num_steps: int
     """Steps per turn."""
+    num_rounds: int = 15
+    """Turns of each contender in a launch. On a shared machine those of short steps differ most."""
 
 
 def mlp(depth: int, width: int) -> nn.Module:
@@ -153,7 +155,7 @@ def classes(*shape: int) -> Callable[[], tuple[Tensor, Tensor]]:
 
 
 WORKLOADS = {
-    "mlp256": Workload("MLP 8 x Linear(256), batch 64", lambda: mlp(8, 256), classes(64, 256), 20),
+    "mlp256": Workload("MLP 8 x Linear(256), batch 64", lambda: mlp(8, 256), classes(64, 256), 20, 60),
     "mlp1024": Workload("MLP 4 x Linear(1024), batch 512", lambda: mlp(4, 1024), classes(512, 1024), 2),
     "encoder": Workload("TransformerEncoder 6 x 384, batch 16 x 32", Encoder, classes(16, 32, 384), 1),
     "resnet": Workload("small ResNet, batch 64 x 3 x 32 x 32", resnet, classes(64, 3, 32, 32), 2),
@@ -352,7 +354,7 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
-def race(workload: str, num_launches: int, num_rounds: int, place: Place) -> dict[str, Any]:
+def race(workload: str, num_launches: int, place: Place) -> dict[str, Any]:
     count = WORKLOADS[workload].num_steps
     turns: dict[str, list[list[float]]] = {name: [] for name in place.titles()}
     peaks: dict[str, list[int]] = {name: [] for name in turns}
@@ -360,7 +362,7 @@ def race(workload: str, num_launches: int, num_rounds: int, place: Place) -> dic
         contenders = {name: Contender(name, workload, place) for name in turns}
         for each in contenders.values():
             each.ask(24)  # warm up; asyncdp learns how many lanes pay
-        for turn in range(num_rounds):
+        for turn in range(WORKLOADS[workload].num_rounds):
             order = list(contenders)
             for name in order[turn % len(order) :] + order[: turn % len(order)]:
                 turns[name].append(contenders[name].ask(count)[0])
@@ -445,18 +447,18 @@ def table(report: dict[str, Any], titles: dict[str, str]) -> str:
         "# Training steps",
         "",
         f"Medians of interleaved turns on {report['machine']}; `scripts/bench_training` measures again. "
-        f"Ratios are medians of those within each round: "
-        f"{report['num_rounds']} of each of {report['num_launches']} launches. "
+        f"Ratios are medians of those within each round, of {report['num_launches']} launches together. "
         f"The load of the machine before it began: {report['load']:.1f}.",
         "",
-        "| workload | "
+        "| workload | rounds | "
         + " | ".join(f"{title}, ms" for title in titles.values())
         + (" | asyncdp / better of plain and DDP |" if has_ddp else " | asyncdp / plain |")
         + (" asyncdp / plain, fused |" if has_fused else ""),
-        "|---|" + "---:|" * (len(titles) + 1 + has_fused),
+        "|---|" + "---:|" * (len(titles) + 2 + has_fused),
     ]
     for one in report["workloads"].values():
-        cells = [f"{one['contenders'][name]['median_ms']:.2f}" for name in titles]
+        cells = [str(len(one["contenders"]["plain"]["turns_ms"]))]
+        cells += [f"{one['contenders'][name]['median_ms']:.2f}" for name in titles]
         ratios = [one["ratio"], one["ratio_fused"]] if has_fused else [one["ratio"]]
         cells += [f"{ratio:.3f}" for ratio in ratios]
         lines.append(f"| {one['title']} | {' | '.join(cells)} |")
@@ -502,16 +504,15 @@ def machine(place: Place) -> str:
     )
 
 
-def drive(num_launches: int, num_rounds: int, workloads: list[str], place: Place, out: Path) -> None:
+def drive(num_launches: int, workloads: list[str], place: Place, out: Path) -> None:
     report: dict[str, Any] = {
         "load": os.getloadavg()[0],
         "machine": machine(place),
         "num_launches": num_launches,
-        "num_rounds": num_rounds,
         "workloads": {},
     }
     for name in workloads:
-        found = race(name, num_launches, num_rounds, place)
+        found = race(name, num_launches, place)
         peers = [peer for peer in ("plain", "ddp") if peer in found]
         better = min(peers, key=lambda peer: found[peer]["median_ms"])
         one: dict[str, Any] = {
@@ -537,7 +538,6 @@ def drive(num_launches: int, num_rounds: int, workloads: list[str], place: Place
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--launches", type=int, default=3, help="how often each contender is launched")
-    parser.add_argument("--rounds", type=int, default=15, help="turns of each contender in a launch")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     parser.add_argument(
         "--devices", default="cpu*2", help="lanes of asyncdp; the others work where the first is"
@@ -554,7 +554,7 @@ def main() -> None:
     place = Place(asked.devices)
     workload = WORKLOADS.get(asked.workload)
     if workload is None:
-        drive(asked.launches, asked.rounds, asked.workloads, place, asked.out)
+        drive(asked.launches, asked.workloads, place, asked.out)
     elif asked.stall:
         asyncio.run(run_stall(workload, place, asked.stall == "inline"))
     elif asked.contender in ("plain", "plain-fused"):
