@@ -7,11 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import errors
-    from ._data_parallel import DataParallel, DataParallelStatistics, data_parallel
     from ._devices import parse_devices
-    from ._gather import gather
-    from ._parallel_apply import parallel_apply
-    from ._replicate import replicate
+    from ._engine.data_parallel import DataParallel, DataParallelStatistics, data_parallel
+    from ._engine.tuner import LaneChoice
     from ._runtime import (
         LaneState,
         LaneStatistics,
@@ -20,16 +18,12 @@ if TYPE_CHECKING:
         TraceRecorder,
         default_runtime,
     )
-    from ._scatter import scatter
-    from ._serving import (
-        Batcher,
-        BatcherStatistics,
-        QueueFull,
-        export_opentelemetry,
-        export_prometheus,
-    )
-    from ._training import backward
-    from ._tuner import LaneChoice
+    from ._serving import Batcher, BatcherStatistics, QueueFull, export_opentelemetry, export_prometheus
+    from ._verbs.backward import backward
+    from ._verbs.gather import gather
+    from ._verbs.parallel_apply import parallel_apply
+    from ._verbs.replicate import replicate
+    from ._verbs.scatter import scatter
 
 __version__ = "0.1.0"
 
@@ -62,16 +56,16 @@ __all__ = [
 # of this package in every run, and the command line shows its help, without waiting for torch.
 _MODULES = (
     "errors",
-    "_data_parallel",
     "_devices",
-    "_gather",
-    "_parallel_apply",
-    "_replicate",
+    "_engine.data_parallel",
+    "_engine.tuner",
     "_runtime",
-    "_scatter",
     "_serving",
-    "_training",
-    "_tuner",
+    "_verbs.backward",
+    "_verbs.gather",
+    "_verbs.parallel_apply",
+    "_verbs.replicate",
+    "_verbs.scatter",
 )
 
 

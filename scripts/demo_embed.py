@@ -17,7 +17,7 @@ import pyarrow.dataset
 import torch
 
 from asyncdp.infer.batching import cut_windows, plan_batches
-from asyncdp.infer.embed import embed_steps, load_embedder
+from asyncdp.infer.model.embed import embed_steps, load_embedder
 from asyncdp.infer.readers import Selection, open_inputs
 
 FOLDER = Path("demo-output")

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from asyncdp.infer import InferOptions, Job
-from asyncdp.infer.journal import load_journal
+from asyncdp.infer.output.journal import load_journal
 
 
 class Scaled(nn.Module):

@@ -31,7 +31,7 @@ BEAT_SECONDS = 0.002
 @contextlib.asynccontextmanager
 async def open_asyncdp(folder: str) -> AsyncIterator[Call]:
     from asyncdp import Batcher, DataParallel, Runtime
-    from asyncdp.infer.embed import embed_steps, load_embedder
+    from asyncdp.infer.model.embed import embed_steps, load_embedder
 
     model, steps = load_embedder(Path(folder))[0].eval(), embed_steps(Path(folder))
 
@@ -141,7 +141,7 @@ async def open_threads(folder: str) -> AsyncIterator[Call]:
     """No service either, but what two cores give: a thread on each, and all texts sorted by length."""
     import torch
 
-    from asyncdp.infer.embed import embed_steps, load_embedder
+    from asyncdp.infer.model.embed import embed_steps, load_embedder
 
     model, steps = load_embedder(Path(folder))[0].eval(), embed_steps(Path(folder))
 

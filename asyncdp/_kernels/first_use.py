@@ -44,7 +44,7 @@ def warm_up(device: torch.device) -> None:
     """
     if implementation(device) == "torch":
         return
-    from . import cuda, launch  # noqa: F401  calls import `cuda`, which reads files the first time
+    from . import launch
 
     device = with_index(device)
     launch.load_all(device)

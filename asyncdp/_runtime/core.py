@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from .._devices import LaneDevice
+from .._loops.completion import Callback, new_completion
 from ..errors import AsyncDPError, DeviceLostError, QueueFullError, RuntimeClosedError
-from .completion import Callback, new_completion
 from .lane import Lane
 from .passes import Pass, PassState
 from .schedule import Action, Admit, LaneState, Refuse, Schedule

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from .._devices.base import LaneDevice
 from .._devices.threads import set_intra_op_threads
-from . import completion, trace
+from .._loops import completion
+from . import trace
 from .ambient import LaneModes, Modes, current_modes
 from .schedule import LaneState
 from .wakeup import LOOK_SECONDS, Wakeup

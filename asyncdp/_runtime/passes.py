@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .._loops.completion import Callback, new_callback, new_completion
 from ..errors import AsyncDPError, StopIterationInLaneError
 from . import trace
 from .ambient import Ambient
-from .completion import Callback, new_callback, new_completion
 from .lane import Lane, Work
 
 if TYPE_CHECKING:

@@ -15,11 +15,7 @@ import torch
 from .. import _devices, _kernels
 from .._devices import Devices, LaneDevice, parse_devices
 from .._devices.threads import end_own_team
-from ..errors import (
-    NestedPassError,
-    RuntimeClosedError,
-    UnknownDeviceError,
-)
+from ..errors import NestedPassError, RuntimeClosedError, UnknownDeviceError
 from .ambient import Ambient
 from .core import Core
 from .lane import Lane, current_lane

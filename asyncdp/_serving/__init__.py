@@ -4,7 +4,7 @@ from ..errors import QueueFullError as QueueFull
 from .batcher import Batcher
 from .call import Call
 from .dispatcher import BatcherState
-from .export import export_opentelemetry, export_prometheus
+from .metrics import export_opentelemetry, export_prometheus
 from .statistics import BatcherStatistics, Percentiles
 
 __all__ = [

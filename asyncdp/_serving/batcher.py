@@ -8,18 +8,18 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from .._loops.waiter import current_loop
 from .._runtime import Runtime
 from ..errors import BatcherClosedError, DeviceLostError, OtherLoopError, QueueFullError
 from .call import Call
+from .collate import Collate, Split, Stack, unbind
 from .dispatcher import OPEN, BatcherState, Dispatcher
-from .schedule import BatchSchedule
+from .queue import BatchSchedule
 from .slots import open_slots
 from .statistics import BatcherStatistics, Recorder
-from .steps import Collate, Split, Stack, unbind
-from .waiter import current_loop
 
 if TYPE_CHECKING:
-    from .._data_parallel import DataParallel
+    from .._engine.data_parallel import DataParallel
 
 
 class Batcher:

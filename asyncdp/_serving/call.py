@@ -8,11 +8,11 @@ from collections.abc import Callable, Generator
 from functools import partial
 from typing import Any
 
+from .._loops.tasks import call_later
+from .._loops.waiter import Waiter, wake
 from ..errors import CallCancelledError, CallTimeoutError
-from .schedule import BatchSchedule, Item
+from .queue import BatchSchedule, Item
 from .statistics import Recorder
-from .tasks import call_later
-from .waiter import Waiter, wake
 
 
 class Call(Item):

@@ -10,14 +10,14 @@ from functools import partial
 
 import anyio
 
-from .._runtime.completion import look_of_loop
+from .._loops.completion import look_of_loop
+from .._loops.tasks import call_later, call_soon_of_loop, ends_tasks
+from .._loops.waiter import Waiter, waiters_of_loop
 from ..errors import BatcherClosedError, DeviceLostError, EngineCancelledError
 from .call import Call
-from .schedule import BatchSchedule
+from .queue import BatchSchedule
 from .slots import CANCELLED, Slot, Values
 from .statistics import Recorder
-from .tasks import call_later, call_soon_of_loop, ends_tasks
-from .waiter import Waiter, waiters_of_loop
 
 
 class BatcherState(enum.Enum):

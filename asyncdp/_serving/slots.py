@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from .._parallel_apply import arguments
+from .._loops.tasks import ends_tasks, is_cancelled, spawn
 from .._runtime import Lane, Runtime, default_runtime
+from .._verbs.parallel_apply import arguments
 from ..errors import NotServableError, SplitError
-from .steps import Collate, Split
-from .tasks import ends_tasks, is_cancelled, spawn
+from .collate import Collate, Split
 
 if TYPE_CHECKING:
-    from .._data_parallel import DataParallel
+    from .._engine.data_parallel import DataParallel
     from .._runtime.ambient import Ambient
     from .._runtime.passes import Pass
 
@@ -247,7 +247,7 @@ def open_slots(
     Raises:
         NotServableError: `engine` cannot be called.
     """
-    from .._data_parallel import DataParallel
+    from .._engine.data_parallel import DataParallel
 
     steps = _Steps(collate, split)
     if isinstance(engine, DataParallel):

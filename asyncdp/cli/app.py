@@ -98,7 +98,7 @@ def merge(
     """Join the outputs of infer --shard i/n, and check that nothing is missing."""
 
     def run() -> int:
-        from ..infer.merge import merge_parts
+        from ..infer.output.merge import merge_parts
 
         merged = merge_parts(parts, output)
         print(f"{merged.num_records:,} records, {merged.num_bad:,} of them bad, in {output}")
@@ -133,7 +133,7 @@ def trace_summary(
     """Show, per lane and kind of work, counts, times and shares of a trace."""
 
     def run() -> int:
-        from asyncdp.trace_summary import summarize
+        from asyncdp.cli.trace_summary import summarize
 
         print(summarize(file))
         return 0

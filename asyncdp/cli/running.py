@@ -13,8 +13,8 @@ import anyio
 
 from ..errors import AsyncDPError, JobUsageError, MissingExtraError
 from ..infer import InferOptions, Job
-from ..infer.monitor import Monitor
 from ..infer.readers import STDIN
+from ..infer.report.monitor import Monitor
 from ..infer.task_groups import plain_task_group
 
 T = TypeVar("T")
@@ -46,8 +46,8 @@ def exit_code_of(num_bad: int, error: Exception | None = None) -> int:
 
 def run_infer(options: InferOptions, *, dry_run: bool, plot: Path | None, as_json: bool) -> int:
     """Runs ``asyncdp infer`` and returns its exit code."""
-    from ..infer.plot import check_plot, draw_plot
-    from ..infer.reporters import make_reporter, tell_plan, tell_summary
+    from ..infer.report.plot import check_plot, draw_plot
+    from ..infer.report.reporters import make_reporter, tell_plan, tell_summary
 
     if plot is not None:
         check_plot(plot)

@@ -5,6 +5,6 @@
 
 from .job import Job
 from .options import InferOptions
-from .summary import Plan, Reporter, Summary
+from .report.summary import Plan, Reporter, Summary
 
 __all__ = ["InferOptions", "Job", "Plan", "Reporter", "Summary"]

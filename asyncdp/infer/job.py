@@ -13,23 +13,24 @@ from typing import Any
 import anyio
 import anyio.to_thread
 
-from .._data_parallel import DataParallel
+from .._engine.data_parallel import DataParallel
 from ..errors import JobUsageError, TooManyBadRecordsError
 from .batching import Window, cut_windows
 from .blocks import BlockRows
-from .files import write_whole_bytes
-from .memory import release_memory
-from .models import LoadedModel, load_model
-from .monitor import Monitor
-from .options import InferOptions, fingerprint
-from .output import OutputFolder, check_output_free, read_state
+from .fingerprint import fingerprint
+from .model.models import LoadedModel, load_model
+from .options import InferOptions
+from .output.files import write_whole_bytes
+from .output.output import OutputFolder, check_output_free, read_state
+from .output.writers import WRITERS, try_writer
 from .pipeline import ErrorPolicy, Limits, Pipeline
 from .readers import STDIN, open_inputs
 from .records import Failure
+from .report.memory import release_memory
+from .report.monitor import Monitor
+from .report.summary import Plan, Reporter, SilentReporter, Summary, summarise
 from .setup import find_devices, make_steps
-from .summary import Plan, Reporter, SilentReporter, Summary, summarise
 from .task_groups import plain_task_group
-from .writers import WRITERS, try_writer
 
 SUMMARY_NAME = "_summary.json"
 

@@ -20,8 +20,8 @@ from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStre
 from ..errors import AsyncDPError, RecordError, TooManyBadRecordsError
 from .batching import Window, padding, plan_batches
 from .blocks import Batch, BlockRows, OpenBlock
-from .monitor import Monitor
 from .records import Failure, Record, Rows
+from .report.monitor import Monitor
 from .steps import Steps, to_columns
 from .task_groups import plain_task_group
 

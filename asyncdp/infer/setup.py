@@ -10,7 +10,7 @@ import torch
 
 from .._devices import parse_devices
 from ..errors import JobUsageError
-from .names import load_name
+from .model.names import load_name
 from .options import InferOptions
 from .readers import decode_image
 from .steps import EachValue, Steps, default_collate, image_to_tensor, length_of, same
@@ -23,7 +23,7 @@ def make_steps(options: InferOptions, input_format: str) -> Steps:
         JobUsageError: When a function that was named cannot be imported.
     """
     if options.task == "embed":
-        from .embed import embed_steps
+        from .model.embed import embed_steps
 
         steps = embed_steps(Path(options.model))
     else:

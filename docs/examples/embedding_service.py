@@ -32,7 +32,7 @@ from starlette.routing import Route
 
 from asyncdp import Batcher, DataParallel, LaneState, QueueFull, Runtime, export_prometheus
 from asyncdp.errors import CallTimeoutError, DeviceLostError
-from asyncdp.infer.embed import embed_steps, load_embedder
+from asyncdp.infer.model.embed import embed_steps, load_embedder
 
 MAX_TEXTS = 256  # of one request
 

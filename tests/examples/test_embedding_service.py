@@ -23,7 +23,7 @@ import pytest
 import torch
 
 from asyncdp import Batcher, QueueFull, Runtime
-from asyncdp._devices.fake import FakeDevice
+from asyncdp.testing.fake import FakeDevice
 
 pytest.importorskip("starlette")
 uvicorn = pytest.importorskip("uvicorn")

@@ -13,8 +13,8 @@ from torch import nn
 from torch.export import Dim
 
 from asyncdp.errors import ModelLoadError
-from asyncdp.infer.exported import load_exported
-from asyncdp.infer.exported_code import find_code, find_code_in_keys
+from asyncdp.infer.model.exported import load_exported
+from asyncdp.infer.model.exported_code import find_code, find_code_in_keys
 
 AUTO = Dim.AUTO
 

@@ -12,9 +12,9 @@ from torch import nn
 
 from asyncdp import DataParallel
 from asyncdp.infer.batching import cut_windows
-from asyncdp.infer.monitor import Monitor
 from asyncdp.infer.pipeline import ErrorPolicy, Limits, Pipeline, is_out_of_memory
 from asyncdp.infer.records import Record
+from asyncdp.infer.report.monitor import Monitor
 from asyncdp.infer.steps import EachValue, Steps, default_collate, length_of, same
 
 STEPS = Steps(EachValue(same), default_collate, same, length_of)

@@ -11,12 +11,12 @@ import pytest
 import torch
 from standin import StandIn
 
-from asyncdp.infer import monitor as monitor_module
 from asyncdp.infer.batching import cut_windows
-from asyncdp.infer.monitor import Monitor, Sample
 from asyncdp.infer.pipeline import ErrorPolicy, Limits, Pipeline
-from asyncdp.infer.plot import lane_loads
 from asyncdp.infer.records import Record
+from asyncdp.infer.report import monitor as monitor_module
+from asyncdp.infer.report.monitor import Monitor, Sample
+from asyncdp.infer.report.plot import lane_loads
 from asyncdp.infer.steps import EachValue, Steps, default_collate, length_of, same
 
 STEPS = Steps(EachValue(same), default_collate, same, length_of)

@@ -10,8 +10,8 @@ import safetensors.torch
 import torch
 
 from asyncdp.errors import ResumeRefusedError
-from asyncdp.infer import files
-from asyncdp.infer.merge import merge_parts
+from asyncdp.infer.output import files
+from asyncdp.infer.output.merge import merge_parts
 
 SHAPE = {"shard_size": 5, "window": 5, "batch_size": 5}
 

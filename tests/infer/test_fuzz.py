@@ -18,9 +18,9 @@ from standin import StandIn
 
 from asyncdp.errors import DamagedInputError
 from asyncdp.infer.batching import cut_windows
-from asyncdp.infer.monitor import Monitor
 from asyncdp.infer.pipeline import ErrorPolicy, Limits, Pipeline
 from asyncdp.infer.readers import Selection, decode_image, open_inputs
+from asyncdp.infer.report.monitor import Monitor
 from asyncdp.infer.steps import EachValue, Steps, default_collate, length_of, same
 
 FUZZ = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

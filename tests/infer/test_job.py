@@ -25,9 +25,10 @@ from asyncdp.errors import (
     ResumeRefusedError,
     TooManyBadRecordsError,
 )
-from asyncdp.infer import InferOptions, Job, memory
+from asyncdp.infer import InferOptions, Job
 from asyncdp.infer import job as job_module
-from asyncdp.infer.monitor import Monitor
+from asyncdp.infer.report import memory
+from asyncdp.infer.report.monitor import Monitor
 
 
 def rows(work, name="out"):

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from asyncdp.errors import ResumeRefusedError
-from asyncdp.infer.journal import JOURNAL_NAME, Block, Journal, JournalState, StoredFile, load_journal
+from asyncdp.infer.output.journal import JOURNAL_NAME, Block, Journal, JournalState, StoredFile, load_journal
 
 FINGERPRINT = {"model": "a:b", "shard": [0, 1]}
 

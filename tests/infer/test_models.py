@@ -19,9 +19,9 @@ from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 
 from asyncdp.errors import JobError, JobUsageError, ModelLoadError
-from asyncdp.infer.embed import embed_steps
-from asyncdp.infer.exported import load_exported
-from asyncdp.infer.models import load_weights
+from asyncdp.infer.model.embed import embed_steps
+from asyncdp.infer.model.exported import load_exported
+from asyncdp.infer.model.models import load_weights
 
 
 class Evil:

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncdp.infer.embed import Embedder, PadTokens
-from asyncdp.infer.packing import find_packing
+from asyncdp.infer.model.embed import Embedder, PadTokens
+from asyncdp.infer.model.packing import find_packing
 
 transformers = pytest.importorskip("transformers")
 

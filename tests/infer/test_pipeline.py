@@ -11,9 +11,9 @@ from standin import StandIn
 from asyncdp.errors import AsyncDPError, RecordError
 from asyncdp.infer.batching import cut_windows, padding, plan_batches
 from asyncdp.infer.job import count_in_part
-from asyncdp.infer.monitor import Monitor
 from asyncdp.infer.pipeline import ErrorPolicy, Limits, Pipeline
 from asyncdp.infer.records import Record
+from asyncdp.infer.report.monitor import Monitor
 from asyncdp.infer.steps import EachValue, Steps, default_collate, length_of, same
 
 STEPS = Steps(EachValue(same), default_collate, same, length_of)

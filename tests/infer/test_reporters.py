@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from asyncdp.infer.monitor import Monitor, Sample
-from asyncdp.infer.reporters import JsonReporter, LineReporter, make_reporter, pace
+from asyncdp.infer.report.monitor import Monitor, Sample
+from asyncdp.infer.report.reporters import JsonReporter, LineReporter, make_reporter, pace
 
 
 @pytest.fixture

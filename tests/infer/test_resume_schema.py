@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from asyncdp.errors import JobError
-from asyncdp.infer.merge import merge_parts
+from asyncdp.infer.output.merge import merge_parts
 
 SINGLE = {"shard_size": 1, "window": 1, "batch_size": 1}
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from asyncdp.errors import JobError
-from asyncdp.infer.models import InferenceModule
+from asyncdp.infer.model.models import InferenceModule
 from asyncdp.infer.steps import default_collate, length_of, to_columns
 
 

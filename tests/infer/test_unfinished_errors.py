@@ -13,9 +13,9 @@ from standin import StandIn
 from asyncdp.errors import TooManyBadRecordsError
 from asyncdp.infer import pipeline as pipeline_module
 from asyncdp.infer.batching import Window
-from asyncdp.infer.monitor import Monitor
 from asyncdp.infer.pipeline import ErrorPolicy, Limits, Pipeline
 from asyncdp.infer.records import Record
+from asyncdp.infer.report.monitor import Monitor
 from asyncdp.infer.steps import EachValue, Steps, default_collate, length_of, same
 
 

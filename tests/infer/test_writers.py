@@ -13,9 +13,9 @@ import torch
 
 from asyncdp.errors import JobError
 from asyncdp.infer.blocks import BlockRows
+from asyncdp.infer.output.writers import WRITERS
 from asyncdp.infer.records import Rows
 from asyncdp.infer.steps import to_columns
-from asyncdp.infer.writers import WRITERS
 
 
 def written(format_name, columns, ids=None):

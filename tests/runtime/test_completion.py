@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from asyncdp import Batcher
-from asyncdp._runtime.completion import Callback, look_of_loop, new_callback, new_completion
+from asyncdp._loops.completion import Callback, look_of_loop, new_callback, new_completion
 from asyncdp._runtime.lane import Lane
 from asyncdp._runtime.wakeup import Look
 
@@ -265,7 +265,7 @@ async def test_a_loop_looks_for_what_alert_lanes_do(
 
     monkeypatch.setattr(Look, "take", take)
     monkeypatch.setattr(Lane, "is_alert", is_alert)
-    monkeypatch.setattr("asyncdp._runtime.completion._NUM_SKIPPED", 0)
+    monkeypatch.setattr("asyncdp._loops.completion._NUM_SKIPPED", 0)
     looks = is_alert and anyio_backend_name == "asyncio"
     async with runtime(1) as rt, Batcher(held, runtime=rt) as batcher:
 

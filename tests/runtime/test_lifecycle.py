@@ -187,7 +187,7 @@ def test_a_fork_while_locks_are_held() -> None:
         import torch, asyncdp
         from asyncdp import _tree
         from asyncdp._devices import threads
-        from asyncdp._replica_set import replica_set_of
+        from asyncdp._replicas.replica_set import replica_set_of
         from asyncdp._runtime import default
 
         warnings.simplefilter("ignore", DeprecationWarning)  # fork beside threads: what this is about

@@ -13,10 +13,10 @@ import anyio
 import pytest
 
 import asyncdp
-from asyncdp._devices.fake import fake_devices
-from asyncdp._runtime import completion
+from asyncdp._loops import completion
 from asyncdp._runtime import wakeup as wakeup_module
 from asyncdp._runtime.wakeup import LOOK_SECONDS, Look, Wakeup
+from asyncdp.testing.fake import fake_devices
 
 from .helpers import PATIENCE, Latch, runtime, wait_until
 

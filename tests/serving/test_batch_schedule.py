@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
-from asyncdp._serving.schedule import BatchSchedule, Item
+from asyncdp._serving.queue import BatchSchedule, Item
 
 MAX_AGE = 10.0
 

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from asyncdp import DataParallel, Runtime
-from asyncdp._devices.fake import FakeDevice, Fault, fake_devices
 from asyncdp._serving import Batcher
 from asyncdp.errors import (
     BatcherClosedError,
@@ -23,6 +22,7 @@ from asyncdp.errors import (
     QueueFullError,
     SplitError,
 )
+from asyncdp.testing.fake import FakeDevice, Fault, fake_devices
 
 pytestmark = pytest.mark.anyio
 

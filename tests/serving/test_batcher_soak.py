@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from asyncdp import Batcher, Runtime
-from asyncdp._devices.fake import fake_devices
 from asyncdp.errors import CallCancelledError, CallTimeoutError, DeviceLostError, QueueFullError
+from asyncdp.testing.fake import fake_devices
 
 pytestmark = pytest.mark.anyio
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from asyncdp import Batcher, BatcherStatistics, Runtime
-from asyncdp._devices.fake import FakeDevice
 from asyncdp.errors import CallCancelledError, CallTimeoutError, QueueFullError
+from asyncdp.testing.fake import FakeDevice
 
 pytestmark = pytest.mark.anyio
 

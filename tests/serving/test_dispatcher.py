@@ -17,7 +17,6 @@ import pytest
 import torch
 
 from asyncdp import Batcher, Runtime
-from asyncdp._devices.fake import FakeDevice, fake_devices
 from asyncdp._serving.slots import _AsyncSlot, _LaneSlot
 from asyncdp.errors import (
     BatcherClosedError,
@@ -26,6 +25,7 @@ from asyncdp.errors import (
     NestedPassError,
     SplitError,
 )
+from asyncdp.testing.fake import FakeDevice, fake_devices
 
 pytestmark = pytest.mark.anyio
 

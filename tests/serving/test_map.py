@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from asyncdp import Batcher, DataParallel, Runtime
-from asyncdp._devices.fake import FakeDevice, fake_devices
+from asyncdp.testing.fake import FakeDevice, fake_devices
 
 pytestmark = pytest.mark.anyio
 

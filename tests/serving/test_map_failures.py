@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from asyncdp import DataParallel, Runtime
-from asyncdp._devices.fake import FakeDevice, fake_devices
 from asyncdp.errors import DeviceLostError
+from asyncdp.testing.fake import FakeDevice, fake_devices
 
 pytestmark = pytest.mark.anyio
 

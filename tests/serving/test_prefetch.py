@@ -12,8 +12,8 @@ from torch import nn
 
 from asyncdp import DataParallel, Runtime
 from asyncdp._devices.base import LaneDevice
-from asyncdp._devices.fake import FakeDevice
-from asyncdp._serving import prefetch
+from asyncdp._engine import prefetch
+from asyncdp.testing.fake import FakeDevice
 from tests.cuda_stub import CudaStub, cuda_stub
 
 __all__ = ["cuda_stub"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from asyncdp._serving.steps import Stack, unbind
+from asyncdp._serving.collate import Stack, unbind
 from asyncdp.errors import CollateError, SplitError
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from asyncdp import DataParallel, LaneState, Runtime
-from asyncdp._devices.fake import FakeDevice, FakeDeviceLost, Fault, VirtualClock, fake_devices
 from asyncdp.errors import DeviceLostError
+from asyncdp.testing.fake import FakeDevice, FakeDeviceLost, Fault, VirtualClock, fake_devices
 
 pytestmark = pytest.mark.anyio
 

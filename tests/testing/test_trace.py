@@ -21,11 +21,11 @@ from typer.testing import CliRunner
 import asyncdp
 from asyncdp import Batcher, DataParallel, Runtime, TraceRecorder
 from asyncdp._devices import cuda_clock
-from asyncdp._devices.fake import fake_devices
 from asyncdp._runtime import trace
 from asyncdp.cli.app import app
+from asyncdp.cli.trace_summary import summarize
 from asyncdp.errors import TraceFileError
-from asyncdp.trace_summary import summarize
+from asyncdp.testing.fake import fake_devices
 from tests.cuda_stub import CudaStub, cuda_stub
 
 __all__ = ["cuda_stub"]

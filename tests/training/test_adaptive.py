@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import asyncdp
-from asyncdp._tuner import MAX_TURNS, TURN
+from asyncdp._engine.tuner import MAX_TURNS, TURN
 
 from .helpers import batch, distance, mlp, serial_step
 

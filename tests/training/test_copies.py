@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import asyncdp
-from asyncdp._copies import Stamp, copies_on, flat_copies
-from asyncdp._replica_set import ReplicaSet, _Copies
+from asyncdp._replicas.copies import Stamp, copies_on, flat_copies
+from asyncdp._replicas.replica_set import ReplicaSet, _Copies
 from asyncdp.testing import fake_devices
 
 CPU = torch.device("cpu")
@@ -129,7 +129,7 @@ async def test_a_failed_copy_is_made_again(num_passes: int, monkeypatch: pytest.
             raise torch.OutOfMemoryError
         return copies_on(tensors, device)
 
-    monkeypatch.setattr("asyncdp._replica_set.copies_on", copy)
+    monkeypatch.setattr("asyncdp._replicas.replica_set.copies_on", copy)
     module, x = nn.Linear(3, 2), torch.ones(4, 3)
     async with (
         asyncdp.Runtime(fake_devices(2)) as runtime,
@@ -158,7 +158,7 @@ def test_a_refresh_while_copies_are_made_counts(monkeypatch: pytest.MonkeyPatch)
         return made
 
     with monkeypatch.context() as patch:
-        patch.setattr("asyncdp._replica_set.copies_on", copy)
+        patch.setattr("asyncdp._replicas.replica_set.copies_on", copy)
         copies.up_to_date({})
     assert torch.equal(copies.up_to_date({})[id(weight)], weight)
 
@@ -176,6 +176,6 @@ def test_a_refresh_while_buffers_are_copied_counts(monkeypatch: pytest.MonkeyPat
         return made
 
     with monkeypatch.context() as patch:
-        patch.setattr("asyncdp._replica_set.copies_on", copy)
+        patch.setattr("asyncdp._replicas.replica_set.copies_on", copy)
         replicas.prepare(module, [0, 1])
     assert torch.equal(replicas.prepare(module, [0, 1])[1].tensors[id(mean)], mean)

@@ -163,7 +163,7 @@ async def test_changes_of_the_module_between_steps() -> None:
 
 async def test_small_buckets_and_nested_backwards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients that come in many buckets, or in a backward inside the backward, are all counted."""
-    monkeypatch.setattr("asyncdp._reducer.BUCKET_BYTES", 1)
+    monkeypatch.setattr("asyncdp._training.reducer.BUCKET_BYTES", 1)
 
     class Checkpointed(nn.Module):
         def __init__(self) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn, optim
 from torch.nn import functional
 
-from asyncdp._training_fused import fused
+from asyncdp._training.fused import fused
 
 from .helpers import batch, distance, engine, mlp, same, serial_step
 

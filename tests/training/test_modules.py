@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from asyncdp import _tree
-from asyncdp._structure import Outline, modules_of
+from asyncdp._replicas.snapshot import Outline, modules_of
 
 from ..verbs.models import MODULES
 from .helpers import engine

@@ -241,7 +241,7 @@ async def test_state_is_captured_at_the_call() -> None:
 
 async def test_only_the_first_lane_gets_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """An optimizer's step that takes all threads is taken on the first lane, whichever lane ended last."""
-    monkeypatch.setattr("asyncdp._training_step._MIN_ELEMENTS_FOR_THREADS", 1)
+    monkeypatch.setattr("asyncdp._training.step._MIN_ELEMENTS_FOR_THREADS", 1)
     module = mlp()
     first_is_done = Latch()
     places: list[int] = []

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from asyncdp import _reducer
+from asyncdp._training import reducer as _reducer
 
 from .helpers import engine
 

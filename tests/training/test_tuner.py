@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncdp._tuner import MAX_TURNS, MIN_TURNS, TURN, Tuner
+from asyncdp._engine.tuner import MAX_TURNS, MIN_TURNS, TURN, Tuner
 
 
 def learn(tuner: Tuner, key: str, costs: dict[int, float], size: int = 1) -> list[int]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import asyncdp
-from asyncdp._replica_set import ReplicaSet
+from asyncdp._replicas.replica_set import ReplicaSet
 
 from .conftest import Passes
 from .models import Fn, numbered

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import asyncdp
 from asyncdp._devices import LaneDevice
-from asyncdp._replica_set import ReplicaSet
-from asyncdp._route import Route
+from asyncdp._engine.route import Route
+from asyncdp._replicas.replica_set import ReplicaSet
 from asyncdp.testing import FakeDevice, fake_devices
 
 from .models import MODULES, Fn, numbered

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import asyncdp
-from asyncdp._replicate import KEPT, Replica
+from asyncdp._replicas.replica import KEPT, Replica
 
 from .conftest import Passes
 from .models import Fn, Hooked, Tied, rows

@@ -8,8 +8,8 @@ from torch import nn
 
 import asyncdp
 from asyncdp import _autograd
-from asyncdp._buckets import buckets
-from asyncdp._replica_set import ReplicaSet
+from asyncdp._replicas.buckets import buckets
+from asyncdp._replicas.replica_set import ReplicaSet
 
 
 def test_buckets_go_backwards_and_keep_to_their_size() -> None:

@@ -1,0 +1,1 @@
+"""The engine: `data_parallel()`, `DataParallel`, and what chooses its lanes."""

@@ -1,0 +1,347 @@
+"""`data_parallel` and the persistent engine `DataParallel`."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor, nn
+
+from .._devices import DeviceLike, Devices, parse_devices
+from .._devices.threads import end_own_team
+from .._replicas.buckets import DEFAULT_BUCKET_BYTES
+from .._replicas.replica import check_module
+from .._replicas.replica_set import ReplicaSet, replica_set_of
+from .._runtime import Lane, Runtime, RuntimeStatistics, default_lanes
+from .._training.commit import StepOptions
+from .._training.trainer import Trainer
+from .._verbs.parallel_apply import arguments
+from ..errors import NotAModuleError
+from .adaptive import Adaptive
+from .route import Route
+from .tuner import LaneChoice
+
+if TYPE_CHECKING:
+    from .map import BatchStream
+
+
+async def data_parallel(
+    module: nn.Module,
+    inputs: Any,
+    devices: Devices = None,
+    output_device: DeviceLike | None = None,
+    dim: int = 0,
+    *,
+    module_kwargs: Mapping[str, Any] | None = None,
+) -> Any:
+    """Run a module on a batch split over several devices.
+
+    The module's replicas are kept for as long as the module lives, so that calling this in a loop
+    copies nothing again.
+
+    Args:
+        module: what to run. Its forward may get fewer rows per call than the batch has.
+        inputs: a tuple holds positional arguments, anything else is the only one; nested at will.
+        devices: one lane per entry; see `parse_devices`.
+        output_device: where the result goes; the first of `devices` if None.
+        dim: dimension of inputs and outputs that is split and put together again.
+        module_kwargs: keyword arguments, split like the inputs.
+
+    Returns:
+        What `module` would return for the whole batch, on `output_device`. With gradients enabled it
+        leads them back to inputs and parameters.
+
+    Raises:
+        NotAModuleError, LazyModuleError, UnsupportedModuleError: the module cannot be replicated.
+        UnknownDeviceError, NoCudaDeviceError, NoDevicesError: a device cannot be used.
+        LengthMismatchError: inputs differ in length along `dim`.
+        GatherError: outputs of the shards do not fit together.
+        BaseException: the first exception in time that a replica raised, after all have ended.
+    """
+    if not isinstance(module, nn.Module):
+        raise NotAModuleError(module)
+    targets = parse_devices(devices)
+    output = targets[0] if output_device is None else parse_devices(output_device)[0]
+    replicas = replica_set_of(module, targets)
+    runtime, lanes = default_lanes(targets)
+    route = Route(runtime, tuple(lanes), output, dim)
+    args, kwargs = arguments(inputs), dict(module_kwargs or {})
+    if len(targets) == 1:
+        return await route.run_on_one_lane(module, replicas, args, kwargs)
+    return await route.run(module, replicas, args, kwargs)
+
+
+@dataclass(frozen=True)
+class DataParallelStatistics:
+    """An engine at one moment."""
+
+    num_passes: int
+    """Passes that ended well."""
+    num_steps: int
+    """Optimizer steps taken, also those whose caller was cancelled while the optimizer ran."""
+    num_lanes: int
+    choices: tuple[LaneChoice, ...]
+    """With num_lanes="auto": how many lanes each kind of call takes, and why."""
+    runtime: RuntimeStatistics
+
+
+# Engines whose steps only accumulate, in this task's context: other tasks' steps are not meant.
+_accumulating: ContextVar[tuple[object, ...]] = ContextVar("asyncdp_accumulating", default=())
+
+
+class DataParallel:
+    """A module with persistent replicas on several lanes.
+
+    An async context manager. Replicas that share the module's device share its parameters, so that
+    nothing is copied; changes of the module are noticed at the next call.
+
+    Args:
+        module: what to run.
+        devices: one lane per entry; see `parse_devices`. With `runtime` given, which of its lanes.
+        output_device: where results go; the first lane's device if None.
+        dim: dimension of inputs and outputs that is split and put together again.
+        num_lanes: how many lanes a call is split over: "all", a number, or "auto", which learns from
+            the calls themselves how many are quickest; see `statistics`. What a result means never
+            depends on it: where it could (batch statistics in train mode, outputs that are not rows of
+            the batch, torch's deterministic mode), "auto" stays on all lanes.
+        runtime: run on these lanes instead of on own ones. It is not closed with the engine.
+        bucket_bytes: gradients that one reduce-add covers in a backward of the caller's own.
+        checksum: read all weights at every pass that has copies of them on another device, so as to
+            notice changes made behind autograd's back without a `refresh`.
+
+    Raises:
+        NotAModuleError, LazyModuleError, UnsupportedModuleError: the module cannot be replicated.
+        UnknownDeviceError, NoCudaDeviceError, NoDevicesError: a device cannot be used.
+        ValueError: `num_lanes` is none of the above.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        devices: Devices = None,
+        output_device: DeviceLike | None = None,
+        dim: int = 0,
+        *,
+        num_lanes: int | str = "auto",
+        runtime: Runtime | None = None,
+        bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+        checksum: bool = False,
+    ) -> None:
+        check_module(module)
+        end_own_team()  # this is the thread that made the module, most likely
+        output = None if output_device is None else parse_devices(output_device)[0]
+        self._owns_runtime = runtime is None
+        self.runtime = Runtime(devices) if runtime is None else runtime
+        lanes = self._choose_lanes(devices)
+        self.module = module
+        self._num_lanes = _check_num_lanes(num_lanes, len(lanes))
+        self._route = Route(self.runtime, lanes, lanes[0].device if output is None else output, dim)
+        self._replicas = ReplicaSet(module, [lane.device for lane in lanes], bucket_bytes, checksum)
+        self._trainer = Trainer(module, self.runtime, lanes, self._route.output, dim)
+        adapts = num_lanes == "auto" and len(lanes) > 1
+        self._adaptive = Adaptive(module, self._route) if adapts else None
+        self._num_passes = 0
+        self._counting = threading.Lock()  # loops and lanes count, each on threads of their own
+
+    def _choose_lanes(self, devices: Devices) -> tuple[Lane, ...]:
+        if self._owns_runtime or devices is None:
+            return self.runtime.lanes
+        return tuple(self.runtime.lanes_for(parse_devices(devices)))
+
+    @property
+    def lanes(self) -> tuple[Lane, ...]:
+        """The lanes that calls are split over."""
+        return self._route.lanes
+
+    def __repr__(self) -> str:
+        names = ", ".join(lane.name for lane in self._route.lanes)
+        return f"<DataParallel {type(self.module).__name__} on [{names}]: {self._num_passes} passes done>"
+
+    async def __aenter__(self) -> DataParallel:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Drain what runs and end the lanes, if they are the engine's own."""
+        if self._owns_runtime:
+            await self.runtime.aclose()
+
+    async def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module on one batch, split over the lanes.
+
+        Returns, raises: as `asyncdp.data_parallel`.
+        """
+        if len(self._route.lanes) == 1:
+            result = await self._route.run_on_one_lane(self.module, None, args, kwargs)
+        elif self._adaptive is not None:
+            result = await self._adaptive.call(self._replicas, args, kwargs)
+        else:
+            result = await self._route.run(self.module, self._replicas, args, kwargs, self._num_lanes)
+        self._count_pass()
+        return result
+
+    async def on_one_lane(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module on one whole batch, on whichever lane is least busy.
+
+        For many independent batches this beats splitting each of them: keep several calls in flight.
+
+        Returns, raises: as `asyncdp.data_parallel`.
+        """
+        result = await self._route.run_on_one_lane(self.module, self._replicas, args, kwargs)
+        self._count_pass()
+        return result
+
+    def run_here(self, position: int, *args: Any) -> Any:
+        """Run the module on one whole batch, on this thread: that of the lane at `position` of `lanes`.
+
+        For what schedules its own works, as `Batcher` does; call it by `engine.runtime.run`.
+        """
+        result = self._route.run_here(position, self.module, self._replicas, args, {})
+        self._count_pass()
+        return result
+
+    def pick_lane(self) -> int:
+        """The position in `lanes` of the one for a whole batch: the least busy, or 0 where buffers change."""
+        return self._route.pick(self.module)
+
+    def _count_pass(self) -> None:
+        with self._counting:
+            self._num_passes += 1
+
+    def map(
+        self,
+        batches: Iterable[Any] | AsyncIterable[Any],
+        *,
+        ordered: bool = True,
+        max_in_flight: int | None = None,
+        on_error: Literal["raise", "skip", "return"] = "raise",
+    ) -> BatchStream:
+        """Run a stream of batches, each of them whole on one lane, several at the same time.
+
+        Grad and inference mode are those of this call, not of the loop over the results.
+
+        Args:
+            batches: as single arguments of `on_one_lane`; a tuple holds several. Sequences are read
+                on the loop, other iterables on a thread, async iterables by awaiting.
+            ordered: give results in the order of `batches`; else as they complete.
+            max_in_flight: batches read and not yet given back as results; two per lane if None.
+            on_error: what a batch that raises does: "raise" ends the stream, "skip" leaves it out,
+                "return" gives the exception in the result's place. The source's own errors are raised.
+
+        Returns:
+            An async iterator of results, also an async context manager. Leaving it early cancels
+            what is in flight and closes the source.
+
+        Raises:
+            TypeError, ValueError: an argument is none of the above.
+        """
+        from .map import map_batches
+
+        return map_batches(self, batches, ordered=ordered, max_in_flight=max_in_flight, on_error=on_error)
+
+    async def train_step(
+        self,
+        inputs: Any,
+        targets: Any,
+        loss_fn: Callable[[Any, Any], Tensor],
+        optimizer: Any,
+        *,
+        loss_reduction: str = "mean",
+        before_step: Callable[[], object] | None = None,
+        scaler: Any = None,
+        reduce_only: bool = False,
+    ) -> Tensor:
+        """Train on one batch: forward, loss and backward on every lane, then one optimizer step.
+
+        The step is the one that a single device would take with the whole batch. Gradients that
+        parameters already hold are added to, as a plain backward would; after the optimizer's step all
+        are cleared to None.
+
+        A step that fails or is cancelled changes no parameter, gradient, buffer or optimizer state.
+        Once the optimizer has begun it is let end: a cancellation then goes on after a whole step.
+        Only an error that the optimizer itself raises can leave a step half done, and says so.
+        Steps of one engine run one after the other.
+
+        Args:
+            inputs: a tuple holds positional arguments, anything else is the only one. They are data:
+                no gradient leads back to them.
+            targets: what `loss_fn` compares with; split like the inputs. May be None.
+            loss_fn: called on every lane with its outputs and its targets; returns one number.
+            optimizer: of torch.optim, over the module's parameters. None only with `reduce_only`. On the
+                CPU it steps by torch's fused kernel, if it has one and says neither `foreach` nor `fused`.
+            loss_reduction: whether `loss_fn` gives the "mean" over the rows it gets, or the "sum".
+            before_step: called on a lane between reduce and step, with the whole gradients in `.grad`,
+                unscaled: `lambda: clip_grad_norm_(module.parameters(), 1.0)`, say.
+            scaler: a `torch.amp.GradScaler`; scales the loss, steps and updates itself.
+            reduce_only: leave the gradients in `.grad` for the caller, and take no step.
+
+        Returns:
+            The loss of the whole batch, 0-d, detached, on the engine's output device.
+
+        Raises:
+            LossReductionError, NotAnOptimizerError, ClosureOptimizerError: before anything runs.
+            LossNotScalarError: `loss_fn` returned no single number that depends on the parameters.
+            LengthMismatchError: inputs and targets differ in length along the engine's dim.
+            BaseException: the first exception in time on any lane, after all have ended.
+        """
+        options = StepOptions(loss_fn, optimizer, loss_reduction, before_step, scaler, reduce_only)
+        options.check()
+        modes = self._trainer.modes()
+        num_lanes, record = self._num_lanes, None
+        if self._adaptive is not None:
+            num_lanes, record = self._adaptive.choose_for_step((inputs, targets), modes)
+        accumulate = self in _accumulating.get()
+        return await self._trainer.step(
+            inputs, targets, options, num_lanes, modes, accumulate=accumulate, record=record
+        )
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Let this task's `train_step` calls within the block only accumulate, not reduce or step.
+
+        The gradients stay on their lanes, not in `.grad`, until the next step outside of the block
+        adds them to its own; `discard_accumulated` drops them instead.
+        """
+        token = _accumulating.set((*_accumulating.get(), self))
+        try:
+            yield
+        finally:
+            _accumulating.reset(token)
+
+    def discard_accumulated(self) -> None:
+        """Forget the gradients of steps under `no_sync` that no later step has used."""
+        self._trainer.discard_accumulated()
+
+    def refresh(self) -> None:
+        """Notice changes made behind autograd's back (`parameter.data.add_(...)`) at the next call.
+
+        Needed only for lanes on another device than the module's.
+        """
+        self._replicas.refresh()
+
+    def statistics(self) -> DataParallelStatistics:
+        """A snapshot of the engine and its runtime."""
+        return DataParallelStatistics(
+            num_passes=self._num_passes,
+            num_steps=self._trainer.num_steps,
+            num_lanes=len(self._route.lanes),
+            choices=() if self._adaptive is None else self._adaptive.choices(),
+            runtime=self.runtime.statistics(),
+        )
+
+
+def _check_num_lanes(num_lanes: int | str, available: int) -> int:
+    if num_lanes in ("auto", "all"):
+        return available
+    if isinstance(num_lanes, bool) or not isinstance(num_lanes, int) or not 1 <= num_lanes <= available:
+        raise ValueError(
+            f'num_lanes must be "auto", "all" or a number from 1 to {available}, but got {num_lanes!r}. '
+            "Name more devices to get more lanes."
+        )
+    return num_lanes

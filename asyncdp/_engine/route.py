@@ -1,0 +1,152 @@
+"""The way of a pass over lanes: scatter, replicate, apply, gather."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from .._replicas.replica_set import LaneModule, ReplicaSet, updates_buffers
+from .._replicas.snapshot import is_on, moves_weights
+from .._runtime import Lane, Runtime
+from .._runtime.passes import NextStage, Stage
+from .._verbs.gather import gather_to
+from .._verbs.inplace import Wholes
+from .._verbs.parallel_apply import apply, apply_and_move
+from .._verbs.scatter import split_arguments
+
+
+@dataclass(frozen=True)
+class Route:
+    """Which lanes the passes of a module take, and where their results go."""
+
+    runtime: Runtime
+    lanes: tuple[Lane, ...]
+    output: torch.device
+    dim: int
+
+    async def run(
+        self,
+        module: nn.Module,
+        replicas: ReplicaSet,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        num_lanes: int | None = None,
+    ) -> Any:
+        """Scatter, replicate, apply and gather on `num_lanes` lanes (all, if None).
+
+        Only views are made on the calling thread; everything else happens on lanes.
+        """
+        most = len(self.lanes) if num_lanes is None else num_lanes
+        wholes = Wholes()
+        shards = split_arguments(args, kwargs, most, self.dim, wholes)
+        positions = self._positions(len(shards), module)
+
+        def apply_stage(modules: Sequence[LaneModule]) -> Stage:
+            return [
+                (self.lanes[position], partial(apply, each, shard[0], shard[1], self.lanes[position].device))
+                for position, each, shard in zip(positions, modules, shards, strict=True)
+            ]
+
+        def gather_stage(outputs: Sequence[Any], last: Lane) -> Stage:
+            return [(self._gather_lane(last), partial(self.gather, outputs, wholes))]
+
+        num_threads = self.runtime.thread_share(len(positions))
+        following: list[NextStage] = [gather_stage]
+        ready = replicas.prepare_nowait(module, positions)
+        if ready is not None:
+            stage = apply_stage(ready)
+        else:
+            stage = [(self.lanes[0], partial(replicas.prepare, module, positions))]
+            following.insert(0, lambda results, _: apply_stage(results[0]))
+        outputs = await self.runtime.run_pass(
+            stage,
+            following,
+            num_threads=num_threads,
+            replica_stage=len(following) - 1,
+            lanes=self.lanes,
+        )
+        return outputs[0]
+
+    async def run_on_one_lane(
+        self,
+        module: nn.Module,
+        replicas: ReplicaSet | None,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        """Run a whole batch on the lane that `pick` picks; a lone lane needs no replicas."""
+        position = self.pick(module)
+        return await self.runtime.run(
+            partial(self.run_here, position, module, replicas, args, kwargs),
+            lane=self.lanes[position],
+            num_threads=self.runtime.thread_share(len(self.lanes)),
+        )
+
+    def pick(self, module: nn.Module) -> int:
+        """The position of the lane for a whole batch: the least busy, or lane 0 where buffers change."""
+        return self._positions(1, module)[0]
+
+    def run_here(
+        self,
+        position: int,
+        module: nn.Module,
+        replicas: ReplicaSet | None,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        """Run a whole batch on this thread, which is that of the lane at `position`.
+
+        A lone lane runs the module itself, which moves to its device.
+        """
+        device = self.lanes[position].device
+        each: Callable[..., Any]
+        if len(self.lanes) == 1:
+            each = module if is_on(module, device) else module.to(device)
+        else:
+            assert replicas is not None
+            each = replicas.prepare(module, [position])[0]
+        return apply_and_move(each, args, kwargs, device, self.output)
+
+    async def run_whole(
+        self, module: nn.Module, replicas: ReplicaSet, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """Run a whole batch on one lane with all the machine's intra-op threads.
+
+        The first lane runs the module itself where it can. While that lane is busy another one works,
+        with its own share of the threads: no lane's thread count ever changes.
+        """
+        lane = self.runtime.least_busy(self.lanes)[0]
+        if lane is not self.lanes[0] and not updates_buffers(module):
+            return await self.run_on_one_lane(module, replicas, args, kwargs)
+        lane = self.lanes[0]
+
+        def whole() -> Any:
+            is_able = is_on(module, lane.device) and not moves_weights(module, lane.device)
+            runner = module if is_able else replicas.prepare(module, [0])[0]
+            return gather_to([apply(runner, args, kwargs, lane.device)], self.output, self.dim)
+
+        return await self.runtime.run(whole, lane=lane, num_threads=self.runtime.thread_share(1))
+
+    def _positions(self, count: int, module: nn.Module) -> list[int]:
+        """Which lanes run `count` shards. Where buffers change, lane 0 is needed: its own survive."""
+        if count == len(self.lanes) or updates_buffers(module):
+            return list(range(count))
+        chosen = self.runtime.least_busy(self.lanes, count)
+        return [self.lanes.index(lane) for lane in chosen]
+
+    def gather(self, outputs: Sequence[Any], wholes: Wholes) -> Any:
+        """Put the outputs of a pass's shards together, and end its forward."""
+        whole = gather_to(outputs, self.output, self.dim)
+        wholes.end_forward(whole)
+        return whole
+
+    def _gather_lane(self, last: Lane) -> Lane:
+        """A lane on the output device, the one that is awake already if it is one."""
+        if last.device == self.output:
+            return last
+        return next((lane for lane in self.lanes if lane.device == self.output), last)

@@ -1,0 +1,1 @@
+"""Training steps: forward, backward and optimizer step on all lanes."""

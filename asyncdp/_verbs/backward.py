@@ -1,0 +1,55 @@
+"""An awaitable backward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .._runtime import default_runtime
+
+
+async def backward(
+    tensors: Tensor | Sequence[Tensor],
+    grad_tensors: Tensor | Sequence[Tensor | None] | None = None,
+    *,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    inputs: Tensor | Sequence[Tensor] | None = None,
+) -> None:
+    """Compute gradients as `torch.autograd.backward` does, on a lane, without blocking the event loop.
+
+    Gradients are added to `.grad` of the leaves while it runs, so two backwards that share leaves
+    must not run at the same time, and one that fails or is cancelled may have changed some of them.
+    A running backward is never broken off: a cancellation goes on once it has ended.
+
+    Args:
+        tensors: where to begin.
+        grad_tensors: their gradients; may be left out for tensors of one element.
+        retain_graph: as in `torch.autograd.backward`.
+        create_graph: as in `torch.autograd.backward`.
+        inputs: as in `torch.autograd.backward`.
+
+    Raises:
+        ValueError: there are no tensors.
+        RuntimeError: from torch, as of `torch.autograd.backward`.
+    """
+    roots = (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
+    if not roots:
+        raise ValueError("there are no tensors to begin a backward from. Pass a loss.")
+    runtime = default_runtime()
+    device = roots[0].device
+    runtime.lanes_for([device])
+    lanes = [lane for lane in runtime.lanes if lane.device == device]
+    run = partial(
+        torch.autograd.backward,
+        roots,
+        grad_tensors,
+        retain_graph=retain_graph,
+        create_graph=create_graph,
+        inputs=inputs,
+    )
+    lane = runtime.least_busy(lanes)[0]
+    await runtime.run(run, lane=lane, num_threads=runtime.thread_share(1))

@@ -1,0 +1,1 @@
+"""Models of a batch-inference job: factories, weight files, exported programs, embedders."""

@@ -1,0 +1,206 @@
+"""Models from a factory, an exported program or a Hugging Face folder."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ...errors import JobError, JobUsageError, ModelLoadError
+from .exported import load_exported
+from .names import brief, load_name, source_of
+
+if TYPE_CHECKING:
+    from ..options import InferOptions
+
+DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run, and the files it came from.
+
+    Attributes:
+        module: Runs without gradients; safe to replicate over lanes.
+        files: What its behaviour depends on, by what it is, for the fingerprint.
+        made_by_code: Whether its weights may come from elsewhere than ``files``.
+    """
+
+    module: nn.Module
+    files: Mapping[str, Path]
+    made_by_code: bool = False
+
+
+class InferenceModule(nn.Module):
+    """Runs a module in inference mode, with autocast and dtype applied in whatever thread it is called."""
+
+    def __init__(
+        self, module: nn.Module, dtype: torch.dtype | None, autocast: torch.dtype | None, compile: bool
+    ) -> None:
+        super().__init__()
+        self.module = module
+        self._dtype = dtype
+        self._autocast = autocast
+        self._compile = compile
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the module; floating-point inputs are cast to the chosen dtype."""
+        args, kwargs = self._cast(args), self._cast(kwargs)
+        with torch.inference_mode(), self._autocasting():
+            return self._compiled(*args, **kwargs) if self._compile else self.module(*args, **kwargs)
+
+    def _compiled(self, *args: Any, **kwargs: Any) -> Any:
+        if self.module._compiled_call_impl is None:
+            # Once per replica, in its lane; copies of a module lose a compilation.
+            self.module.compile(dynamic=True)
+        from torch._dynamo.exc import TorchDynamoException
+
+        try:
+            return self.module(*args, **kwargs)
+        except TorchDynamoException as error:
+            # No record is at fault, and halving a batch would only compile again.
+            raise JobError(
+                f"--compile failed with {type(error).__name__}: {brief(error)}",
+                "Leave --compile out, or make the model one that torch.compile takes.",
+            ) from error
+
+    def _cast(self, value: Any) -> Any:
+        if self._dtype is None:
+            return value
+        if isinstance(value, torch.Tensor):
+            return value.to(self._dtype) if value.is_floating_point() else value
+        if isinstance(value, dict):
+            return {name: self._cast(entry) for name, entry in value.items()}
+        if type(value) in (tuple, list):
+            return type(value)(self._cast(entry) for entry in value)
+        return value
+
+    def _autocasting(self) -> contextlib.AbstractContextManager[Any]:
+        if self._autocast is None:
+            return contextlib.nullcontext()
+        device = next((tensor.device.type for tensor in self.parameters()), "cpu")
+        return torch.autocast(device, self._autocast)
+
+
+def load_model(options: InferOptions) -> LoadedModel:
+    """Loads the model that the options name, on the CPU.
+
+    Raises:
+        ModelLoadError: When it is missing, no module, damaged, or does not fit its weights.
+    """
+    spec = options.model
+    module: nn.Module
+    made_by_code = False
+    if options.compile:
+        _check_compiler()
+    if Path(spec).is_dir():
+        from .embed import load_embedder
+
+        module, names = load_embedder(Path(spec))
+        files = {f"model file {name}": path for name, path in names.items()}
+    elif spec.endswith(".pt2"):
+        path = _existing(Path(spec), "model")
+        module, files = load_exported(path, allow_pickle=options.allow_unsafe_pickle), {"model file": path}
+    else:
+        module, files = _from_factory(spec)
+        made_by_code = True
+    if options.weights:
+        path = _existing(Path(options.weights), "weights")
+        load_weights(module, path, allow_pickle=options.allow_unsafe_pickle)
+        files["weights"] = path
+    return LoadedModel(_prepared(module, options), files, made_by_code)
+
+
+def _check_compiler() -> None:
+    """Fails before the job when torch.compile lacks what it makes code for the CPU with."""
+    if torch.cuda.is_available():
+        return
+    compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    if shutil.which(compiler) is None:
+        raise JobUsageError(
+            f"--compile needs a C++ compiler, and there is no {compiler}",
+            "Install one, name it in the environment variable CXX, or leave --compile out.",
+        )
+
+
+def _prepared(module: nn.Module, options: InferOptions) -> nn.Module:
+    # An exported program is already in the mode it was exported in, and says so by raising.
+    with contextlib.suppress(NotImplementedError):
+        module.eval()
+    module.requires_grad_(False)
+    dtype = DTYPES.get(options.dtype or "")
+    if dtype is not None:
+        module.to(dtype)
+    return InferenceModule(module, dtype, DTYPES.get(options.autocast or ""), options.compile)
+
+
+def _from_factory(spec: str) -> tuple[nn.Module, dict[str, Path]]:
+    if Path(spec).is_file():
+        raise ModelLoadError(
+            f"{spec} is no exported program (.pt2), and no other file is loaded as a model",
+            "Name a factory as package.module:name, and give the file to --weights.",
+        )
+    if ":" not in spec:
+        raise ModelLoadError(
+            f"There is no model {spec}",
+            "Name a factory as package.module:name, a .pt2 file, or a folder with --task embed.",
+        )
+    factory = load_name(spec, "--model")
+    try:
+        module = factory if isinstance(factory, nn.Module) else factory()
+    except Exception as error:
+        raise ModelLoadError(
+            f"The factory {spec} failed with {type(error).__name__}: {error}",
+            "It is called without arguments and must return a torch.nn.Module.",
+        ) from error
+    if not isinstance(module, nn.Module):
+        raise ModelLoadError(
+            f"The factory {spec} returned {type(module).__name__}", "It must return a torch.nn.Module."
+        )
+    source = source_of(spec, "--model")
+    return module, {f"model file {source.name}": source} if source else {}
+
+
+def load_weights(module: nn.Module, path: Path, *, allow_pickle: bool) -> None:
+    """Loads weights into ``module``: safetensors, or a pickle when that was allowed by name.
+
+    Raises:
+        ModelLoadError: When the file is damaged, is a pickle, or names other parameters.
+    """
+    import safetensors.torch
+
+    try:
+        if path.suffix == ".safetensors":
+            safetensors.torch.load_model(module, path)
+        elif allow_pickle:
+            module.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        else:
+            raise ModelLoadError(
+                f"{path} is not a .safetensors file, and a pickle can run any code while it loads",
+                "Convert it to safetensors, or give --allow-unsafe-pickle if you trust whoever made it.",
+            )
+    except ModelLoadError:
+        raise
+    except Exception as error:
+        raise ModelLoadError(
+            f"The weights {path} do not fit or cannot be read: {brief(error)}",
+            "Check that they were saved from the model that --model makes.",
+        ) from error
+
+
+def _existing(path: Path, what: str) -> Path:
+    if not path.is_file():
+        raise ModelLoadError(f"There is no {what} file {path}", f"Check the path given with --{what}.")
+    return path

@@ -1,0 +1,1 @@
+"""What a batch-inference job writes: parts, journal, merged file."""

@@ -1,0 +1,178 @@
+"""The journal: which blocks of the input are done, and for which job.
+
+A text file of one entry per line, each with its own checksum, so that a line cut by a crash is told
+from a whole one. The first entry is the fingerprint of the job; an entry follows a block only after its
+shards are on the disk under their final names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ...errors import ResumeRefusedError
+from .files import digest_file, write_failed, write_whole_bytes
+
+JOURNAL_NAME = "_journal.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredFile:
+    """A file of a block as it was when the block was finished."""
+
+    name: str
+    num_bytes: int
+    digest: str
+
+    @classmethod
+    def of(cls, path: Path) -> StoredFile:
+        """Measures a file on disk."""
+        return cls(path.name, path.stat().st_size, digest_file(path))
+
+    def is_intact(self, folder: Path) -> bool:
+        """Tells whether the file is still what the journal says."""
+        path = folder / self.name
+        if not path.is_file() or path.stat().st_size != self.num_bytes:
+            return False
+        return digest_file(path) == self.digest
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A finished block: a fixed range of record positions and the files that hold its outputs.
+
+    Attributes:
+        num_records: Records in it, good and bad.
+        schema: Type and shape of each column of its outputs; empty where all its records were bad.
+    """
+
+    index: int
+    num_records: int
+    num_bad: int
+    files: tuple[StoredFile, ...]
+    schema: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the journal entry."""
+        return {"block": self.index, **{k: v for k, v in dataclasses.asdict(self).items() if k != "index"}}
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Block:
+        """Reads a journal entry."""
+        files = tuple(StoredFile(**file) for file in entry["files"])
+        for file in files:
+            # A name is only ever one that this job made; never follow one out of the folder.
+            if Path(file.name).name != file.name:
+                raise ValueError(f"{file.name!r} is no file name")
+        return cls(entry["block"], entry["num_records"], entry["num_bad"], files, dict(entry["schema"]))
+
+
+@dataclasses.dataclass
+class JournalState:
+    """What a journal says: the job, its finished blocks, and the input's length once known."""
+
+    fingerprint: dict[str, Any]
+    blocks: dict[int, Block] = dataclasses.field(default_factory=dict)
+    num_records: int | None = None
+
+    @property
+    def schema(self) -> dict[str, str]:
+        """The columns that all shards have, empty before the first one."""
+        return next((block.schema for block in self.blocks.values() if block.schema), {})
+
+    def place_of(self, index: int) -> str:
+        """Tells a person where a block lies in the input."""
+        return f"the shard that begins with record {index * self.fingerprint['shard_size']}"
+
+    def entries(self) -> Iterator[dict[str, Any]]:
+        """Yields the entries that make this state."""
+        yield {"fingerprint": self.fingerprint}
+        for _, block in sorted(self.blocks.items()):
+            yield block.to_json()
+        if self.num_records is not None:
+            yield {"end": self.num_records}
+
+
+class Journal:
+    """The journal of one output folder, open for appending."""
+
+    def __init__(self, folder: Path, state: JournalState) -> None:
+        self.path = folder / JOURNAL_NAME
+        self.state = state
+        # Rewriting drops half lines and blocks that did not pass their check.
+        lines = "".join(_line(entry) for entry in state.entries()).encode()
+        write_whole_bytes(self.path, lines)
+
+    def finish_block(self, block: Block) -> None:
+        """Records a block whose files are on the disk."""
+        self._append(block.to_json())
+        self.state.blocks[block.index] = block
+
+    def finish_input(self, num_records: int) -> None:
+        """Records how many records the input has."""
+        if self.state.num_records is None:
+            self._append({"end": num_records})
+            self.state.num_records = num_records
+
+    def _append(self, entry: Mapping[str, Any]) -> None:
+        try:
+            with open(self.path, "ab") as file:
+                file.write(_line(entry).encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise write_failed(self.path, error) from error
+
+
+def load_journal(folder: Path) -> JournalState:
+    """Reads the journal of a folder; entries that do not pass their checksum are left out.
+
+    Raises:
+        ResumeRefusedError: When not even the fingerprint can be read.
+    """
+    path = folder / JOURNAL_NAME
+    if not folder.is_dir():
+        raise ResumeRefusedError(f"There is no folder {folder}", "Name the output folder of a job.")
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise ResumeRefusedError(
+            f"{folder} holds files but no journal of a job ({error.strerror})", "Name another folder."
+        ) from error
+    entries = [_parse(line) for line in lines]
+    if not entries[0] or "fingerprint" not in entries[0]:
+        raise ResumeRefusedError(
+            f"The first line of {path} is damaged, so nobody knows which job the folder belongs to",
+            "Remove the folder and start again.",
+        )
+    state = JournalState(entries[0]["fingerprint"])
+    for entry in filter(None, entries[1:]):
+        # What passes its checksum but is no entry of ours counts as damaged too.
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            if "block" in entry:
+                state.blocks[int(entry["block"])] = Block.from_json(entry)
+            elif "end" in entry:
+                state.num_records = int(entry["end"])
+    return state
+
+
+def _line(entry: Mapping[str, Any]) -> str:
+    text = json.dumps(entry)
+    return f"{zlib.crc32(text.encode()):08x} {text}\n"
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    checksum, _, text = line.partition(b" ")
+    if checksum != f"{zlib.crc32(text):08x}".encode():
+        return None
+    try:
+        entry = json.loads(text)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) else None

@@ -1,0 +1,113 @@
+"""Joins the output folders of one job that was split with ``--shard i/n``."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ...errors import JobUsageError, ResumeRefusedError
+from ..blocks import check_same_schema
+from ..options import TIMES
+from .files import write_whole
+from .journal import Block, JournalState, load_journal
+from .output import OutputFolder, check_output_free, explain_changes
+
+
+@dataclasses.dataclass(frozen=True)
+class Merged:
+    """What was joined."""
+
+    num_records: int
+    num_bad: int
+
+
+def merge_parts(folders: list[Path], output: Path) -> Merged:
+    """Copies the shards of all parts into one folder, which then is as if one run had made it.
+
+    Shards carry the number of their block, so their names in the whole are the ones they have.
+
+    Args:
+        folders: Output folders of the parts, in any order.
+        output: Folder for the whole; must be empty or missing, or hold an earlier try at the same.
+
+    Raises:
+        JobUsageError: A part is missing, twice there, unfinished, damaged or of another job.
+        JobError: The parts' outputs are of unlike types or shapes.
+    """
+    check_output_free(output, resume=True)
+    parts = {folder: load_journal(folder) for folder in folders}
+    whole = _same_job(parts)
+    total = _same_length(parts)
+    blocks = _all_blocks(parts, total, whole["shard_size"])
+    _check_columns(JournalState(whole, {block.index: block for _, block in blocks}))
+    with OutputFolder(output, whole["output_format"], whole, resume=True) as target:
+        for folder, block in blocks:
+            if block.index not in target.finished:
+                _copy(folder, block, target)
+        target.journal.finish_input(total)
+    return Merged(total, sum(block.num_bad for _, block in blocks))
+
+
+def _same_job(parts: dict[Path, JournalState]) -> dict[str, Any]:
+    """Returns the fingerprint of the unsplit job."""
+    wholes = {folder: {**state.fingerprint, "shard": [0, 1], TIMES: None} for folder, state in parts.items()}
+    first = next(iter(wholes.values()))
+    for folder, whole in wholes.items():
+        if changes := explain_changes(first, whole):
+            raise ResumeRefusedError(
+                f"{folder} belongs to a different job: {'; '.join(changes)}", "Merge parts of one job."
+            )
+    shards = [tuple(state.fingerprint["shard"]) for state in parts.values()]
+    num_parts = shards[0][1]
+    missing = {(index, num_parts) for index in range(num_parts)} - set(shards)
+    if missing or len(shards) != num_parts:
+        names = ", ".join(f"{index + 1}/{num}" for index, num in sorted(missing)) or "none"
+        raise JobUsageError(
+            f"{len(shards)} folders for a job of {num_parts} parts; missing: {names}",
+            "Name the folder of every part once.",
+        )
+    # The times are those of the first part, whatever order the folders are named in.
+    one = min(parts.values(), key=lambda state: state.fingerprint["shard"])
+    return {**one.fingerprint, "shard": [0, 1]}
+
+
+def _same_length(parts: dict[Path, JournalState]) -> int:
+    lengths = {folder: state.num_records for folder, state in parts.items()}
+    for folder, length in lengths.items():
+        if length is None:
+            raise JobUsageError(f"{folder} is not finished", "Continue its job with --resume first.")
+    if len(set(lengths.values())) != 1:
+        raise JobUsageError(f"The parts saw inputs of different length: {lengths}", "Run them again.")
+    return next(length for length in lengths.values() if length is not None)
+
+
+def _all_blocks(parts: dict[Path, JournalState], total: int, block_size: int) -> list[tuple[Path, Block]]:
+    found = {
+        block.index: (folder, block) for folder, state in parts.items() for block in state.blocks.values()
+    }
+    for index in range(-(-total // block_size)):
+        if index not in found:
+            raise JobUsageError(
+                f"Records from {index * block_size} on are in no part", "Run the parts again with --resume."
+            )
+    return [found[index] for index in sorted(found)]
+
+
+def _check_columns(state: JournalState) -> None:
+    for index, block in state.blocks.items():
+        if block.schema:
+            check_same_schema(state.schema, block.schema, state.place_of(index))
+
+
+def _copy(folder: Path, block: Block, target: OutputFolder) -> None:
+    for stored in block.files:
+        if not stored.is_intact(folder):
+            raise JobUsageError(
+                f"{folder / stored.name} is missing or damaged", "Run that part again with --resume."
+            )
+        with open(folder / stored.name, "rb") as source:
+            write_whole(target.path / stored.name, functools.partial(shutil.copyfileobj, source))
+    target.journal.finish_block(block)

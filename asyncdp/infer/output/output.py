@@ -1,0 +1,209 @@
+"""The output folder: its lock, its journal, and the step that makes a block final."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from ...errors import JobUsageError, OutputExistsError, ResumeRefusedError
+from ..blocks import BlockRows, check_same_schema
+from ..records import Failure
+from .files import TEMPORARY_PREFIX, make_folder, write_whole
+from .journal import JOURNAL_NAME, Block, Journal, JournalState, StoredFile, load_journal
+from .writers import WRITERS
+
+LOCK_NAME = ".lock"
+ERRORS_PREFIX = "_errors-"
+
+# What a job may leave in a folder before its journal stands.
+_NOTHING_YET = (LOCK_NAME, TEMPORARY_PREFIX + JOURNAL_NAME)
+
+
+class OutputFolder:
+    """A folder that one job at a time writes shards into; a context manager that holds its lock.
+
+    Args:
+        path: The folder; made when missing.
+        format_name: One of the writers' names.
+        fingerprint: What the outputs depend on.
+        resume: Whether to continue the job whose journal is there.
+
+    Raises:
+        OutputExistsError: The folder is not empty and ``resume`` is False.
+        ResumeRefusedError: The folder belongs to a job with another fingerprint.
+        JobUsageError: Another process is writing into the folder.
+    """
+
+    def __init__(self, path: Path, format_name: str, fingerprint: dict[str, Any], *, resume: bool) -> None:
+        self.path = path
+        self.warnings: list[str] = []
+        self._format = format_name
+        self._lock = _locked(path)
+        try:
+            self.journal = Journal(path, self._intact(read_state(path, fingerprint, resume=resume)))
+            self._remove_strays()
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def __enter__(self) -> OutputFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    @property
+    def finished(self) -> dict[int, Block]:
+        """The blocks that are done, by index."""
+        return self.journal.state.blocks
+
+    def write_block(self, index: int, num_records: int, rows: BlockRows, failures: Sequence[Failure]) -> None:
+        """Makes a block final: its shards first, then the line in the journal.
+
+        Args:
+            index: Number of the block.
+            num_records: Records in it, good and bad.
+            rows: Its outputs.
+            failures: Its bad records to keep on disk, if any.
+
+        Raises:
+            OutputError: When the disk does not take it.
+            JobError: When its outputs are of other types or shapes than those of the blocks before.
+        """
+        files, schema = [], rows.schema if len(rows) else {}
+        if failures:
+            files.append(
+                self._write(f"{ERRORS_PREFIX}{index:06d}.jsonl", lambda f: _write_failures(f, failures))
+            )
+        if schema:
+            state = self.journal.state
+            check_same_schema(state.schema or schema, schema, state.place_of(index))
+            ids, columns = rows.finish()
+            encode = WRITERS[self._format]
+            name = f"part-{index:06d}.{self._format}"
+            files.append(self._write(name, lambda f: encode(f, ids, columns)))
+        self.journal.finish_block(Block(index, num_records, num_records - len(rows), tuple(files), schema))
+
+    def write_unfinished(self, failures: Sequence[Failure]) -> None:
+        """Keeps the bad records of blocks that will not be finished; a resume removes them as strays."""
+        if failures:
+            self._write(f"{ERRORS_PREFIX}unfinished.jsonl", lambda file: _write_failures(file, failures))
+
+    def _write(self, name: str, fill: Any) -> StoredFile:
+        write_whole(self.path / name, fill)
+        return StoredFile.of(self.path / name)
+
+    def _intact(self, state: JournalState) -> JournalState:
+        """Drops the blocks whose files are no longer what the journal says."""
+        for index, block in sorted(state.blocks.items()):
+            damaged = [file.name for file in block.files if not file.is_intact(self.path)]
+            if damaged:
+                self.warnings.append(f"{', '.join(damaged)} is missing or damaged: writing it again")
+                del state.blocks[index]
+        return state
+
+    def _remove_strays(self) -> None:
+        """Removes files of ours that no line of the journal vouches for: a crash left them."""
+        kept = {file.name for block in self.finished.values() for file in block.files}
+        for pattern in (f"{TEMPORARY_PREFIX}*", "part-*", f"{ERRORS_PREFIX}*"):
+            for path in self.path.glob(pattern):
+                if path.name not in kept:
+                    path.unlink()
+
+
+def read_state(path: Path, fingerprint: dict[str, Any], *, resume: bool) -> JournalState:
+    """Returns what is done in a folder already.
+
+    Raises:
+        OutputExistsError: The folder is not empty and ``resume`` is False.
+        ResumeRefusedError: The folder belongs to a job with another fingerprint.
+    """
+    if not _holds_something(path):
+        return JournalState(fingerprint)
+    if not resume:
+        raise OutputExistsError(path)
+    state = load_journal(path)
+    _check_same(state.fingerprint, fingerprint)
+    return state
+
+
+def check_output_free(path: Path, *, resume: bool) -> None:
+    """Fails early, before anything is loaded, when the folder cannot take this job.
+
+    Raises:
+        OutputExistsError: When it is not empty and ``resume`` is False.
+        JobUsageError: When it is a file, or cannot be made or written.
+    """
+    if path.exists() and not path.is_dir():
+        raise JobUsageError(f"The output {path} is a file", "Name a folder for the shards.")
+    if not resume and _holds_something(path):
+        raise OutputExistsError(path)
+    parent = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise _unwritable(path, f"{parent} is read-only or belongs to somebody else")
+
+
+def _unwritable(path: Path, why: object) -> JobUsageError:
+    return JobUsageError(
+        f"The output folder {path} cannot be written: {why}",
+        "Name a folder on a disk that you may write to.",
+    )
+
+
+def explain_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Lists the parts of two fingerprints that differ."""
+    changes = []
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if old != new:
+            if key == "input":
+                # Only the files that differ: the same long list twice would tell nothing.
+                old, new = _without(old, new), _without(new, old)
+            changes.append(f"{key} was {json.dumps(old):.200} and is {json.dumps(new):.200}")
+    return changes
+
+
+def _without(entries: list[Any] | None, others: list[Any] | None) -> list[Any]:
+    return [entry for entry in entries or () if entry not in (others or ())] or (entries or [])
+
+
+def _check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
+    # A round trip through JSON makes tuples lists on both sides.
+    if changes := explain_changes(before, json.loads(json.dumps(now))):
+        raise ResumeRefusedError(
+            f"The output folder belongs to a different job: {'; '.join(changes)}",
+            "Restore what changed, or write into another folder.",
+        )
+
+
+def _holds_something(path: Path) -> bool:
+    return path.is_dir() and any(entry.name not in _NOTHING_YET for entry in path.iterdir())
+
+
+def _locked(path: Path) -> Any:
+    import filelock
+
+    # Taken in one thread and released in another.
+    lock = filelock.FileLock(path / LOCK_NAME, thread_local=False)
+    try:
+        make_folder(path)
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        raise JobUsageError(
+            f"Another process is writing into {path}", "Wait for it to end, or name another folder."
+        ) from None
+    except OSError as error:
+        raise _unwritable(path, error.strerror or error) from error
+    return lock
+
+
+def _write_failures(file: IO[bytes], failures: Sequence[Failure]) -> None:
+    for failure in sorted(failures, key=lambda failure: failure.position):
+        file.write(json.dumps(dataclasses.asdict(failure)).encode() + b"\n")
+
+
+__all__ = ["JOURNAL_NAME", "OutputFolder", "check_output_free", "explain_changes", "read_state"]

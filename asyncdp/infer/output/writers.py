@@ -1,0 +1,147 @@
+"""Shards of every output format; the id stands first in every row."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Sequence
+from typing import IO, Any
+
+import numpy as np
+
+from ...errors import JobError, MissingExtraError
+from ..records import Columns
+
+Encoder = Callable[[IO[bytes], Sequence[Any], Columns], None]
+
+ERROR_FORMAT = "errors.jsonl"
+
+
+def write_parquet(file: IO[bytes], ids: Sequence[Any], columns: Columns) -> None:
+    """Writes one row per record; a vector per record becomes a fixed-size list."""
+    import pyarrow
+    import pyarrow.parquet
+
+    arrays = {"id": pyarrow.array(ids), **{name: _arrow(values) for name, values in columns.items()}}
+    # A dictionary of floats that hardly repeat costs time and memory, and is thrown away.
+    repeating = [name for name, values in columns.items() if isinstance(values, list)]
+    pyarrow.parquet.write_table(pyarrow.table(arrays), file, use_dictionary=repeating or False)
+
+
+def write_jsonl(file: IO[bytes], ids: Sequence[Any], columns: Columns) -> None:
+    """Writes one JSON object per record."""
+    lists = [_listed(values) for values in columns.values()]
+    for identity, *entries in zip(ids, *lists, strict=True):
+        row = {"id": identity, **dict(zip(columns, entries, strict=True))}
+        file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+
+
+def write_npy(file: IO[bytes], ids: Sequence[Any], columns: Columns) -> None:
+    """Writes a structured array with a field ``id`` and one per column."""
+    fields = {"id": _id_array(ids), **{name: _numeric(name, values) for name, values in columns.items()}}
+    dtype = [(name, values.dtype, values.shape[1:]) for name, values in fields.items()]
+    rows = np.empty(len(ids), dtype=dtype)
+    for name, values in fields.items():
+        rows[name] = values
+    np.save(file, rows, allow_pickle=False)
+
+
+def write_safetensors(file: IO[bytes], ids: Sequence[Any], columns: Columns) -> None:
+    """Writes a tensor per column; the ids are a tensor when numbers, else JSON under ``ids``."""
+    import safetensors.numpy
+
+    tensors = {name: np.ascontiguousarray(_numeric(name, values)) for name, values in columns.items()}
+    metadata = {}
+    if all(isinstance(identity, int) for identity in ids):
+        tensors["id"] = _id_array(ids)
+    else:
+        metadata["ids"] = json.dumps(list(ids))
+    file.write(safetensors.numpy.save(tensors, metadata))
+
+
+def _blaming(format_name: str, encode: Encoder) -> Encoder:
+    """Returns an encoder whose errors name the column at fault instead of some call in a library."""
+
+    def encode_or_blame(file: IO[bytes], ids: Sequence[Any], columns: Columns) -> None:
+        try:
+            encode(file, ids, columns)
+        except (JobError, OSError, ImportError):
+            raise
+        except Exception as error:
+            raise JobError(
+                f"Column {_culprit(encode, ids, columns)!r} cannot be written as {format_name}: "
+                f"{type(error).__name__}: {error}",
+                "Make numbers or texts of one kind of it with --postprocess, or change --output-format.",
+            ) from error
+
+    return encode_or_blame
+
+
+def _culprit(encode: Encoder, ids: Sequence[Any], columns: Columns) -> str | None:
+    for name, values in columns.items():
+        try:
+            encode(io.BytesIO(), ids, {name: values})
+        except Exception:
+            return name
+    return None
+
+
+WRITERS: dict[str, Encoder] = {
+    name: _blaming(name, encode)
+    for name, encode in (
+        ("parquet", write_parquet),
+        ("jsonl", write_jsonl),
+        ("npy", write_npy),
+        ("safetensors", write_safetensors),
+    )
+}
+"""Raise a `JobError` that names the column when a format cannot hold what is in it."""
+
+
+def try_writer(format_name: str) -> None:
+    """Writes one row to nowhere, so that what the format takes is there, and loaded, before any work is done.
+
+    Raises:
+        MissingExtraError: When the format's library is not installed.
+    """
+    try:
+        WRITERS[format_name](io.BytesIO(), [0], {"value": np.zeros((1, 1), np.float32)})
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(f"--output-format {format_name}", error.name or str(error), "cli") from error
+
+
+def _arrow(values: Any) -> Any:
+    import pyarrow
+
+    if isinstance(values, list):
+        return pyarrow.array(values)
+    array = pyarrow.array(np.ascontiguousarray(values).reshape(-1))
+    for size in reversed(values.shape[1:]):
+        array = pyarrow.FixedSizeListArray.from_arrays(array, size)
+    return array
+
+
+def _listed(values: Any) -> list[Any]:
+    return values.tolist() if isinstance(values, np.ndarray) else [_plain(value) for value in values]
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
+
+
+def _id_array(ids: Sequence[Any]) -> np.ndarray[Any, Any]:
+    kind = np.int64 if all(isinstance(identity, int) for identity in ids) else np.str_
+    return np.array(ids, dtype=kind)
+
+
+def _numeric(name: str, values: Any) -> np.ndarray[Any, Any]:
+    try:
+        array = np.asarray(values)
+    except ValueError:
+        array = np.empty(0, dtype=object)
+    if array.dtype.kind not in "biufc":
+        raise JobError(
+            f"Column {name!r} holds no numbers of one shape, which npy and safetensors need",
+            "Choose --output-format parquet or jsonl, or make arrays of it with --postprocess.",
+        )
+    return array

@@ -1,0 +1,1 @@
+"""What a batch-inference job reports while it runs and at its end."""
