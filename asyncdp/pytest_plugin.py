@@ -71,13 +71,14 @@ def asyncdp_runtime(asyncdp_devices: list[FakeDevice], asyncdp_clock: VirtualClo
     A plain fixture, not an async one, so that it works under pytest-asyncio, anyio and trio alike.
     """
     from asyncdp import Runtime
+    from asyncdp._runtime import scheduler_of
 
     runtime = Runtime(asyncdp_devices)
     yield runtime
     for device in asyncdp_devices:
         device.release()
     asyncdp_clock.advance(math.inf)
-    runtime._core.shut_down(_CLOSE_SECONDS)
+    scheduler_of(runtime).close(_CLOSE_SECONDS)
 
 
 def _num_cuda_devices() -> int:

@@ -36,6 +36,9 @@ class LaneDevice:
     def open(self) -> None:
         """Prepare the thread that has just started (current device, stream)."""
 
+    def warm_up(self) -> None:
+        """Build and load the kernels of this device; called on the lane's thread."""
+
     def close(self) -> None:
         """Release what `open` took; the lane's last call."""
 

@@ -16,7 +16,7 @@ from .._devices.threads import end_own_team
 from .._replicas.buckets import DEFAULT_BUCKET_BYTES
 from .._replicas.replica import check_module
 from .._replicas.replica_set import ReplicaSet, replica_set_of
-from .._runtime import Lane, Runtime, RuntimeStatistics, default_lanes
+from .._runtime import Lane, Runtime, RuntimeStatistics, default_lanes, scheduler_of
 from .._training.commit import StepOptions
 from .._training.trainer import Trainer
 from .._verbs.parallel_apply import arguments
@@ -67,8 +67,8 @@ async def data_parallel(
     targets = parse_devices(devices)
     output = targets[0] if output_device is None else parse_devices(output_device)[0]
     replicas = replica_set_of(module, targets)
-    runtime, lanes = default_lanes(targets)
-    route = Route(runtime, tuple(lanes), output, dim)
+    scheduler, lanes = default_lanes(targets)
+    route = Route(scheduler, tuple(lanes), output, dim)
     args, kwargs = arguments(inputs), dict(module_kwargs or {})
     if len(targets) == 1:
         return await route.run_on_one_lane(module, replicas, args, kwargs)
@@ -139,9 +139,11 @@ class DataParallel:
         lanes = self._choose_lanes(devices)
         self.module = module
         self._num_lanes = _check_num_lanes(num_lanes, len(lanes))
-        self._route = Route(self.runtime, lanes, lanes[0].device if output is None else output, dim)
+        self._route = Route(
+            scheduler_of(self.runtime), lanes, lanes[0].device if output is None else output, dim
+        )
         self._replicas = ReplicaSet(module, [lane.device for lane in lanes], bucket_bytes, checksum)
-        self._trainer = Trainer(module, self.runtime, lanes, self._route.output, dim)
+        self._trainer = Trainer(module, self._route.scheduler, lanes, self._route.output, dim)
         adapts = num_lanes == "auto" and len(lanes) > 1
         self._adaptive = Adaptive(module, self._route) if adapts else None
         self._num_passes = 0
@@ -150,7 +152,7 @@ class DataParallel:
     def _choose_lanes(self, devices: Devices) -> tuple[Lane, ...]:
         if self._owns_runtime or devices is None:
             return self.runtime.lanes
-        return tuple(self.runtime.lanes_for(parse_devices(devices)))
+        return tuple(scheduler_of(self.runtime).lanes_for(parse_devices(devices)))
 
     @property
     def lanes(self) -> tuple[Lane, ...]:

@@ -12,9 +12,9 @@ import anyio
 import anyio.to_thread
 import torch
 
-from .._loops.completion import Completion, new_completion
-from .._loops.tasks import ends_tasks, is_cancelled, spawn
-from .._loops.waiter import Waiter, new_waiter, wake
+from .. import _loops
+from .._loops import Completion, Waiter, ends_tasks, is_cancelled, wake
+from .._runtime import Task, scheduler_of
 from .._verbs.parallel_apply import arguments
 from .prefetch import Prefetcher
 
@@ -63,7 +63,7 @@ class _Shared:
     async def wait_room(self) -> None:
         """Wait until one more batch may be in flight, and count it."""
         while self._room == 0:
-            self._filler = new_waiter()
+            self._filler = _loops.current().waiter()
             await self._filler
         self._room -= 1
 
@@ -105,7 +105,7 @@ class _Shared:
                 return self._ready.pop(index)
             if self._ended:
                 return None
-            reader = new_waiter()
+            reader = _loops.current().waiter()
             self._readers.append(reader)
             await reader
 
@@ -198,7 +198,7 @@ class BatchStream:
             raise StopAsyncIteration
         if self._cancel is None:
             # Cancels once: a second time would break off what closes the source.
-            self._cancel = cancel = weakref.finalize(self, spawn(self._fill))
+            self._cancel = cancel = weakref.finalize(self, _loops.current().spawn(self._fill))
             cancel.atexit = False
         while (outcome := await self._shared.get()) is not None:
             if outcome.error is None:
@@ -240,7 +240,7 @@ class BatchStream:
                 self._shared.end()
                 await self._source.aclose()
                 return
-            gone = new_completion(lambda: None)  # the wait goes on to its end
+            gone = _loops.current().completion(lambda: None)  # the wait goes on to its end
             self._shared.gone.append(gone)
             self._shared.closing = True
             self._cancel()
@@ -331,10 +331,11 @@ async def _run(
     try:
         position = engine.pick_lane()
         lane = engine.lanes[position]
-        num_threads = engine.runtime.thread_share(len(engine.lanes))
+        scheduler = scheduler_of(engine.runtime)
+        num_threads = scheduler.thread_share(len(engine.lanes))
         inputs = prefetcher.start(lane, arguments(batch))
-        work = partial(run_batch, modes, engine, position, inputs)
-        shared.put(index, _Outcome(await engine.runtime.run(work, lane=lane, num_threads=num_threads)))
+        task = Task(lane, partial(run_batch, modes, engine, position, inputs), "run")
+        shared.put(index, _Outcome((await scheduler.run([task], num_threads=num_threads))[0]))
     except BaseException as error:
         if ends_tasks(error) and is_cancelled():
             raise

@@ -11,6 +11,7 @@ import torch
 from .. import _tree
 from .._devices import LaneDevice
 from .._runtime import Lane
+from .._runtime.task import driver_of
 
 
 class Prefetcher:
@@ -21,14 +22,14 @@ class Prefetcher:
     """
 
     def __init__(self, lanes: Sequence[Lane]) -> None:
-        count = sum(lane.driver.prefetches for lane in lanes)
+        count = sum(driver_of(lane).prefetches for lane in lanes)
         self._threads = ThreadPoolExecutor(count, "asyncdp-prefetch") if count else None
 
     def start(self, lane: Lane, inputs: tuple[Any, ...]) -> Callable[[], tuple[Any, ...]]:
         """Begin to bring the inputs of a work; the work on `lane` gets them by calling the result once."""
-        if self._threads is None or not lane.driver.prefetches:
+        if self._threads is None or not driver_of(lane).prefetches:
             return lambda: inputs
-        under_way = [self._threads.submit(_bring, lane.driver, inputs)]
+        under_way = [self._threads.submit(_bring, driver_of(lane), inputs)]
         # Taken out, lest an error and the frames that it went through keep each other alive.
         return lambda: under_way.pop().result()()
 

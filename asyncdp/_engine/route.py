@@ -12,7 +12,7 @@ from torch import nn
 
 from .._replicas.replica_set import LaneModule, ReplicaSet, updates_buffers
 from .._replicas.snapshot import is_on, moves_weights
-from .._runtime import Lane, Runtime
+from .._runtime import Lane, Scheduler, Task
 from .._runtime.passes import NextStage, Stage
 from .._verbs.gather import gather_to
 from .._verbs.inplace import Wholes
@@ -24,7 +24,7 @@ from .._verbs.scatter import split_arguments
 class Route:
     """Which lanes the passes of a module take, and where their results go."""
 
-    runtime: Runtime
+    scheduler: Scheduler
     lanes: tuple[Lane, ...]
     output: torch.device
     dim: int
@@ -48,28 +48,27 @@ class Route:
 
         def apply_stage(modules: Sequence[LaneModule]) -> Stage:
             return [
-                (self.lanes[position], partial(apply, each, shard[0], shard[1], self.lanes[position].device))
+                Task(
+                    self.lanes[position],
+                    partial(apply, each, shard[0], shard[1], self.lanes[position].device),
+                    "run",
+                    True,
+                )
                 for position, each, shard in zip(positions, modules, shards, strict=True)
             ]
 
         def gather_stage(outputs: Sequence[Any], last: Lane) -> Stage:
-            return [(self._gather_lane(last), partial(self.gather, outputs, wholes))]
+            return [Task(self._gather_lane(last), partial(self.gather, outputs, wholes), "gather")]
 
-        num_threads = self.runtime.thread_share(len(positions))
+        num_threads = self.scheduler.thread_share(len(positions))
         following: list[NextStage] = [gather_stage]
         ready = replicas.prepare_nowait(module, positions)
         if ready is not None:
             stage = apply_stage(ready)
         else:
-            stage = [(self.lanes[0], partial(replicas.prepare, module, positions))]
+            stage = [Task(self.lanes[0], partial(replicas.prepare, module, positions), "replicate")]
             following.insert(0, lambda results, _: apply_stage(results[0]))
-        outputs = await self.runtime.run_pass(
-            stage,
-            following,
-            num_threads=num_threads,
-            replica_stage=len(following) - 1,
-            lanes=self.lanes,
-        )
+        outputs = await self.scheduler.run(stage, following, num_threads=num_threads, lanes=self.lanes)
         return outputs[0]
 
     async def run_on_one_lane(
@@ -81,11 +80,8 @@ class Route:
     ) -> Any:
         """Run a whole batch on the lane that `pick` picks; a lone lane needs no replicas."""
         position = self.pick(module)
-        return await self.runtime.run(
-            partial(self.run_here, position, module, replicas, args, kwargs),
-            lane=self.lanes[position],
-            num_threads=self.runtime.thread_share(len(self.lanes)),
-        )
+        run = partial(self.run_here, position, module, replicas, args, kwargs)
+        return await self._run_task(Task(self.lanes[position], run, "run"), len(self.lanes))
 
     def pick(self, module: nn.Module) -> int:
         """The position of the lane for a whole batch: the least busy, or lane 0 where buffers change."""
@@ -120,7 +116,7 @@ class Route:
         The first lane runs the module itself where it can. While that lane is busy another one works,
         with its own share of the threads: no lane's thread count ever changes.
         """
-        lane = self.runtime.least_busy(self.lanes)[0]
+        lane = self.scheduler.least_busy(self.lanes)[0]
         if lane is not self.lanes[0] and not updates_buffers(module):
             return await self.run_on_one_lane(module, replicas, args, kwargs)
         lane = self.lanes[0]
@@ -130,13 +126,17 @@ class Route:
             runner = module if is_able else replicas.prepare(module, [0])[0]
             return gather_to([apply(runner, args, kwargs, lane.device)], self.output, self.dim)
 
-        return await self.runtime.run(whole, lane=lane, num_threads=self.runtime.thread_share(1))
+        return await self._run_task(Task(lane, whole, "run"), 1)
+
+    async def _run_task(self, task: Task, num_lanes: int) -> Any:
+        num_threads = self.scheduler.thread_share(num_lanes)
+        return (await self.scheduler.run([task], num_threads=num_threads))[0]
 
     def _positions(self, count: int, module: nn.Module) -> list[int]:
         """Which lanes run `count` shards. Where buffers change, lane 0 is needed: its own survive."""
         if count == len(self.lanes) or updates_buffers(module):
             return list(range(count))
-        chosen = self.runtime.least_busy(self.lanes, count)
+        chosen = self.scheduler.least_busy(self.lanes, count)
         return [self.lanes.index(lane) for lane in chosen]
 
     def gather(self, outputs: Sequence[Any], wholes: Wholes) -> Any:

@@ -1,9 +1,10 @@
-"""Lanes, completions and the scheduler: knows threads and event loops, not torch modules."""
+"""Lanes, completions and the scheduler: knows threads, not torch modules."""
 
 from .default import default_lanes, default_runtime
-from .lane import Lane
-from .runtime import LaneStatistics, Runtime, RuntimeStatistics
+from .runtime import Runtime, RuntimeStatistics, scheduler_of
 from .schedule import LaneState
+from .scheduler import Scheduler
+from .task import Lane, LaneStatistics, Task
 from .trace import TraceRecorder
 
 __all__ = [
@@ -12,7 +13,10 @@ __all__ = [
     "LaneStatistics",
     "Runtime",
     "RuntimeStatistics",
+    "Scheduler",
+    "Task",
     "TraceRecorder",
     "default_lanes",
     "default_runtime",
+    "scheduler_of",
 ]

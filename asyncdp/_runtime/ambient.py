@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import copy
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -31,7 +32,7 @@ Modes = tuple[Any, ...]
 
 
 def current_modes(device_types: tuple[str, ...]) -> Modes:
-    """The modes of the calling thread."""
+    """Return the modes of the calling thread."""
     name = device_types[0]
     modes: Modes = (
         is_grad_enabled(),
@@ -64,15 +65,17 @@ def _entered(modes: Modes, present: Modes) -> ExitStack:
 class Ambient:
     """What a caller had switched on when it submitted a pass.
 
-    Grad mode, inference mode and autocast belong to a thread in torch, so a lane knows nothing of
-    the caller's. The default dtype belongs to the process and needs no carrying; the default
-    device inside a lane is always the lane's own.
+    Grad mode, inference mode, autocast and the default device belong to a thread in torch, so a lane
+    knows nothing of the caller's. The default dtype belongs to the process and needs no carrying.
     """
 
-    __slots__ = ("_contexts", "modes")
+    __slots__ = ("_contexts", "_default_device", "modes")
 
     def __init__(self, device_types: tuple[str, ...]) -> None:
         self.modes = current_modes(device_types)
+        # A set default device is a mode of torch functions; looking for it among none takes microseconds.
+        has_modes = torch._C._len_torch_function_stack() > 0
+        self._default_device = torch.get_default_device() if has_modes else None
         context = contextvars.copy_context()
         # The lane's thread runs no event loop, whatever the caller's context says.
         if _event_loop_name is not None and _event_loop_name.get() is not None:
@@ -80,46 +83,65 @@ class Ambient:
         self._contexts = [context]
 
     def copy(self) -> Ambient:
-        """The same once more: works of different passes may change their context variables, each its own."""
-        other = Ambient.__new__(Ambient)
-        other.modes = self.modes
+        """Return the same for another pass, whose tasks have context variables of their own."""
+        other = copy.copy(self)
         other._contexts = [self._contexts[0].copy()]
         return other
 
-    def bind(self, function: Callable[[], T], index: int) -> Callable[[], T]:
-        """Give `function` the caller's context variables; works of one stage differ in `index`."""
-        # A context can be entered once at a time, and the works of one stage run at the same time.
+    def bind(self, function: Callable[[], T], index: int, device: torch.device) -> Callable[[], T]:
+        """Give `function` the caller's context variables and default device.
+
+        Args:
+            function: what the task at `index` of its stage calls.
+            index: tasks of one stage differ in it.
+            device: the lane's; it takes the place of the caller's default device of the same type.
+        """
+        # A context can be entered once at a time, and the tasks of one stage run at the same time.
         while index >= len(self._contexts):
             self._contexts.append(self._contexts[0].copy())
+        if self._default_device is not None:
+            same_type = self._default_device.type == device.type
+            function = partial(_with_default_device, device if same_type else self._default_device, function)
         return partial(self._contexts[index].run, function)
+
+
+def _with_default_device(device: torch.device, function: Callable[[], T]) -> T:
+    with device:
+        return function()
 
 
 class LaneModes:
     """The modes of a lane's thread, on which everything here is called.
 
-    Grad and inference mode stay as one work had them until another asks for others, since most ask
+    Grad and inference mode stay as one task had them until another asks for others, since most ask
     for the same.
     """
 
     def __init__(self) -> None:
         self._stack: ExitStack | None = None
-        self.are_brief = False
-        """Whether to leave them after the work.
-
-        As long as anything of autocast is entered it keeps its casts of weights, which may change then.
-        """
+        self._are_brief = False
 
     def switch(self, modes: Modes, device_types: tuple[str, ...]) -> None:
-        """Let the thread have `modes`."""
+        """Let the thread have `modes`, whatever earlier tasks have left switched."""
+        if modes == current_modes(device_types):
+            return
         self.leave()
         present = current_modes(device_types)
         if modes != present:
             self._stack = _entered(modes, present)
-            self.are_brief = modes[2:] != present[2:]
+            self._are_brief = modes[2:] != present[2:]
+
+    def rest(self) -> None:
+        """Leave what must not outlast a task.
+
+        As long as anything of autocast is entered it keeps its casts of weights, which may change then.
+        """
+        if self._are_brief:
+            self.leave()
 
     def leave(self) -> None:
         """Let the thread have the modes that it began with."""
         if self._stack is not None:
             self._stack.close()
             self._stack = None
-            self.are_brief = False
+            self._are_brief = False

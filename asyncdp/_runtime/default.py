@@ -10,33 +10,17 @@ from collections.abc import Sequence
 
 import torch
 
-from .. import _devices
-from .._devices import parse_devices
+from .._devices import lane_device_for, parse_devices
 from ..errors import AsyncDPError
 from . import trace
-from .lane import Lane
-from .runtime import Runtime, cores
+from .runtime import Runtime, make_growing, scheduler_of, schedulers
+from .scheduler import Scheduler
+from .task import Lane
 
 _EXIT_SECONDS = 5.0
 
 
-class _DefaultRuntime(Runtime):
-    """The process's own runtime: grows lanes as they are asked for, and is never closed before exit."""
-
-    def __init__(self, devices: Sequence[torch.device]) -> None:
-        super().__init__([_devices.lane_device_for(device) for device in devices])
-
-    def lanes_for(self, devices: Sequence[torch.device]) -> list[Lane]:
-        found, missing = self._find_lanes(devices)
-        if missing:
-            with self._core.lock:
-                for device in self._find_lanes(devices)[1]:  # unless another thread was quicker
-                    self._core.add_lane(_devices.lane_device_for(device))
-            found, _ = self._find_lanes(devices)
-        return found
-
-
-_default: _DefaultRuntime | None = None
+_default: Runtime | None = None
 _default_lock = threading.Lock()
 
 
@@ -45,10 +29,10 @@ def default_runtime() -> Runtime:
     return _made(None)
 
 
-def default_lanes(devices: Sequence[torch.device]) -> tuple[Runtime, list[Lane]]:
-    """The process's own runtime, and one of its lanes for each entry of `devices`."""
-    runtime = _made(devices)
-    return runtime, runtime.lanes_for(devices)
+def default_lanes(devices: Sequence[torch.device]) -> tuple[Scheduler, list[Lane]]:
+    """Return the scheduler of the process's own runtime, and one of its lanes for each entry of `devices`."""
+    scheduler = scheduler_of(_made(devices))
+    return scheduler, scheduler.lanes_for(devices)
 
 
 def _made(devices: Sequence[torch.device] | None) -> Runtime:
@@ -56,7 +40,7 @@ def _made(devices: Sequence[torch.device] | None) -> Runtime:
     global _default
     with _default_lock:
         if _default is None:
-            _default = _DefaultRuntime(_first_devices(devices))
+            _default = make_growing([lane_device_for(device) for device in _first_devices(devices)])
         return _default
 
 
@@ -71,8 +55,8 @@ def _first_devices(named: Sequence[torch.device] | None) -> Sequence[torch.devic
 
 def _shut_down_all() -> None:
     deadline = time.monotonic() + _EXIT_SECONDS
-    for core in list(cores):
-        core.shut_down(max(0.0, deadline - time.monotonic()))
+    for scheduler in list(schedulers):
+        scheduler.close(max(0.0, deadline - time.monotonic()))
 
 
 def _forget_after_fork() -> None:
@@ -85,12 +69,12 @@ def _forget_after_fork() -> None:
     trace.recorder = None
     _default = None
     _default_lock = threading.Lock()
-    for core in list(cores):
-        core.lock = threading.Lock()
-        core.closed_cause = (
+    for scheduler in list(schedulers):
+        scheduler.lock = threading.Lock()
+        scheduler.closed_cause = (
             "the runtime was made before a fork, and its threads do not exist in this child process"
         )
-        core.schedule.closed = True
+        scheduler.schedule.is_closed = True
 
 
 atexit.register(_shut_down_all)

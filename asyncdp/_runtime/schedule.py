@@ -1,47 +1,114 @@
-"""The decisions of the scheduler, free of threads, clocks, I/O and torch.
+"""The whole life of passes as a pure state machine, free of threads, clocks, I/O and torch.
 
-Every method takes one thing that happened and returns what is to be done about it. The runtime
-calls them under its lock and performs what they return.
+Each method takes one event and returns the actions that follow from it. The scheduler calls them under
+its lock, in the order of the events, and performs the actions in theirs.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Hashable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 
 class LaneState(enum.Enum):
-    """Whether a lane takes work."""
+    """Whether a lane takes tasks."""
 
     OPEN = "open"
     CLOSED = "closed"
     LOST = "lost"
 
 
-_OPEN = LaneState.OPEN  # looked up once: an enumeration's members are slow to get at
+class PassState(enum.Enum):
+    """How far a pass has come."""
+
+    NEW = "new"
+    WAITING = "waiting"
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+@dataclass(slots=True, eq=False)
+class Progress:
+    """What the schedule knows of one pass; it alone changes all of it.
+
+    Attributes:
+        lanes: the lane of each task of the current stage.
+        num_stages_left: stages that follow the current one.
+        num_tasks_left: tasks of the current stage that have not ended.
+    """
+
+    lanes: Sequence[int]
+    num_stages_left: int = 0
+    num_tasks_left: int = field(default=0, init=False)
+    state: PassState = field(default=PassState.NEW, init=False)
+    has_failed: bool = field(default=False, init=False)
+    is_cancelled: bool = field(default=False, init=False)
+
+    @property
+    def is_ended(self) -> bool:
+        """Whether it is done, failed or cancelled."""
+        return self.state.value in ("done", "failed", "cancelled")
 
 
 @dataclass(slots=True)
-class Admit:
-    """Put this ticket's work on its lanes now."""
+class Enqueue:
+    """Put the tasks of the pass's stage on their lanes; `first`, ahead of what is queued there."""
 
-    ticket: Hashable
+    pass_: Progress
+    first: bool = False
 
 
 @dataclass(slots=True)
-class Refuse:
-    """This ticket will never run: `lane` is not open, or the whole schedule is closed if None."""
+class Advance:
+    """Make the next stage, and answer by `on_stage_made` or `on_stage_failed`; `lane` ended last."""
 
-    ticket: Hashable
+    pass_: Progress
+    lane: int
+
+
+@dataclass(slots=True)
+class Discard:
+    """Take the pass's tasks that have not begun off their lanes; answer each by `on_task_done`."""
+
+    pass_: Progress
+
+
+@dataclass(slots=True)
+class Reject:
+    """The pass has ended: `lane` is not open, or if None nothing is taken any more."""
+
+    pass_: Progress
     lane: int | None
 
 
-Action = Admit | Refuse
+@dataclass(slots=True)
+class Complete:
+    """The pass has ended, and nothing of it runs."""
+
+    pass_: Progress
+
+
+@dataclass(slots=True)
+class Clear:
+    """Take everything off a lost lane's queue; answer each task by `on_task_done`, as failed."""
+
+    lane: int
+
+
+@dataclass(slots=True)
+class Stop:
+    """End all lanes: nothing runs, and nothing more will come."""
+
+
+Action = Enqueue | Advance | Discard | Reject | Complete | Clear | Stop
 
 
 def split_sizes(num_rows: int, num_lanes: int) -> list[int]:
-    """Balanced shard lengths: 9 rows on 4 lanes give 3, 2, 2, 2.
+    """Return balanced shard lengths: 9 rows on 4 lanes give 3, 2, 2, 2.
 
     With fewer rows than lanes, fewer lanes; with no rows, one lane runs the empty shard.
     """
@@ -50,149 +117,196 @@ def split_sizes(num_rows: int, num_lanes: int) -> list[int]:
     return [small + 1] * num_larger + [small] * (num_shards - num_larger)
 
 
-@dataclass(slots=True)
-class _Lane:
-    state: LaneState = LaneState.OPEN
-    load: int = 0  # works admitted and not yet finished
-
-
-@dataclass(slots=True)
 class Schedule:
-    """Which tickets may put work on which lanes.
+    """Which passes may put tasks on which lanes, and what becomes of each.
 
-    A ticket names the lanes it needs and is admitted only when all of them have room, so that two
-    tickets can never hold half of each other's lanes. Tickets are admitted in order of arrival;
-    one may overtake only such as share no lane with it. One that needs more places on a lane than it
-    has is admitted once all its lanes are idle.
+    A pass is admitted only when all lanes of its first stage have room, so that two passes can never
+    hold half of each other's lanes. Passes are admitted in order of arrival; one may overtake only such
+    as share no lane with it. One that needs more places on a lane than there are is admitted once all
+    its lanes are idle. Later stages never wait.
 
     Args:
-        num_lanes: lanes, named 0 .. num_lanes - 1.
-        max_queue: works that may be queued on a lane, the running one not counted.
+        max_queue: tasks that may be queued on a lane, the running one not counted.
+
+    Attributes:
+        is_closed: whether new passes are rejected.
+        num_running: passes admitted and not yet ended.
+        counts: passes ended, by their last state.
     """
 
-    num_lanes: int
-    max_queue: int
-    closed: bool = False
-    _lanes: list[_Lane] = field(init=False)
-    _waiting: dict[Hashable, Sequence[int]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self._lanes = [_Lane() for _ in range(self.num_lanes)]
+    def __init__(self, max_queue: int) -> None:
+        self.max_queue = max_queue
+        self.is_closed = False
+        self.num_running = 0
+        self.counts: Counter[PassState] = Counter()
+        self._states: list[LaneState] = []
+        self._loads: list[int] = []  # tasks admitted to each lane and not yet ended
+        self._waiting: dict[Progress, None] = {}
 
     @property
     def num_waiting(self) -> int:
-        """Tickets that wait for room."""
+        """Passes that wait for room."""
         return len(self._waiting)
 
     def state(self, lane: int) -> LaneState:
-        """The state of one lane."""
-        return self._lanes[lane].state
+        """Return the state of one lane."""
+        return self._states[lane]
 
     def load(self, lane: int) -> int:
-        """Works admitted to one lane and not yet finished."""
-        return self._lanes[lane].load
+        """Return how many tasks are admitted to one lane and have not ended."""
+        return self._loads[lane]
 
     def add_lane(self) -> int:
         """Add an open lane and return its number."""
-        self._lanes.append(_Lane())
-        self.num_lanes += 1
-        return self.num_lanes - 1
+        self._states.append(LaneState.OPEN)
+        self._loads.append(0)
+        return len(self._states) - 1
 
     def pick(self, candidates: Iterable[int], count: int) -> list[int]:
-        """The `count` least busy open lanes among `candidates`, in the candidates' order."""
+        """Return the `count` least busy open lanes among `candidates`, in the candidates' order."""
         order = list(candidates)
-        usable = [lane for lane in order if self._lanes[lane].state is _OPEN] or order
+        usable = [lane for lane in order if self._states[lane] is LaneState.OPEN] or order
         if count == 1:
-            return [min(usable, key=lambda lane: self._lanes[lane].load)]
-        chosen = set(sorted(usable, key=lambda lane: self._lanes[lane].load)[:count])
+            return [min(usable, key=self._loads.__getitem__)]
+        chosen = set(sorted(usable, key=self._loads.__getitem__)[:count])
         return [lane for lane in usable if lane in chosen]
 
-    def submit(self, ticket: Hashable, lanes: Sequence[int]) -> Action | None:
-        """A ticket arrives and needs one place on each of `lanes`; None means that it has to wait."""
-        if self.closed:
-            return Refuse(ticket, None)
+    def submit(self, pass_: Progress) -> list[Action]:
+        """Take note of a new pass: it is admitted, waits for room (no action), or is rejected."""
+        if self.is_closed:
+            return self._reject(pass_, None)
+        for lane in pass_.lanes:
+            if self._states[lane] is not LaneState.OPEN:
+                return self._reject(pass_, lane)
+        if (self._waiting and self._is_behind_waiting(pass_)) or not self._take_if_room(pass_.lanes):
+            pass_.state = PassState.WAITING
+            self._waiting[pass_] = None
+            return []
+        return self._admit(pass_)
+
+    def on_task_done(self, pass_: Progress, lane: int, *, failed: bool) -> list[Action]:
+        """Take note of a task that has ended, or was discarded."""
+        assert self._loads[lane] > 0
+        self._loads[lane] -= 1
+        pass_.num_tasks_left -= 1
+        pass_.has_failed |= failed
+        actions = self._admit_waiting() if self._waiting else []
+        if pass_.num_tasks_left == 0:
+            actions += self._end_stage(pass_, lane)
+        return actions
+
+    def on_stage_made(self, pass_: Progress, lanes: Sequence[int]) -> list[Action]:
+        """Begin the next stage of a pass: it takes places however long the queues are."""
+        pass_.lanes = lanes
+        pass_.num_stages_left -= 1
         for lane in lanes:
-            if self._lanes[lane].state is not _OPEN:
-                return Refuse(ticket, lane)
-        if (self._waiting and self._is_behind_waiting(lanes)) or not self._take_if_room(lanes):
-            self._waiting[ticket] = lanes
-            return None
-        return Admit(ticket)
-
-    def proceed(self, lanes: Sequence[int]) -> int | None:
-        """An admitted ticket goes on to its next stage; it never waits for room a second time.
-
-        Returns:
-            None, or the first of `lanes` that is lost (then nothing was taken).
-        """
+            if self._states[lane] is LaneState.LOST:
+                return self._end(pass_, PassState.FAILED, Reject(pass_, lane))
         for lane in lanes:
-            if self._lanes[lane].state is LaneState.LOST:
-                return lane
-        for lane in lanes:
-            self._lanes[lane].load += 1
-        return None
+            self._loads[lane] += 1
+        return self._begin_stage(pass_, first=True)
 
-    def finish(self, lane: int) -> Sequence[Action]:
-        """One work of `lane` has ended, or was dropped."""
-        assert self._lanes[lane].load > 0
-        self._lanes[lane].load -= 1
-        return self._admit_waiting() if self._waiting else ()
+    def on_stage_failed(self, pass_: Progress) -> list[Action]:
+        """Take note that the next stage could not be made."""
+        return self._end(pass_, PassState.FAILED, Complete(pass_))
 
-    def withdraw(self, ticket: Hashable) -> Sequence[Action] | None:
-        """A ticket is cancelled; None means that it does not wait for room any more."""
-        if self._waiting.pop(ticket, None) is None:
-            return None
-        return self._admit_waiting()  # those behind it on lanes that have room
+    def cancel(self, pass_: Progress) -> list[Action]:
+        """Give a pass up: it ends once what runs of it has ended."""
+        if pass_.is_ended:
+            return []
+        pass_.is_cancelled = True
+        if pass_.state is not PassState.WAITING:
+            return [Discard(pass_)]
+        del self._waiting[pass_]
+        pass_.state = PassState.CANCELLED
+        self.counts[pass_.state] += 1
+        return [*self._admit_waiting(), Complete(pass_)]  # those behind it on lanes that have room
 
-    def lose(self, lane: int) -> list[Action]:
-        """The device under `lane` is lost: refuse everyone who waits for it."""
-        self._lanes[lane].state = LaneState.LOST
-        refused = [ticket for ticket, lanes in self._waiting.items() if lane in lanes]
-        for ticket in refused:
-            del self._waiting[ticket]
-        return [*(Refuse(ticket, lane) for ticket in refused), *self._admit_waiting()]
+    def mark_lost(self, lane: int) -> list[Action]:
+        """Take note that the device under `lane` is lost: nothing runs there any more."""
+        if self._states[lane] is LaneState.LOST:
+            return []
+        self._states[lane] = LaneState.LOST
+        actions = [
+            action
+            for pass_ in list(self._waiting)
+            if lane in pass_.lanes
+            for action in self._reject(pass_, lane)
+        ]
+        return [*actions, *self._admit_waiting(), Clear(lane)]
 
     def close(self) -> list[Action]:
-        """Take nothing more; what was admitted goes on, what waits is refused."""
-        self.closed = True
-        for lane in self._lanes:
-            if lane.state is LaneState.OPEN:
-                lane.state = LaneState.CLOSED
-        refused = [Refuse(ticket, None) for ticket in self._waiting]
-        self._waiting.clear()
-        return list(refused)
+        """Take nothing more; what was admitted goes on, what waits is rejected."""
+        if self.is_closed:
+            return []
+        self.is_closed = True
+        self._states = [LaneState.CLOSED if state is LaneState.OPEN else state for state in self._states]
+        actions = [action for pass_ in list(self._waiting) for action in self._reject(pass_, None)]
+        return actions if self.num_running else [*actions, Stop()]
 
-    def _is_behind_waiting(self, lanes: Sequence[int]) -> bool:
-        return any(not set(lanes).isdisjoint(needed) for needed in self._waiting.values())
+    def _admit(self, pass_: Progress) -> list[Action]:
+        pass_.state = PassState.RUNNING
+        self.num_running += 1
+        return self._begin_stage(pass_, first=False)
+
+    def _begin_stage(self, pass_: Progress, *, first: bool) -> list[Action]:
+        pass_.num_tasks_left = len(pass_.lanes)
+        return [Enqueue(pass_, first)] if pass_.lanes else self._end_stage(pass_, 0)
+
+    def _end_stage(self, pass_: Progress, lane: int) -> list[Action]:
+        if pass_.is_cancelled:  # then nothing else that happened to it counts
+            return self._end(pass_, PassState.CANCELLED, Complete(pass_))
+        if pass_.has_failed:
+            return self._end(pass_, PassState.FAILED, Complete(pass_))
+        if pass_.num_stages_left:
+            return [Advance(pass_, lane)]
+        return self._end(pass_, PassState.DONE, Complete(pass_))
+
+    def _end(self, pass_: Progress, state: PassState, action: Action) -> list[Action]:
+        """End an admitted pass."""
+        pass_.state = state
+        self.counts[state] += 1
+        self.num_running -= 1
+        return [action, Stop()] if self.is_closed and self.num_running == 0 else [action]
+
+    def _reject(self, pass_: Progress, lane: int | None) -> list[Action]:
+        """End a pass that was never admitted."""
+        self._waiting.pop(pass_, None)
+        pass_.state = PassState.FAILED
+        self.counts[pass_.state] += 1
+        return [Reject(pass_, lane)]
+
+    def _is_behind_waiting(self, pass_: Progress) -> bool:
+        return any(not set(pass_.lanes).isdisjoint(other.lanes) for other in self._waiting)
 
     def _take_if_room(self, lanes: Sequence[int]) -> bool:
         """Take a place on each lane, or on none; a lane may be named more than once."""
         limit = self.max_queue + 1
         for position, lane in enumerate(lanes):
-            if self._lanes[lane].load >= limit:
+            if self._loads[lane] >= limit:
                 for taken in lanes[:position]:
-                    self._lanes[taken].load -= 1
+                    self._loads[taken] -= 1
                 return self._take_if_idle(lanes)
-            self._lanes[lane].load += 1
+            self._loads[lane] += 1
         return True
 
     def _take_if_idle(self, lanes: Sequence[int]) -> bool:
         """Take the places if no lane has anything to do: however many they are, more room never comes."""
-        if any(self._lanes[lane].load for lane in lanes):
+        if any(self._loads[lane] for lane in lanes):
             return False
         for lane in lanes:
-            self._lanes[lane].load += 1
+            self._loads[lane] += 1
         return True
 
     def _admit_waiting(self) -> list[Action]:
         actions: list[Action] = []
         passed_over: set[int] = set()
-        for ticket, lanes in list(self._waiting.items()):
-            if passed_over.isdisjoint(lanes) and self._take_if_room(lanes):
-                del self._waiting[ticket]
-                actions.append(Admit(ticket))
+        for pass_ in list(self._waiting):
+            if passed_over.isdisjoint(pass_.lanes) and self._take_if_room(pass_.lanes):
+                del self._waiting[pass_]
+                actions += self._admit(pass_)
             else:
-                passed_over.update(lanes)
-                if len(passed_over) == self.num_lanes:
+                passed_over.update(pass_.lanes)
+                if len(passed_over) == len(self._states):
                     break
         return actions

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextvars
 import functools
 import heapq
 import itertools
@@ -14,41 +13,22 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import anyio.to_thread
 
 from .._devices.base import DeviceTimes
-
-if TYPE_CHECKING:
-    from .lane import Lane, Work
-    from .passes import Pass
+from .schedule import Progress
+from .task import Lane, Task, driver_of, this_thread
 
 recorder: TraceRecorder | None = None
-"""The one that records now. Lanes look here at each work, which is all that tracing costs when off."""
-
-# What a person calls the package's own works; a user's function keeps its name.
-_NAMES = {
-    "apply": "run",
-    "apply_and_move": "run",
-    "run_here": "run",
-    "whole": "run",
-    "over": "run",
-    "run_batch": "run",
-    "arguments": "collate",
-    "results": "split",
-    "run_lane": "train",
-    "_run_alone": "train",
-    "_finish": "reduce",
-    "gather_to": "gather",
-    "prepare": "replicate",
-}
+"""The one that records now. Lanes look here at each task, which is all that tracing costs when off."""
 
 _QUEUED, _ISSUED, _COMPLETE, _TIMED = "queued", "on lane", "on device", "device time"
 
 
 class _Issued(NamedTuple):
-    """A work under way."""
+    """A task under way."""
 
     name: str
     since: float
@@ -58,10 +38,10 @@ class _Issued(NamedTuple):
 class TraceRecorder:
     """Records every pass from `async with` to its end, then writes the file.
 
-    Each lane is a row with a span for each work it ran, and within it one for copies to its device; the
-    time a work was queued, and the time its device still took after the call had returned, are spans of
-    their own beside the row. On CUDA so is the time the work took on its stream, by the device's own
-    clock. Works carry the number of their pass and shard.
+    Each lane is a row with a span for each task it ran, and within it one for copies to its device; the
+    time a task was queued, and the time its device still took after the call had returned, are spans of
+    their own beside the row. On CUDA so is the time the task took on its stream, by the device's own
+    clock. Tasks carry the number of their pass and shard.
 
     Args:
         path: the file to write, JSON; open it at ui.perfetto.dev, or with `asyncdp trace summary`.
@@ -78,11 +58,10 @@ class TraceRecorder:
         self._max_events = max_events
         self._events: list[dict[str, Any]] = []
         self._started = time.perf_counter()
-        self._queued: dict[Work, float] = {}
-        self._issued: dict[Work, _Issued] = {}
-        self._running: dict[int, Work] = {}  # by the thread of the lane
+        self._queued: dict[Task, float] = {}
+        self._issued: dict[Task, _Issued] = {}
         self._timed_until: dict[Lane, float] = {}
-        self._passes: weakref.WeakKeyDictionary[Pass, int] = weakref.WeakKeyDictionary()
+        self._passes: weakref.WeakKeyDictionary[Progress, int] = weakref.WeakKeyDictionary()
         self._ordinals = itertools.count()
         self._lock = threading.Lock()
 
@@ -115,54 +94,51 @@ class TraceRecorder:
 
     # Called by lanes and passes while this recorder is active; from any thread.
 
-    def queued(self, work: Work) -> None:
-        """A work entered its lane's queue."""
-        self._queued[work] = time.perf_counter()
+    def queued(self, task: Task) -> None:
+        """A task entered its lane's queue."""
+        self._queued[task] = time.perf_counter()
 
-    def started(self, work: Work) -> Callable[[bool], None]:
-        """A lane begins a work; the result is called when it has, with whether the work has ended."""
-        assert work.function is not None
-        name = _name_of(work.function)
-        times = work.lane.driver.time_next()
-        self._running[threading.get_ident()] = work
+    def started(self, task: Task) -> Callable[[bool], None]:
+        """A lane begins a task; the result is called when it has, with whether the task has ended."""
+        name = _name_of(task)
+        times = driver_of(task.lane).time_next()
         begun = time.perf_counter()
-        self._issued[work] = _Issued(name, begun, times)
-        self._add(work, _QUEUED, name, self._queued.pop(work, begun), begun)
+        self._issued[task] = _Issued(name, begun, times)
+        self._add(task, _QUEUED, name, self._queued.pop(task, begun), begun)
 
         def issued(ended: bool) -> None:
             now = time.perf_counter()
-            self._running.pop(threading.get_ident(), None)
-            self._add(work, _ISSUED, name, begun, now)
+            self._add(task, _ISSUED, name, begun, now)
             if ended:
-                self._issued.pop(work, None)
-                self._add_timed(work, name, times)
-            elif work in self._issued:  # else the device was quicker than this thread
-                self._issued[work] = _Issued(name, now, times)
+                self._issued.pop(task, None)
+                self._add_timed(task, name, times)
+            elif task in self._issued:  # else the device was quicker than this thread
+                self._issued[task] = _Issued(name, now, times)
 
         return issued
 
     def scattered(self, begun: float) -> None:
-        """The work on this thread has copied its shard to its lane's device, from `begun` until now."""
-        work = self._running.get(threading.get_ident())
-        if work is not None:
-            self._add(work, _ISSUED, "scatter", begun, time.perf_counter())
+        """The task on this thread has copied its shard to its lane's device, from `begun` until now."""
+        task = this_thread.task
+        if task is not None:
+            self._add(task, _ISSUED, "scatter", begun, time.perf_counter())
 
-    def completed(self, work: Work) -> None:
-        """The device is done with a work whose call returned earlier."""
+    def completed(self, task: Task) -> None:
+        """The device is done with a task whose call returned earlier."""
         now = time.perf_counter()
-        name, issued, times = self._issued.pop(work, _Issued(_COMPLETE, now, None))
-        self._add(work, _COMPLETE, name, min(issued, now), now)
-        self._add_timed(work, name, times)
+        name, issued, times = self._issued.pop(task, _Issued(_COMPLETE, now, None))
+        self._add(task, _COMPLETE, name, min(issued, now), now)
+        self._add_timed(task, name, times)
 
-    def _add_timed(self, work: Work, name: str, times: DeviceTimes | None) -> None:
+    def _add_timed(self, task: Task, name: str, times: DeviceTimes | None) -> None:
         span = None if times is None else times()
         if span is not None:
-            # Works of a lane follow each other; the mapping of clocks is not so exact.
-            begin = max(span[0], self._timed_until.get(work.lane, 0.0))
-            end = self._timed_until[work.lane] = max(begin, span[1])
-            self._add(work, _TIMED, name, begin, end)
+            # Tasks of a lane follow each other; the mapping of clocks is not so exact.
+            begin = max(span[0], self._timed_until.get(task.lane, 0.0))
+            end = self._timed_until[task.lane] = max(begin, span[1])
+            self._add(task, _TIMED, name, begin, end)
 
-    def _add(self, work: Work, kind: str, name: str, begin: float, end: float) -> None:
+    def _add(self, task: Task, kind: str, name: str, begin: float, end: float) -> None:
         with self._lock:
             if len(self._events) >= self._max_events:
                 self.num_dropped += 1
@@ -175,14 +151,14 @@ class TraceRecorder:
                     "pid": 1,
                     "ts": round((begin - self._started) * 1e6, 3),
                     "dur": round((end - begin) * 1e6, 3),
-                    "args": {"pass": self._number(work.owner), "shard": work.index, "lane": work.lane.name},
+                    "args": {"pass": self._number(task.pass_), "shard": task.index, "lane": task.lane.name},
                 }
             )
 
-    def _number(self, owner: Pass) -> int:
-        number = self._passes.get(owner)
+    def _number(self, pass_: Progress) -> int:
+        number = self._passes.get(pass_)
         if number is None:
-            number = self._passes[owner] = next(self._ordinals)
+            number = self._passes[pass_] = next(self._ordinals)
         return number
 
     def _write(self) -> None:
@@ -200,7 +176,7 @@ class TraceRecorder:
 def _lay_out(events: list[dict[str, Any]]) -> dict[str, int]:
     """Give each span its row; returns the rows by name.
 
-    Viewers drop spans of one row that overlap but do not nest. Works of a queue, or in flight on a
+    Viewers drop spans of one row that overlap but do not nest. Tasks of a queue, or in flight on a
     device, overlap at will, and get as many rows as they need.
     """
     rows: dict[str, int] = {}
@@ -218,12 +194,9 @@ def _lay_out(events: list[dict[str, Any]]) -> dict[str, int]:
     return rows
 
 
-def _name_of(function: Callable[..., Any]) -> str:
-    """What a person would call this work."""
+def _name_of(task: Task) -> str:
+    """Return how a person would call this task."""
+    function: Any = task.function
     while isinstance(function, functools.partial):
-        # A work brings its caller's context variables: Context.run(function).
-        carries = isinstance(getattr(function.func, "__self__", None), contextvars.Context)
-        function = function.args[0] if carries else function.func
-    name = getattr(function, "__name__", type(function).__name__)
-    is_own = (getattr(function, "__module__", None) or "").startswith("asyncdp.")
-    return _NAMES.get(name, name) if is_own else name
+        function = function.func
+    return task.label or str(getattr(function, "__name__", type(function).__name__))

@@ -8,7 +8,7 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from .._loops.waiter import current_loop
+from .. import _loops
 from .._runtime import Runtime
 from ..errors import BatcherClosedError, DeviceLostError, OtherLoopError, QueueFullError
 from .call import Call
@@ -98,7 +98,7 @@ class Batcher:
     async def __aenter__(self) -> Batcher:
         if self._dispatcher.state is not BatcherState.NEW:
             raise BatcherClosedError("a batcher can be entered only once")
-        self._loop = current_loop()
+        self._loop = _loops.current()
         self._dispatcher.start()
         return self
 
@@ -165,7 +165,7 @@ class Batcher:
         dispatcher = self._dispatcher
         if dispatcher.state is not OPEN:
             raise BatcherClosedError(f"the batcher is {dispatcher.state.value}")
-        if self._loop is not current_loop():
+        if self._loop is not _loops.current():
             raise OtherLoopError
         if dispatcher.lost is not None:
             raise DeviceLostError(dispatcher.lost, "no lane of this batcher is left")
@@ -177,7 +177,7 @@ class Batcher:
             raise ValueError(f"priority must be an int, but got {priority!r}. Higher goes first.")
         size = 0.0 if self._size_of is None else _checked_size(self._size_of(sample))
         queue = dispatcher.queue
-        call = Call(queue, dispatcher.recorder, dispatcher.new_waiter, sample, size, priority, timeout)
+        call = Call(queue, dispatcher.recorder, dispatcher.loop, sample, size, priority, timeout)
         queue.add(call)
         dispatcher.notice_call()
         return call

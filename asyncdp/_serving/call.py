@@ -8,8 +8,7 @@ from collections.abc import Callable, Generator
 from functools import partial
 from typing import Any
 
-from .._loops.tasks import call_later
-from .._loops.waiter import Waiter, wake
+from .._loops import Loop, Waiter, wake
 from ..errors import CallCancelledError, CallTimeoutError
 from .queue import BatchSchedule, Item
 from .statistics import Recorder
@@ -26,7 +25,7 @@ class Call(Item):
         "_error",
         "_is_counted",
         "_is_late",
-        "_new_waiter",
+        "_loop",
         "_queue",
         "_recorder",
         "_value",
@@ -40,7 +39,7 @@ class Call(Item):
         self,
         queue: BatchSchedule[Call],
         recorder: Recorder,
-        new_waiter: Callable[[], Waiter],
+        loop: Loop,
         sample: Any,
         size: float,
         priority: int,
@@ -52,7 +51,7 @@ class Call(Item):
         self.arrived = time.perf_counter()
         self._queue = queue
         self._recorder = recorder
-        self._new_waiter = new_waiter
+        self._loop = loop
         self.timeout = timeout
         self._waiter: Waiter | None = None  # made when somebody awaits the call
         self._call_off: Callable[[], object] | None = None  # what ends that wait in time
@@ -78,10 +77,10 @@ class Call(Item):
         if not self.done:
             if self._waiter is not None:
                 raise RuntimeError("two tasks await one call. Let one of them await it and tell the other.")
-            self._waiter = waiter = self._new_waiter()
+            self._waiter = waiter = self._loop.waiter()
             if self.timeout is not None:
                 seconds = self.arrived + self.timeout - time.perf_counter()
-                self._call_off = call_later(max(0.0, seconds), partial(self.expire, math.inf))
+                self._call_off = self._loop.call_later(max(0.0, seconds), partial(self.expire, math.inf))
             try:
                 yield from waiter.__await__()
             except BaseException:

@@ -10,9 +10,8 @@ from functools import partial
 
 import anyio
 
-from .._loops.completion import look_of_loop
-from .._loops.tasks import call_later, call_soon_of_loop, ends_tasks
-from .._loops.waiter import Waiter, waiters_of_loop
+from .. import _loops
+from .._loops import Loop, ends_tasks
 from ..errors import BatcherClosedError, DeviceLostError, EngineCancelledError
 from .call import Call
 from .queue import BatchSchedule
@@ -57,12 +56,10 @@ class Dispatcher:
         lost: the name of the lane that was lost last, once no slot is left.
         queue: the calls that wait.
         recorder: what statistics are made of.
-        new_waiter: makes waiters for the event loop that all of this belongs to.
+        loop: the event loop that all of this belongs to.
     """
 
-    new_waiter: Callable[[], Waiter]
-    _call_soon: Callable[[Callable[[], object]], object]
-    _look: Callable[[], object]
+    loop: Loop
 
     def __init__(self, slots: Sequence[Slot], queue: BatchSchedule[Call], recorder: Recorder) -> None:
         self.state = BatcherState.NEW
@@ -82,9 +79,7 @@ class Dispatcher:
         """Begin to work, on the event loop that runs in this thread."""
         for slot in self._slots:
             slot.open()
-        self.new_waiter = waiters_of_loop()
-        self._call_soon = call_soon_of_loop()
-        self._look = look_of_loop()
+        self.loop = _loops.current()
         self._ended = anyio.Event()
         self.state = OPEN
 
@@ -110,7 +105,7 @@ class Dispatcher:
         """A call has been queued: look at it in the loop's next turn, when others may have come."""
         if not self._is_due and self._free and (self.queue.num_queued == 1 or self.queue.may_leave):
             self._is_due = True
-            self._call_soon(self._take_turn)
+            self.loop.call_soon(self._take_turn)
 
     def fail_waiting(self, make_error: Callable[[], BaseException]) -> None:
         """End the wait of every call that no batch has taken yet."""
@@ -120,10 +115,9 @@ class Dispatcher:
     # Sending batches.
 
     def _take_turn(self) -> None:
-        """Send what may leave, and wait for the end of what is short; called by the loop."""
+        """Send what may leave; called by the loop."""
         self._is_due = False
         self._send()
-        self._look()
 
     def _send(self) -> None:
         """Send what may leave to slots that are free, and end once there is nothing more to do."""
@@ -171,7 +165,7 @@ class Dispatcher:
         ready_at = self.queue.ready_at()
         assert ready_at is not None
         self._call_off()
-        self._call_off = call_later(max(0.0, ready_at - time.perf_counter()), self._send)
+        self._call_off = self.loop.call_later(max(0.0, ready_at - time.perf_counter()), self._send)
 
     def _run(self, batch: _Batch, calls: Sequence[Call]) -> None:
         told = partial(self._on_end, batch, calls)
@@ -179,7 +173,7 @@ class Dispatcher:
             batch.cancel = batch.slot.begin([call.sample for call in calls], told)
         except Exception as error:
             # Not at once: one by one, very many calls might fail within one another.
-            self._call_soon(partial(told, None, error))
+            self.loop.call_soon(partial(told, None, error))
 
     # Ends of batches.
 

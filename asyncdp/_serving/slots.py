@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from .._loops.tasks import ends_tasks, is_cancelled, spawn
-from .._runtime import Lane, Runtime, default_runtime
+from .. import _loops
+from .._loops import ends_tasks, is_cancelled
+from .._runtime import Lane, Runtime, Scheduler, Task, default_runtime, scheduler_of
+from .._runtime.schedule import PassState
+from .._runtime.task import is_lost, last_seconds
 from .._verbs.parallel_apply import arguments
 from ..errors import NotServableError, SplitError
 from .collate import Collate, Split
@@ -96,18 +99,18 @@ class _Steps:
         return values
 
 
-def _ambient(runtime: Runtime) -> Ambient:
+def _ambient(scheduler: Scheduler) -> Ambient:
     """What is switched on here, without gradients: serving never learns."""
-    runtime.refuse_nested()
+    scheduler.check_not_nested()
     with torch.no_grad():
-        return runtime.ambient()
+        return scheduler.ambient()
 
 
 @dataclass
 class _LaneSlot:
     """Runs batches on one lane."""
 
-    runtime: Runtime
+    scheduler: Scheduler
     lane: Lane
     spares: list[Lane]  # lanes that no slot is on; all slots share it
     num_threads: int
@@ -117,47 +120,48 @@ class _LaneSlot:
 
     @property
     def lost(self) -> str | None:
-        return self.lane.name if self.lane.is_lost else None
+        return self.lane.name if is_lost(self.lane) else None
 
     @property
     def is_quick(self) -> bool:
-        return self.lane.last_seconds < _QUICK_SECONDS
+        return last_seconds(self.lane) < _QUICK_SECONDS
 
     def move_on(self) -> bool:
         for lane in self.spares:
-            if not lane.is_lost:
+            if not is_lost(lane):
                 self.spares.remove(lane)
                 self.lane = lane
                 return True
         return False
 
     def open(self) -> None:
-        self.ambient = _ambient(self.runtime)
+        self.ambient = _ambient(self.scheduler)
 
     def begin(self, samples: Sequence[Any], on_end: OnEnd) -> Callable[[], object]:
-        return self.runtime.start(
-            partial(self.steps.over, self.function_of(self.lane), samples),
-            partial(_tell, on_end),
-            lane=self.lane,
+        run = partial(self.steps.over, self.function_of(self.lane), samples)
+        pass_ = self.scheduler.start(
+            Task(self.lane, run, "run"),
+            partial(_report, on_end),
             num_threads=self.num_threads,
             ambient=self.ambient.copy(),
-        ).cancel
+        )
+        return partial(self.scheduler.cancel, pass_)
 
 
-def _tell(on_end: OnEnd, one: Pass) -> None:
-    if one.results:
-        on_end(one.results[0], None)
-    elif one.was_cancelled:
+def _report(on_end: OnEnd, pass_: Pass) -> None:
+    if pass_.results:
+        on_end(pass_.results[0], None)
+    elif pass_.state is PassState.CANCELLED:
         on_end(CANCELLED, None)
     else:
-        on_end(None, one.take_failure())
+        on_end(None, pass_.take_failure())
 
 
 @dataclass
 class _AsyncSlot:
     """Awaits an async callable on the loop; collating and splitting still happen on a lane."""
 
-    runtime: Runtime
+    scheduler: Scheduler
     function: Callable[..., Any]
     steps: _Steps
     ambient: Ambient = field(init=False)
@@ -175,18 +179,18 @@ class _AsyncSlot:
         return True
 
     def open(self) -> None:
-        self.ambient = _ambient(self.runtime)
+        self.ambient = _ambient(self.scheduler)
         self.context = contextvars.copy_context()
 
     def begin(self, samples: Sequence[Any], on_end: OnEnd) -> Callable[[], object]:
         # Whoever ended the batch before, its own context variables are of no concern to this one.
-        return self.context.copy().run(spawn, partial(self._run, samples, on_end))
+        return self.context.copy().run(_loops.current().spawn, partial(self._run, samples, on_end))
 
     async def _run(self, samples: Sequence[Any], on_end: OnEnd) -> None:
         try:
-            batch = await self._on_lane(partial(self.steps.arguments, samples))
+            batch = await self._on_lane(partial(self.steps.arguments, samples), "collate")
             output = await _without_grad(self._call(batch))
-            values = await self._on_lane(partial(self.steps.results, output, samples))
+            values = await self._on_lane(partial(self.steps.results, output, samples), "split")
         except BaseException as error:
             if ends_tasks(error) and is_cancelled():
                 on_end(CANCELLED, None)
@@ -195,9 +199,9 @@ class _AsyncSlot:
         else:
             on_end(values, None)
 
-    async def _on_lane(self, function: Callable[[], Any]) -> Any:
-        lane = self.runtime.least_busy(self.runtime.lanes)[0]
-        return (await self.runtime.run_pass([(lane, function)], ambient=self.ambient.copy()))[0]
+    async def _on_lane(self, function: Callable[[], Any], label: str) -> Any:
+        lane = self.scheduler.least_busy(self.scheduler.lanes)[0]
+        return (await self.scheduler.run([Task(lane, function, label)], ambient=self.ambient.copy()))[0]
 
     async def _call(self, batch: tuple[Any, ...]) -> Any:
         return await self.function(*batch)
@@ -254,19 +258,19 @@ def open_slots(
         return _engine_slots(engine, steps, max_in_flight)
     if not callable(engine):
         raise NotServableError(engine)
-    runtime = runtime or default_runtime()
+    scheduler = scheduler_of(runtime or default_runtime())
     if _is_async(engine):
-        return [_AsyncSlot(runtime, engine, steps) for _ in _repeated(runtime.lanes, max_in_flight)]
-    return _lane_slots(runtime, runtime.lanes, max_in_flight, steps, lambda _: engine)
+        return [_AsyncSlot(scheduler, engine, steps) for _ in _repeated(scheduler.lanes, max_in_flight)]
+    return _lane_slots(scheduler, scheduler.lanes, max_in_flight, steps, lambda _: engine)
 
 
 def _engine_slots(engine: DataParallel, steps: _Steps, max_in_flight: int | None) -> list[Slot]:
     calls = {lane: partial(engine.run_here, position) for position, lane in enumerate(engine.lanes)}
-    return _lane_slots(engine.runtime, engine.lanes, max_in_flight, steps, calls.__getitem__)
+    return _lane_slots(scheduler_of(engine.runtime), engine.lanes, max_in_flight, steps, calls.__getitem__)
 
 
 def _lane_slots(
-    runtime: Runtime,
+    scheduler: Scheduler,
     lanes: Sequence[Lane],
     max_in_flight: int | None,
     steps: _Steps,
@@ -274,8 +278,8 @@ def _lane_slots(
 ) -> list[Slot]:
     taken = _repeated(lanes, max_in_flight)
     spares = [lane for lane in lanes if lane not in taken]
-    num_threads = runtime.thread_share(len(set(taken)))
-    return [_LaneSlot(runtime, lane, spares, num_threads, steps, function_of) for lane in taken]
+    num_threads = scheduler.thread_share(len(set(taken)))
+    return [_LaneSlot(scheduler, lane, spares, num_threads, steps, function_of) for lane in taken]
 
 
 def _repeated(lanes: Sequence[Lane], count: int | None) -> list[Lane]:

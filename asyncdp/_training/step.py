@@ -97,7 +97,7 @@ class Step:
 
     def run_lane(self, index: int) -> Tensor:
         """One lane's forward, loss and backward. Returns its share of the loss."""
-        with recording(), self._lanes[index].without_default_device():
+        with recording():
             return self.compute(index)
 
     def compute(self, index: int) -> Tensor:
@@ -198,8 +198,7 @@ class Step:
         args, targets = self._shards[index]
         args = tuple(bring(each, lane.device) for each in args)
         targets = bring(targets, lane.device)
-        with lane.as_default_device():  # for the user's code alone, since our own takes longer in it
-            loss = self.options.loss_fn(module(*args), targets)
+        loss = self.options.loss_fn(module(*args), targets)
         loss = _checked(loss)
         weight = self._weights[index]
         return loss if weight == 1.0 else loss * weight

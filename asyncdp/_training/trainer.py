@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from .. import _tree
 from .._replicas.snapshot import Outline
-from .._runtime import Lane, Runtime
-from .._runtime.lane import current_lane
+from .._runtime import Lane, Scheduler, Task
 from .._runtime.passes import NextStage, Stage
+from .._runtime.task import begin_stage
 from .._verbs.parallel_apply import arguments
 from .._verbs.scatter import split
 from .commit import Accumulated, StepOptions
@@ -28,23 +28,23 @@ class Trainer:
 
     Args:
         module: what to train.
-        runtime: whose lanes these are.
+        scheduler: whose lanes these are.
         lanes: a step uses the first ones of them.
         output: where losses go.
         dim: the dimension that is split.
     """
 
     def __init__(
-        self, module: nn.Module, runtime: Runtime, lanes: Sequence[Lane], output: torch.device, dim: int
+        self, module: nn.Module, scheduler: Scheduler, lanes: Sequence[Lane], output: torch.device, dim: int
     ) -> None:
-        self._runtime = runtime
+        self._scheduler = scheduler
         self._lanes = lanes
         self._output = output
         self._dim = dim
         self._replicas = TrainingLanes(module, [lane.device for lane in lanes])
         self._kept = Accumulated(len(lanes))
         self._module = module
-        self._all_threads = runtime.thread_share(1)
+        self._all_threads = scheduler.thread_share(1)
         self._outline = Outline(module)
         self._one_at_a_time = anyio.Lock(fast_acquire=True)
         self.num_steps = 0
@@ -74,20 +74,18 @@ class Trainer:
         lanes = self._lanes[: len(shards)]
         step = Step(modes, self._replicas, self._kept, lanes, shards, weights, options, accumulate)
         stage, following = self._stages(step, lanes)
-        share = self._all_threads if len(lanes) == 1 else self._runtime.thread_share(len(lanes))
+        share = self._all_threads if len(lanes) == 1 else self._scheduler.thread_share(len(lanes))
         if not self._one_at_a_time.locked():
             self._one_at_a_time.acquire_nowait()
             ambient = None
         else:  # a step that has to wait must not find the state that torch has by then
             # In a forked child the step that it waits for never ends.
-            self._runtime.refuse_closed()
-            ambient = self._runtime.ambient()
+            self._scheduler.check_open()
+            ambient = self._scheduler.ambient()
             await self._one_at_a_time.acquire()
         started = time.perf_counter()
         try:
-            results = await self._runtime.run_pass(
-                stage, following, num_threads=share, replica_stage=0, ambient=ambient
-            )
+            results = await self._scheduler.run(stage, following, num_threads=share, ambient=ambient)
         except BaseException:
             step.undo()
             raise
@@ -99,7 +97,7 @@ class Trainer:
 
     def _stages(self, step: Step, lanes: Sequence[Lane]) -> tuple[Stage, Sequence[NextStage]]:
         if len(lanes) == 1:
-            return [(lanes[0], partial(self._run_alone, step))], ()
+            return [Task(lanes[0], partial(self._run_alone, step), "train", True)], ()
 
         def last_stage(shares: list[Any], last: Lane) -> Stage:
             # The lane that is awake already, if it can reach the first lane's tensors. But only the
@@ -107,20 +105,18 @@ class Trainer:
             # cores, and the waits of all of them get slow for good.
             is_able = last.device == lanes[0].device and not (step.takes_all_threads or step.needs_first_lane)
             lane = last if is_able else lanes[0]
-            return [(lane, partial(self._finish, step, shares))]
+            return [Task(lane, partial(self._finish, step, shares), "reduce")]
 
-        return [(lane, partial(step.run_lane, index)) for index, lane in enumerate(lanes)], [last_stage]
+        stage = [Task(lane, partial(step.run_lane, index), "train", True) for index, lane in enumerate(lanes)]
+        return stage, [last_stage]
 
     def _run_alone(self, step: Step) -> Tensor | None:
         """A whole step on this thread, that of its only lane; None if it was cancelled on the way."""
-        lane = current_lane()
-        assert lane is not None
-        with recording(), lane.without_default_device():
+        with recording():
             share = step.compute_in_place()
             if share is None:
                 share = step.compute(0)
-            assert lane.running is not None
-            return self._end(step, [share]) if lane.running.go_on() else None
+            return self._end(step, [share]) if begin_stage() else None
 
     def discard_accumulated(self) -> None:
         """Forget the gradients of steps under `no_sync`."""
@@ -128,9 +124,7 @@ class Trainer:
 
     def _finish(self, step: Step, shares: Sequence[Tensor]) -> Tensor:
         """After every lane has succeeded: add up the loss, and keep the gradients or step with them."""
-        lane = current_lane()
-        assert lane is not None
-        with recording(), lane.without_default_device():
+        with recording():
             return self._end(step, shares)
 
     def _end(self, step: Step, shares: Sequence[Tensor]) -> Tensor:

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .._runtime import default_runtime
+from .._runtime import Task, default_runtime, scheduler_of
 
 
 async def backward(
@@ -39,10 +39,10 @@ async def backward(
     roots = (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
     if not roots:
         raise ValueError("there are no tensors to begin a backward from. Pass a loss.")
-    runtime = default_runtime()
+    scheduler = scheduler_of(default_runtime())
     device = roots[0].device
-    runtime.lanes_for([device])
-    lanes = [lane for lane in runtime.lanes if lane.device == device]
+    scheduler.lanes_for([device])
+    lanes = [lane for lane in scheduler.lanes if lane.device == device]
     run = partial(
         torch.autograd.backward,
         roots,
@@ -51,5 +51,5 @@ async def backward(
         create_graph=create_graph,
         inputs=inputs,
     )
-    lane = runtime.least_busy(lanes)[0]
-    await runtime.run(run, lane=lane, num_threads=runtime.thread_share(1))
+    lane = scheduler.least_busy(lanes)[0]
+    await scheduler.run([Task(lane, run, "backward")], num_threads=scheduler.thread_share(1))

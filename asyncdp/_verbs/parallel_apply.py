@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import _tree
 from .._devices import Devices, parse_devices
-from .._runtime import Lane, Runtime, default_lanes, default_runtime
+from .._runtime import Lane, Scheduler, Task, default_lanes, default_runtime, scheduler_of
 from ..errors import CountMismatchError, NotAModuleError
 from .scatter import bring, move
 
@@ -45,16 +45,15 @@ async def parallel_apply(
     if not modules:
         return []
     targets = named if named is not None else [_device_of(each) for each in inputs]
-    runtime, lanes = default_lanes(named) if named is not None else _lanes_in_turn(targets)
+    scheduler, lanes = default_lanes(named) if named is not None else _lanes_in_turn(targets)
     every_kwargs = kwargs if kwargs is not None else [{}] * len(modules)
     stage = [
-        (lane, partial(apply_and_move, module, arguments(one), keywords, device, device))
+        Task(lane, partial(apply_and_move, module, arguments(one), keywords, device, device), "run", True)
         for lane, module, one, keywords, device in zip(
             lanes, modules, inputs, every_kwargs, targets, strict=True
         )
     ]
-    num_threads = runtime.thread_share(len(set(lanes)))
-    return await runtime.run_pass(stage, num_threads=num_threads, replica_stage=0)
+    return await scheduler.run(stage, num_threads=scheduler.thread_share(len(set(lanes))))
 
 
 def arguments(inputs: Any) -> tuple[Any, ...]:
@@ -104,11 +103,11 @@ def _device_of(inputs: Any) -> torch.device:
     return torch.device("cpu")
 
 
-def _lanes_in_turn(targets: Sequence[torch.device]) -> tuple[Runtime, list[Lane]]:
+def _lanes_in_turn(targets: Sequence[torch.device]) -> tuple[Scheduler, list[Lane]]:
     """One lane per target; on the CPU the default lanes in turn, however many modules there are."""
-    runtime = default_runtime()
+    scheduler = scheduler_of(default_runtime())
     lanes = []
     for position, device in enumerate(targets):
-        known = [lane for lane in runtime.lanes if lane.device == device] or runtime.lanes_for([device])
+        known = [lane for lane in scheduler.lanes if lane.device == device] or scheduler.lanes_for([device])
         lanes.append(known[position % len(known)])
-    return runtime, lanes
+    return scheduler, lanes

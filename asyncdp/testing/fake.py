@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
+from .. import _loops
 from .._devices.base import LaneDevice
-from .._loops.completion import Completion, new_completion
+from .._loops import Completion
 
 
 class VirtualClock:
@@ -232,7 +233,7 @@ class FakeDevice(LaneDevice):
                     self._watchers.remove(watcher)
                     completion.finish()
 
-        completion = new_completion(forget)
+        completion = _loops.current().completion(forget)
         watcher = (count, completion)
         with self._lock:
             self._watchers.append(watcher)

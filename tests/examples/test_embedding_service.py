@@ -23,6 +23,7 @@ import pytest
 import torch
 
 from asyncdp import Batcher, QueueFull, Runtime
+from asyncdp._runtime import scheduler_of
 from asyncdp.testing.fake import FakeDevice
 
 pytest.importorskip("starlette")
@@ -116,9 +117,8 @@ def test_metrics_count(service: Service) -> None:
 def test_health_follows_the_lanes(service: Service) -> None:
     """The service is healthy, until its lanes are lost: then it says so, and calls fail at once."""
     assert service.get("/healthz")[0] == 200
-    core = service.app.state.engine.runtime._core
-    with core.lock:
-        core.lose(core.lanes[1], RuntimeError("test"))
+    scheduler = scheduler_of(service.app.state.engine.runtime)
+    scheduler._on_lost(scheduler.lanes[1], RuntimeError("test"))
     status, text = service.get("/healthz")
     assert status == 503
     assert json.loads(text)["lanes"] == {"cpu:0": "lost", "cpu:1": "lost"}

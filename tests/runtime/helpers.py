@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import anyio
 import anyio.lowlevel
 
 import asyncdp
+from asyncdp._runtime import Lane, Task, scheduler_of
 
 PATIENCE = 20.0
 """Seconds after which a test gives up on another thread; far more than any needs."""
@@ -55,3 +58,25 @@ def lane_threads() -> set[threading.Thread]:
 def runtime(num_lanes: int = 2, max_queue: int = 1024) -> asyncdp.Runtime:
     """A runtime of CPU lanes."""
     return asyncdp.Runtime(f"cpu*{num_lanes}", max_queue=max_queue)
+
+
+Calls = Sequence[tuple[Lane, Callable[[], Any]]]
+"""What each lane calls in one stage."""
+
+
+async def run_stages(
+    rt: asyncdp.Runtime,
+    first: Calls,
+    *following: Callable[[list[Any], Lane], Calls],
+    replica_stage: int | None = None,
+) -> list[Any]:
+    """Run a pass of several stages; give what the last one returned."""
+
+    def tasks(number: int, calls: Calls) -> list[Task]:
+        return [Task(lane, call, is_replica=number == replica_stage) for lane, call in calls]
+
+    later = [
+        lambda results, last, number=number, make=make: tasks(number, make(results, last))
+        for number, make in enumerate(following, 1)
+    ]
+    return await scheduler_of(rt).run(tasks(0, first), later)

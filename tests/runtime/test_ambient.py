@@ -12,10 +12,9 @@ import torch
 
 import asyncdp
 from asyncdp._devices import LaneDevice
-from asyncdp._runtime.lane import current_lane
 from asyncdp.testing import FakeDevice
 
-from .helpers import runtime
+from .helpers import run_stages, runtime
 
 pytestmark = pytest.mark.anyio
 
@@ -86,37 +85,20 @@ async def test_default_dtype_is_seen() -> None:
             torch.set_default_dtype(torch.float32)
 
 
-async def test_the_default_device_is_the_lanes() -> None:
-    """Tensors made inside a lane without naming a device are on the lane's, whatever the caller's is."""
-    async with runtime(1) as rt:
-        with torch.device("meta"):
-            step = rt.run(lambda: torch.ones(1).device).__await__()
-            waiting = next(step)
-        assert await _resume(waiting, step) == torch.device("cpu")
-
-
-async def test_the_default_device_is_that_of_a_lane_elsewhere_too() -> None:
-    """On a lane of another device than the CPU tensors made without a device are there, unless it is left."""
-    device = torch.device("cuda", 0)
+async def test_the_default_device_is_the_callers() -> None:
+    """Nothing is set in a lane where the caller set nothing; else the same, with the lane's own index."""
 
     def defaults() -> list[torch.device]:
         # Asked of torch itself, since no tensor can be made there without the device.
         return [mode.device for mode in torch.overrides._get_current_function_mode_stack()]
 
-    def without() -> list[list[torch.device]]:
-        lane = current_lane()
-        assert lane is not None
-        with lane.without_default_device():
-            found = [defaults()]
-            with lane.as_default_device():
-                found.append(defaults())
-        return found
-
-    async with asyncdp.Runtime([LaneDevice(device)]) as rt:
-        assert [await rt.run(defaults) for _ in range(2)] == [[device], [device]]
-        assert await rt.run(without) == [[], [device]]
-        assert await rt.run(defaults) == [device]
-    assert defaults() == []
+    lane = torch.device("cuda", 1)
+    async with asyncdp.Runtime([LaneDevice(lane)]) as rt:
+        assert await rt.run(defaults) == []
+        for name, expected in (("cuda:0", lane), ("meta", torch.device("meta"))):
+            with torch.device(name):
+                assert await rt.run(defaults) == [expected]
+        assert await rt.run(defaults) == []
 
 
 async def test_context_variables_are_carried_and_isolated() -> None:
@@ -129,7 +111,7 @@ async def test_context_variables_are_carried_and_isolated() -> None:
             REQUEST.set("changed")
             return before
 
-        assert await rt.run_pass([(lane, work) for lane in rt.lanes]) == ["r1", "r1"]
+        assert await run_stages(rt, [(lane, work) for lane in rt.lanes]) == ["r1", "r1"]
         assert REQUEST.get() == "r1"
 
 
@@ -184,7 +166,7 @@ async def test_a_later_stage_may_use_another_device() -> None:
     """What a pass noted of its first devices is not missed on one that only a later stage uses."""
     async with asyncdp.Runtime([_CapturingDevice(0), _CapturingDevice(1)]) as rt:
         first, second = rt.lanes
-        result = await rt.run_pass(
-            [(first, lambda: 1)], [lambda results, _: [(second, lambda: results[0] + 1)]]
+        result = await run_stages(
+            rt, [(first, lambda: 1)], lambda results, _: [(second, lambda: results[0] + 1)]
         )
     assert result == [2]

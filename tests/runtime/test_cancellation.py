@@ -13,7 +13,7 @@ import torch
 
 import asyncdp
 
-from .helpers import PATIENCE, Latch, runtime, wait_until
+from .helpers import PATIENCE, Latch, run_stages, runtime, wait_until
 
 pytestmark = pytest.mark.anyio
 
@@ -111,7 +111,7 @@ async def test_half_queued_half_running() -> None:
                 mine.open()
 
             group.start_soon(cancel)
-            await rt.run_pass([(rt.lanes[0], lambda: ran.append("queued half")), (rt.lanes[1], second)])
+            await run_stages(rt, [(rt.lanes[0], lambda: ran.append("queued half")), (rt.lanes[1], second)])
         assert scope.cancelled_caught
         assert ran == ["running half"]
         busy.open()
@@ -130,7 +130,7 @@ async def test_no_further_stage_after_a_cancellation() -> None:
                 latch.open()
 
             group.start_soon(cancel)
-            await rt.run_pass([(rt.lanes[0], latch.hold)], [lambda *_: begun.append("next") or []])
+            await run_stages(rt, [(rt.lanes[0], latch.hold)], lambda *_: begun.append("next") or [])
         assert scope.cancelled_caught
     assert begun == []
 

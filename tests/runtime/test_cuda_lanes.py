@@ -15,10 +15,11 @@ from torch import nn
 from asyncdp import DataParallel, LaneState, Runtime
 from asyncdp._devices import cuda
 from asyncdp._kernels import transfer
+from asyncdp._runtime.task import driver_of
 from asyncdp.errors import DeviceLostError, GatherError
 from tests.cuda_stub import CudaStub, Event, cuda_stub
 
-from .helpers import Latch, wait_until
+from .helpers import Latch, run_stages, wait_until
 
 __all__ = ["cuda_stub"]
 
@@ -44,10 +45,10 @@ async def test_every_stage_is_ordered_behind_the_caller(
     home = cuda.CudaLane(torch.device("cpu"))  # whose tensors torch says to be on its very device
     async with Runtime([cuda_stub.lane(1), home]) as runtime:
         async with DataParallel(nn.Linear(1, 1), output_device="cpu", runtime=runtime) as engine:
-            await runtime.run_pass([(lane, int) for lane in runtime.lanes])  # both are open
+            await run_stages(runtime, [(lane, int) for lane in runtime.lanes])  # both are open
             cuda_stub.log.clear()
             output = await engine(torch.tensor([[1.0], [2.0]]))
-        streams = [str(lane.driver._stream) for lane in runtime.lanes]  # type: ignore[attr-defined]
+        streams = [str(driver_of(lane)._stream) for lane in runtime.lanes]  # type: ignore[attr-defined]
     log = cuda_stub.log
     noted = {line.removeprefix("default records ") for line in log if line.startswith("default records")}
     assert len(noted) == 2, "once for each device"
@@ -159,7 +160,7 @@ async def test_waiters_end_with_their_lanes(cuda_stub: CudaStub) -> None:
     """Closing a runtime leaves no thread that waits for events."""
     before = event_threads()
     async with Runtime([cuda_stub.lane(), cuda_stub.lane()]) as runtime:
-        await runtime.run_pass([(lane, partial(cuda_stub.kernel, 1.0)) for lane in runtime.lanes])
+        await run_stages(runtime, [(lane, partial(cuda_stub.kernel, 1.0)) for lane in runtime.lanes])
         assert event_threads() == before + 2
     assert event_threads() == before
 

@@ -16,7 +16,7 @@ import torch
 import asyncdp
 from asyncdp.errors import NoCudaDeviceError, NoDevicesError, UnknownDeviceError
 
-from .helpers import PATIENCE
+from .helpers import PATIENCE, lane_threads
 
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA devices")
 
@@ -170,8 +170,9 @@ def test_a_fork_while_a_step_is_taken_and_recorded(tmp_path: Path) -> None:
 
 def test_a_dropped_runtime_ends_its_threads() -> None:
     """A runtime nobody refers to any more stops its lanes."""
+    before = lane_threads()
     runtime = asyncdp.Runtime("cpu*2")
-    threads = [lane._thread for lane in runtime.lanes]
+    threads = [thread for thread in lane_threads() if thread not in before]
     del runtime
     for thread in threads:
         thread.join(PATIENCE)
@@ -188,7 +189,7 @@ def test_a_fork_while_locks_are_held() -> None:
         from asyncdp import _tree
         from asyncdp._devices import threads
         from asyncdp._replicas.replica_set import replica_set_of
-        from asyncdp._runtime import default
+        from asyncdp._runtime import default, scheduler_of
 
         warnings.simplefilter("ignore", DeprecationWarning)  # fork beside threads: what this is about
         module, x = torch.nn.Linear(2, 2), torch.ones(4, 2)
@@ -199,9 +200,10 @@ def test_a_fork_while_locks_are_held() -> None:
             pass
 
         # For long: whatever an admitted pass or a preparation on a lane may hold. It ends with the process.
-        core, replicas = asyncdp.default_runtime()._core, replica_set_of(module, [torch.device("cpu")] * 2)
+        scheduler = scheduler_of(asyncdp.default_runtime())
+        replicas = replica_set_of(module, [torch.device("cpu")] * 2)
         engine = asyncdp.DataParallel(module, "cpu*2")
-        long = [replicas._lock, core.lock, default._default_lock, engine._replicas._lock]
+        long = [replicas._lock, scheduler.lock, default._default_lock, engine._replicas._lock]
         # For a moment: a fork may wait for these.
         short = [_tree._registering, threads._changing]
         taken, forking, ended = threading.Barrier(2), threading.Event(), threading.Event()

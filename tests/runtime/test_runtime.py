@@ -17,13 +17,12 @@ from asyncdp._devices import LaneDevice
 from asyncdp.errors import (
     DeviceLostError,
     NestedPassError,
-    QueueFullError,
     RuntimeClosedError,
     StopIterationInLaneError,
     UnknownDeviceError,
 )
 
-from .helpers import PATIENCE, Latch, lane_threads, runtime, wait_until
+from .helpers import PATIENCE, Latch, lane_threads, run_stages, runtime, wait_until
 
 pytestmark = pytest.mark.anyio
 
@@ -81,7 +80,7 @@ async def test_the_first_failure_in_time_wins() -> None:
 
     async with runtime() as rt:
         with pytest.raises((OSError, ValueError)) as caught:
-            await rt.run_pass([(rt.lanes[0], late), (rt.lanes[1], early)], replica_stage=0)
+            await run_stages(rt, [(rt.lanes[0], late), (rt.lanes[1], early)], replica_stage=0)
         first, *others = caught.value.__notes__
     assert "in replica" in first
     assert len(others) == 1
@@ -101,8 +100,8 @@ async def test_only_replicas_are_called_so() -> None:
             ]
             first, *following = stages
             with pytest.raises(ValueError, match="x") as caught:
-                await rt.run_pass(
-                    first, [lambda *_, stage=stage: stage for stage in following], replica_stage=1
+                await run_stages(
+                    rt, first, *(lambda *_, stage=stage: stage for stage in following), replica_stage=1
                 )
             assert caught.value.__notes__ == [note]
 
@@ -133,9 +132,9 @@ async def test_base_exceptions_are_carried() -> None:
 async def test_stages_follow_each_other() -> None:
     """A following stage gets the results of the one before, in order of its works."""
     async with runtime() as rt:
-        stage = [(lane, lambda index=lane.index: index) for lane in rt.lanes]
-        results = await rt.run_pass(
-            stage, [lambda values, last: [(last, lambda: [value * 10 for value in values])]]
+        stage = [(lane, lambda index=index: index) for index, lane in enumerate(rt.lanes)]
+        results = await run_stages(
+            rt, stage, lambda values, last: [(last, lambda: [value * 10 for value in values])]
         )
         assert results == [[0, 10]]
 
@@ -146,7 +145,7 @@ async def test_a_failed_stage_ends_the_pass() -> None:
     async with runtime() as rt:
         stage = [(rt.lanes[0], lambda: 1 / 0), (rt.lanes[1], int)]
         with pytest.raises(ZeroDivisionError):
-            await rt.run_pass(stage, [lambda *_: begun.append("second") or []])
+            await run_stages(rt, stage, lambda *_: begun.append("second") or [])
     assert begun == []
 
 
@@ -154,7 +153,7 @@ async def test_a_failing_transition_is_reported() -> None:
     """An error while the next stage is made reaches the caller like any other."""
     async with runtime() as rt:
         with pytest.raises(ZeroDivisionError):
-            await rt.run_pass([(rt.lanes[0], int)], [lambda *_: 1 / 0])  # type: ignore[list-item]
+            await run_stages(rt, [(rt.lanes[0], int)], lambda *_: 1 / 0)  # type: ignore[arg-type]
         assert await rt.run(int) == 0
 
 
@@ -176,39 +175,13 @@ async def test_a_full_queue_makes_callers_wait() -> None:
     assert order == ["waited"]
 
 
-async def test_who_does_not_want_to_wait_is_told() -> None:
-    """`run_pass_nowait` raises instead of waiting for room."""
-    latch = Latch()
-    async with runtime(1, max_queue=0) as rt, anyio.create_task_group() as group:
-        group.start_soon(rt.run, latch.hold)
-        await latch.wait_entered()
-        with pytest.raises(QueueFullError, match="lane cpu:0 is full"):
-            await rt.run_pass_nowait([(rt.lanes[0], int)])
-        latch.open()
-
-
-async def test_who_does_not_want_to_wait_is_told_of_those_ahead_too() -> None:
-    """`run_pass_nowait` raises also where there is room, but an earlier pass waits for it."""
-    latch = Latch()
-    async with runtime(2, max_queue=0) as rt, anyio.create_task_group() as group:
-        first, second = rt.lanes
-        group.start_soon(partial(rt.run, latch.hold, lane=first))
-        await latch.wait_entered()
-        group.start_soon(rt.run_pass, [(first, int), (second, int)])
-        await wait_until(lambda: rt.statistics().num_waiting == 1)
-        with pytest.raises(QueueFullError, match="lane cpu:1 is full"):
-            await rt.run_pass_nowait([(second, int)])
-        assert rt.statistics().num_waiting == 1
-        latch.open()
-
-
 async def test_a_pass_larger_than_a_queue_runs() -> None:
     """A stage with more works for a lane than ever find room there runs once the lane is idle."""
     latch = Latch()
     order: list[int] = []
 
     async def pass_of(count: int) -> None:
-        await rt.run_pass([(rt.lanes[0], partial(order.append, count))] * count)
+        await run_stages(rt, [(rt.lanes[0], partial(order.append, count))] * count)
 
     async with runtime(1, max_queue=0) as rt, anyio.create_task_group() as group:
         group.start_soon(rt.run, latch.hold)
@@ -226,10 +199,10 @@ async def test_a_stage_of_no_works_ends_at_once() -> None:
     async with runtime(1) as rt:
         lane = rt.lanes[0]
         with anyio.fail_after(PATIENCE):
-            assert await rt.run_pass([]) == []
-            assert await rt.run_pass([(lane, int)], [lambda *_: []]) == []
+            assert await run_stages(rt, []) == []
+            assert await run_stages(rt, [(lane, int)], lambda *_: []) == []
             empty_twice = [lambda *_: [], lambda results, last: [(last, lambda: (results, last))]]
-            assert await rt.run_pass([], empty_twice) == [([], lane)]
+            assert await run_stages(rt, [], *empty_twice) == [([], lane)]
         assert rt.statistics().num_done == 3
 
 
@@ -311,7 +284,7 @@ async def test_lanes_share_the_cores() -> None:
     before = torch.get_num_threads()
     async with runtime(2) as rt:
         inside = await rt.run(torch.get_num_threads)
-        assert inside == max(1, before // 2) == rt.num_intra_op_threads
+        assert inside == max(1, before // 2)
         for num_threads in (before, before + 1):
             assert await rt.run(torch.get_num_threads, num_threads=num_threads) == num_threads
     assert torch.get_num_threads() == before
@@ -322,20 +295,20 @@ async def test_lanes_share_the_cores() -> None:
     assert fresh == [before], "threads made later must not inherit a lane's count"
 
 
-async def test_lanes_for_names_what_is_missing() -> None:
-    """Asking a runtime for a lane it has not is a user's mistake with a clear message."""
+async def test_an_engine_names_the_lanes_that_are_missing() -> None:
+    """An engine over a runtime with too few lanes on a device says which one, before anything runs."""
     async with runtime(1) as rt:
-        assert rt.lanes_for([torch.device("cpu")]) == list(rt.lanes)
-        with pytest.raises(UnknownDeviceError, match="too few lanes"):
-            rt.lanes_for([torch.device("cpu")] * 2)
+        with pytest.raises(UnknownDeviceError, match="cpu"):
+            asyncdp.DataParallel(torch.nn.Identity(), "cpu*2", runtime=rt)
 
 
 async def test_warm_up_visits_each_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels are made ready on a lane's thread, once per device and not per lane."""
     seen: list[tuple[torch.device, str]] = []
     monkeypatch.setattr(
-        "asyncdp._kernels.warm_up",
-        lambda device: seen.append((device, threading.current_thread().name)),
+        LaneDevice,
+        "warm_up",
+        lambda driver: seen.append((driver.device, threading.current_thread().name)),
     )
     async with runtime(2) as rt:
         await rt.warm_up()

@@ -12,7 +12,7 @@ import torch
 
 import asyncdp
 
-from .helpers import Latch, lane_threads, wait_until
+from .helpers import Latch, lane_threads, run_stages, wait_until
 
 pytestmark = pytest.mark.anyio
 
@@ -72,7 +72,7 @@ async def test_a_thousand_calls_at_once() -> None:
     tensors, threads = live_tensors(), lane_threads()
     async with anyio.create_task_group() as group:
         first = Latch()
-        group.start_soon(lambda: runtime.run_pass([(lane, first.hold) for lane in runtime.lanes]))
+        group.start_soon(lambda: run_stages(runtime, [(lane, first.hold) for lane in runtime.lanes]))
         await first.wait_entered()
         for number in range(NUM_CALLS):
             group.start_soon(call, number)

@@ -61,7 +61,7 @@ async def test_what_waits_is_shared_out_where_that_pays(seconds: float, sizes: l
 
     async with Runtime("cpu*2") as runtime, Batcher(engine, runtime=runtime) as batcher:
         for lane in runtime.lanes:
-            lane.last_seconds = seconds
+            lane._last_seconds = seconds
         assert await outcomes_of([batcher.call_nowait(ONE) for _ in range(4)]) == [2.0] * 4
     assert seen == sizes
 

@@ -14,6 +14,7 @@ from torch import nn
 from asyncdp import DataParallel, LaneState, Runtime
 from asyncdp.errors import DeviceLostError
 from asyncdp.testing.fake import FakeDevice, FakeDeviceLost, Fault, VirtualClock, fake_devices
+from tests.runtime.helpers import run_stages
 
 pytestmark = pytest.mark.anyio
 
@@ -316,9 +317,10 @@ async def test_what_one_stage_hands_to_the_next_lives_until_that_has_drained(can
         lane = runtime.lanes[0]
         async with anyio.create_task_group() as group:
             group.start_soon(
-                runtime.run_pass,
+                run_stages,
+                runtime,
                 [(lane, make)],
-                [lambda made, last: [(last, partial(torch.sum, made[0]))]],
+                lambda made, last: [(last, partial(torch.sum, made[0]))],
             )
             await device.wait_issued(2)
             if cancelled:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..runtime.helpers import Latch
+from ..runtime.helpers import Latch, run_stages
 from .helpers import batch, distance, engine, mlp, same, serial_step, snapshot
 from .test_options import pair, sgd
 
@@ -239,7 +239,7 @@ async def test_a_step_leaves_nothing_of_its_gradients_alive() -> None:
         gc.disable()
         try:
             await one.train_step(*batch(8), functional.cross_entropy, sgd(module), before_step=note)
-            await one.runtime.run_pass([(lane, int) for lane in one.lanes])
+            await run_stages(one.runtime, [(lane, int) for lane in one.lanes])
             assert found
             assert not any(reference() is not None for reference in found)
         finally:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
-from asyncdp._runtime.lane import current_lane
+from asyncdp._runtime.task import current_lane
 
 
 class Case(NamedTuple):
@@ -188,7 +188,7 @@ class Failing(nn.Module):
             before = self.order[place - 1]
             assert self.turns[before].wait(20)
             # Raised is not yet recorded: that happens when the lane has put its work down.
-            while self.lanes[before]._core.schedule.load(self.lanes[before].index) > 0:
+            while self.lanes[before].statistics().num_queued > 0:
                 self.turns[row].wait(0.001)
         self.lanes[row] = current_lane()
         try:

@@ -66,7 +66,7 @@ class Request:
         ),
         (DefaultDtype(), {"default dtype": torch.float64}),
         (Request(), {"request": "mine"}),
-        (torch.device("meta"), {"default device": "cpu"}),
+        (torch.device("meta"), {"default device": "meta"}),
     ],
     ids=["no_grad", "inference_mode", "bfloat16", "float16 uncached", "default dtype", "context", "device"],
 )

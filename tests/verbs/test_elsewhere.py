@@ -16,6 +16,7 @@ import asyncdp
 from asyncdp._devices import LaneDevice
 from asyncdp._engine.route import Route
 from asyncdp._replicas.replica_set import ReplicaSet
+from asyncdp._runtime import scheduler_of
 from asyncdp.testing import FakeDevice, fake_devices
 
 from .models import MODULES, Fn, numbered
@@ -135,7 +136,7 @@ async def test_outputs_go_to_the_output_device(num_lanes: int) -> None:
     """Contract 11, 12: on one lane as on several, all of a result is on the output device."""
     module = Fn(lambda m, x: {"rows": x, "more": [x.sum(), "text"]})
     async with asyncdp.Runtime(f"cpu*{num_lanes}") as runtime:
-        route = Route(runtime, runtime.lanes, META, 0)
+        route = Route(scheduler_of(runtime), runtime.lanes, META, 0)
         found = await route.run_on_one_lane(module, ReplicaSet(module, [CPU] * num_lanes), (numbered(4),), {})
         assert found["more"][1] == "text"
         assert {found["rows"].device, found["more"][0].device} == {META}

@@ -1,0 +1,160 @@
+"""Lanes as others see them, and tasks: passive data, which lanes' threads work off."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .._devices import LaneDevice
+from .ambient import Ambient
+from .schedule import LaneState, Progress, Schedule
+
+
+@dataclass(frozen=True)
+class LaneStatistics:
+    """One lane at one moment."""
+
+    name: str
+    device: torch.device
+    state: LaneState
+    num_queued: int
+    """Tasks that are queued or running."""
+    num_done: int
+    busy_seconds: float
+    """Time spent in tasks since the lane was made, in seconds."""
+
+
+class Lane:
+    """One ordered queue of tasks on one device, with a thread of its own.
+
+    Attributes:
+        name: how errors, statistics and thread lists call this lane, "cuda:1" say.
+        device: where its tensors live.
+    """
+
+    # What has an underscore here belongs to the package's runtime.
+
+    def __init__(self, name: str, index: int, driver: LaneDevice, schedule: Schedule) -> None:
+        self.name = name
+        self.device = driver.device
+        self._index = index
+        self._driver = driver
+        self._schedule = schedule
+        self._num_done = 0
+        self._busy_seconds = 0.0
+        self._last_seconds = math.inf
+
+    def __repr__(self) -> str:
+        num_queued = self._schedule.load(self._index)
+        return f"<Lane {self.name}: {self.state.value}, {num_queued} queued, {self._num_done} done>"
+
+    @property
+    def state(self) -> LaneState:
+        """Whether the lane takes tasks."""
+        return self._schedule.state(self._index)
+
+    def statistics(self) -> LaneStatistics:
+        """Return the lane's counts as of now."""
+        return LaneStatistics(
+            name=self.name,
+            device=self.device,
+            state=self.state,
+            num_queued=self._schedule.load(self._index),
+            num_done=self._num_done,
+            busy_seconds=self._busy_seconds,
+        )
+
+
+@dataclass(slots=True)
+class Setting:
+    """What all tasks of a pass run under.
+
+    Attributes:
+        ambient: what the caller had switched on.
+        num_threads: intra-op threads on a CPU lane.
+        captured: what each device's `LaneDevice.capture` noted at the call.
+    """
+
+    ambient: Ambient
+    num_threads: int
+    captured: Mapping[torch.device, Any]
+
+
+@dataclass(slots=True, eq=False)
+class Task:
+    """One lane's piece of a pass.
+
+    Attributes:
+        lane: where it runs.
+        function: what it does; None once it has begun or was discarded.
+        label: how traces call it; None for the function's own name.
+        is_replica: whether its errors say which replica they come from.
+        index: its place in its stage.
+        call: the function, under the caller's context variables and default device.
+        lost: whether its error means that the device is lost.
+    """
+
+    lane: Lane
+    function: Callable[[], Any] | None
+    label: str | None = None
+    is_replica: bool = False
+    index: int = field(default=0, init=False)
+    pass_: Progress = field(init=False, repr=False)
+    setting: Setting = field(init=False, repr=False)
+    call: Callable[[], Any] | None = field(default=None, init=False, repr=False)
+    value: Any = field(default=None, init=False)
+    error: BaseException | None = field(default=None, init=False)
+    lost: bool = field(default=False, init=False)
+
+    @property
+    def place(self) -> str:
+        """Where it runs, as errors say it."""
+        return (
+            f"replica {self.index} on lane {self.lane.name}" if self.is_replica else f"lane {self.lane.name}"
+        )
+
+
+class _Thread(threading.local):
+    lane: Lane | None = None
+    task: Task | None = None
+
+
+this_thread = _Thread()
+"""The lane whose thread this is, and the task it runs."""
+
+
+def current_lane() -> Lane | None:
+    """Return the lane whose thread this is, or None."""
+    return this_thread.lane
+
+
+def begin_stage() -> bool:
+    """Go on to another stage of the pass within the task that this lane runs: cheaper than a task of its own.
+
+    Returns:
+        Whether it may begin: the pass was not cancelled.
+    """
+    task = this_thread.task
+    assert task is not None
+    task.is_replica = False
+    return not task.pass_.is_cancelled
+
+
+def is_lost(lane: Lane) -> bool:
+    """Return whether the lane's device is lost."""
+    return lane.state is LaneState.LOST
+
+
+def driver_of(lane: Lane) -> LaneDevice:
+    """Return the driver of the lane's device."""
+    return lane._driver
+
+
+def last_seconds(lane: Lane) -> float:
+    """Return how long the lane's last task took; infinite if there is none, or its device went on."""
+    return lane._last_seconds
