@@ -18,7 +18,7 @@ from torch import (
     is_inference_mode_enabled,
 )
 
-# Which event loop runs, for whoever asks this library; not everyone has it.
+# Which event loop runs, as the library sniffio sees it; it may not be installed.
 _event_loop_name: contextvars.ContextVar[str | None] | None
 try:
     from sniffio import current_async_library_cvar as _event_loop_name

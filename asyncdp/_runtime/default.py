@@ -25,7 +25,7 @@ _default_lock = threading.Lock()
 
 
 def default_runtime() -> Runtime:
-    """The process's own runtime, made at first use, shared by every event loop and thread."""
+    """Return the process's own runtime, made at first use, shared by every event loop and thread."""
     return _made(None)
 
 
@@ -36,7 +36,7 @@ def default_lanes(devices: Sequence[torch.device]) -> tuple[Scheduler, list[Lane
 
 
 def _made(devices: Sequence[torch.device] | None) -> Runtime:
-    """The process's own runtime; `devices` are those of the caller, if it names any."""
+    """Return the process's own runtime; `devices` are those of the caller, if it names any."""
     global _default
     with _default_lock:
         if _default is None:
@@ -50,7 +50,7 @@ def _first_devices(named: Sequence[torch.device] | None) -> Sequence[torch.devic
     except AsyncDPError:
         if named is None:
             raise
-        return named  # whoever names devices need not know of a wrong default
+        return named  # who names devices need not know of a wrong default
 
 
 def _shut_down_all() -> None:

@@ -1,4 +1,4 @@
-"""Lanes as others see them, and tasks: passive data, which lanes' threads work off."""
+"""Lanes as others see them, and tasks: passive data, which the threads of lanes run."""
 
 from __future__ import annotations
 

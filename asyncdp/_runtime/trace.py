@@ -95,11 +95,11 @@ class TraceRecorder:
     # Called by lanes and passes while this recorder is active; from any thread.
 
     def queued(self, task: Task) -> None:
-        """A task entered its lane's queue."""
+        """Note that a task has entered its lane's queue."""
         self._queued[task] = time.perf_counter()
 
     def started(self, task: Task) -> Callable[[bool], None]:
-        """A lane begins a task; the result is called when it has, with whether the task has ended."""
+        """Note that a lane begins a task; return what to call once it has returned, with whether it has ended."""
         name = _name_of(task)
         times = driver_of(task.lane).time_next()
         begun = time.perf_counter()
@@ -118,13 +118,13 @@ class TraceRecorder:
         return issued
 
     def scattered(self, begun: float) -> None:
-        """The task on this thread has copied its shard to its lane's device, from `begun` until now."""
+        """Note that the task on this thread has copied its shard to its lane's device, from `begun` until now."""
         task = this_thread.task
         if task is not None:
             self._add(task, _ISSUED, "scatter", begun, time.perf_counter())
 
     def completed(self, task: Task) -> None:
-        """The device is done with a task whose call returned earlier."""
+        """Note that the device is done with a task whose function returned earlier."""
         now = time.perf_counter()
         name, issued, times = self._issued.pop(task, _Issued(_COMPLETE, now, None))
         self._add(task, _COMPLETE, name, min(issued, now), now)
@@ -169,12 +169,12 @@ class TraceRecorder:
             ]
             self._issued.clear()  # here, since events of a device may take their time to go
             self._queued.clear()
-            told = {"num_dropped": self.num_dropped}
-            self.path.write_text(json.dumps({"traceEvents": rows + self._events, "otherData": told}))
+            contents = {"traceEvents": rows + self._events, "otherData": {"num_dropped": self.num_dropped}}
+            self.path.write_text(json.dumps(contents))
 
 
 def _lay_out(events: list[dict[str, Any]]) -> dict[str, int]:
-    """Give each span its row; returns the rows by name.
+    """Give each span its row; return the rows by name.
 
     Viewers drop spans of one row that overlap but do not nest. Tasks of a queue, or in flight on a
     device, overlap at will, and get as many rows as they need.
