@@ -99,7 +99,7 @@ class TraceRecorder:
         self._queued[task] = time.perf_counter()
 
     def started(self, task: Task) -> Callable[[bool], None]:
-        """Note that a lane begins a task; return what to call once it has returned, with whether it has ended."""
+        """Note that a lane begins a task; return what to call with whether it has ended, once it returned."""
         name = _name_of(task)
         times = driver_of(task.lane).time_next()
         begun = time.perf_counter()
@@ -118,7 +118,7 @@ class TraceRecorder:
         return issued
 
     def scattered(self, begun: float) -> None:
-        """Note that the task on this thread has copied its shard to its lane's device, from `begun` until now."""
+        """Note that this thread's task has copied its shard to its lane's device, from `begun` until now."""
         task = this_thread.task
         if task is not None:
             self._add(task, _ISSUED, "scatter", begun, time.perf_counter())
