@@ -21,9 +21,9 @@ from . import bodies
 def _row_stack() -> Iterator[None]:
     """Let NumPy have `row_stack`, which version 2.5 has removed, for the duration of the block.
 
-    numba-cuda 0.30.4 registers an implementation for it at import and never looks at it again. The name is
-    taken away again because code of the user may ask for it to tell versions of NumPy apart. Python imports
-    a module on one thread at a time, so no two of these blocks overlap.
+    numba-cuda 0.30.4 registers an implementation for it when `numba.cuda.np.arrayobj` is imported and never
+    reads it again. The name is removed again because it belongs to the user's NumPy, which code may examine.
+    Only the import of this module runs this, so no two threads do at once.
     """
     if hasattr(np, "row_stack"):
         yield
@@ -43,6 +43,7 @@ with warnings.catch_warnings(), _row_stack():
     from numba import types as numba_types
     from numba.cuda.compiler import compile_cuda
     from numba.cuda.extending import intrinsic
+    from numba.cuda.np import arrayobj  # noqa: F401  before the first compilation imports it
 
 # Numba's own annotations do not cover what is used here.
 cuda: Any = numba_cuda
