@@ -29,6 +29,9 @@ current_raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 """Return the address of the current CUDA stream of a device index; `torch.cuda.current_stream` takes longer
 than a whole launch. None in a build of torch without CUDA."""
 
+num_function_modes = torch._C._len_torch_function_stack
+"""Return how many torch function modes, such as a default device, are active on this thread."""
+
 COMPILED_CALL = "_compiled_call_impl"
 """Where `nn.Module.compile` puts the compiled call, which belongs to one module and must not be copied."""
 

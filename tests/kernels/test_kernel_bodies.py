@@ -19,7 +19,7 @@ DTYPES = [
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A CPU in place of the GPU, with outputs full of NaN until the kernel writes them."""
+    """Yield a CPU in place of the GPU, with outputs full of NaN until the kernel writes them."""
     torch.use_deterministic_algorithms(True)
     yield install(monkeypatch)
     torch.use_deterministic_algorithms(False)

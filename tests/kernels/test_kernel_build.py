@@ -30,7 +30,7 @@ INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?);")
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """A cache of this test run alone, so that what is checked is what the source gives now."""
+    """Yield the folder of an empty cache, so that the code checked is what the source gives now."""
     directory = tmp_path_factory.mktemp("kernels")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ASYNCDP_CACHE_DIR", str(directory))

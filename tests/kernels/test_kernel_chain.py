@@ -135,7 +135,7 @@ current = ["the current stream"]
 
 @contextlib.contextmanager
 def make_current(stream):
-    """What `torch.cuda.stream` does, as far as `Foreign` can see."""
+    """Do what `torch.cuda.stream` does, as far as `Foreign` shows it."""
     current.append(stream)
     yield
     current.pop()

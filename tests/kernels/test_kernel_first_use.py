@@ -48,7 +48,7 @@ def started():
 
 @pytest.fixture
 def loader(monkeypatch):
-    """A CUDA device with a complete chain of which nothing is loaded; calls return which kernels ran."""
+    """Pretend a CUDA device with a complete chain, nothing loaded; calls return which kernels ran."""
     monkeypatch.delenv("ASYNCDP_KERNELS", raising=False)
     chain._report.cache_clear()
     pretend_cuda(monkeypatch)

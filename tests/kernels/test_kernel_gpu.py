@@ -22,7 +22,7 @@ DTYPES = [
 
 @pytest.fixture(scope="module")
 def device():
-    """The first CUDA device, with all its kernels loaded."""
+    """Return the first CUDA device, with all its kernels loaded."""
     if not torch.cuda.is_available():
         pytest.skip("torch sees no CUDA device")
     device = torch.device("cuda", 0)
