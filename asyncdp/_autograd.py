@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import _kernels
+from ._torch_private import is_in_backward, set_sequence_number
 from .errors import GatherError, ReduceAddDtypeError, ReduceAddInForwardError, ReduceAddSizeError
 
 
@@ -144,7 +145,7 @@ class ReduceAdd(Function):
             ReduceAddSizeError: sizes differ.
             ReduceAddDtypeError: dtypes differ.
         """
-        if any(ctx.needs_input_grad) and not _is_in_backward():
+        if any(ctx.needs_input_grad) and not is_in_backward():
             raise ReduceAddInForwardError
         _check_alike(tensors)
         ctx.devices = [tensor.device for tensor in tensors]
@@ -164,9 +165,7 @@ def broadcast_first(devices: Sequence[torch.device], tensors: Sequence[Tensor]) 
     while the rest of the backward goes on.
     """
     outputs: tuple[Tensor, ...] = Broadcast.apply(devices, False, *tensors)
-    node: Any = outputs[0].grad_fn
-    if hasattr(node, "_set_sequence_nr"):  # torch has had it for years, but documents it nowhere
-        node._set_sequence_nr(_AHEAD)
+    set_sequence_number(outputs[0].grad_fn, _AHEAD)
     return outputs
 
 
@@ -237,7 +236,3 @@ def _check_alike(tensors: Sequence[Tensor]) -> None:
             raise ReduceAddSizeError(other.shape, first.shape)
         if other.dtype != first.dtype:
             raise ReduceAddDtypeError(other.dtype, first.dtype)
-
-
-def _is_in_backward() -> bool:
-    return bool(torch._C._current_graph_task_id() != -1)

@@ -1,7 +1,7 @@
 """Every public error. The class builds its message: the cause, then the remedy.
 
-Each class also derives from the built-in a user would expect (`ValueError`, `TypeError`,
-`RuntimeError`), so that plain `except ValueError` keeps working.
+Each class also derives from a built-in one (`ValueError`, `TypeError`, `RuntimeError`), so that a plain
+`except ValueError` catches it.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from collections.abc import Iterable
 
 
 class AsyncDPError(Exception):
-    """Base of every error that asyncdp itself raises."""
+    """Base class of every error that asyncdp itself raises."""
 
 
 # --- devices ---------------------------------------------------------------------------------
 
 
 class UnknownDeviceError(AsyncDPError, ValueError):
-    """A device specification names nothing that torch knows or this machine has."""
+    """A device specification is malformed, or names a device that this machine does not have."""
 
     def __init__(self, spec: object, cause: str) -> None:
         super().__init__(
@@ -27,7 +27,7 @@ class UnknownDeviceError(AsyncDPError, ValueError):
 
 
 class NoCudaDeviceError(AsyncDPError, RuntimeError):
-    """CUDA was asked for on a machine where torch sees no CUDA device."""
+    """A CUDA device was named on a machine where torch sees none."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -37,7 +37,7 @@ class NoCudaDeviceError(AsyncDPError, RuntimeError):
 
 
 class NoDevicesError(AsyncDPError, ValueError):
-    """An empty device list."""
+    """The list of devices is empty."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -49,7 +49,7 @@ class NoDevicesError(AsyncDPError, ValueError):
 
 
 class NotAModuleError(AsyncDPError, TypeError):
-    """Something other than a `torch.nn.Module` was given as the module."""
+    """The argument for the module is no `torch.nn.Module`."""
 
     def __init__(self, got: object) -> None:
         super().__init__(
@@ -59,17 +59,17 @@ class NotAModuleError(AsyncDPError, TypeError):
 
 
 class UnsupportedModuleError(AsyncDPError, TypeError):
-    """A TorchScript module, which has no Python structure to copy."""
+    """The module is a TorchScript module, which has no Python structure to copy."""
 
     def __init__(self, got: object) -> None:
         super().__init__(
-            f"cannot replicate a {type(got).__qualname__}: a TorchScript module has no parts to copy. "
+            f"cannot replicate a {type(got).__qualname__}: a TorchScript module has no structure to copy. "
             "Use the original torch.nn.Module, or torch.export."
         )
 
 
 class CompiledModuleError(UnsupportedModuleError):
-    """A module that `torch.compile` wrapped; its code runs the wrapped module, never a replica of it."""
+    """The module was wrapped by `torch.compile`, whose code runs the wrapped module, never a replica."""
 
     def __init__(self) -> None:
         TypeError.__init__(
@@ -97,12 +97,12 @@ class LengthMismatchError(AsyncDPError, ValueError):
             f"inputs differ in length along dim {dim}: "
             f"{first[0]} has {first[1]} and {other[0]} has {other[1]}. "
             "Give every tensor the same length there, or pass what belongs to the whole batch "
-            "as something other than a splittable tensor."
+            "as something other than a tensor with that dimension."
         )
 
 
 class CountMismatchError(AsyncDPError, ValueError):
-    """`parallel_apply` got lists of unlike lengths."""
+    """The lists of `parallel_apply` differ in length."""
 
     def __init__(self, what: str, num_modules: int, num_given: int) -> None:
         super().__init__(
@@ -112,11 +112,11 @@ class CountMismatchError(AsyncDPError, ValueError):
 
 
 class UnsplittableError(AsyncDPError, TypeError):
-    """An input whose rows do not lie along one dimension."""
+    """An input does not have its rows along one dimension; `name` is its name for the user."""
 
-    def __init__(self, got: object) -> None:
+    def __init__(self, got: object, name: str = "an input") -> None:
         super().__init__(
-            f"a {type(got).__qualname__} cannot be split along a dimension. "
+            f"{name} is a {type(got).__qualname__}, which cannot be split along a dimension. "
             "Pass the padded tensor and the lengths, and pack inside forward."
         )
 
@@ -132,7 +132,7 @@ class GatherError(AsyncDPError, ValueError):
 
 
 class ReduceAddSizeError(AsyncDPError, ValueError):
-    """ReduceAdd got tensors of unlike sizes."""
+    """The tensors of a ReduceAdd differ in size."""
 
     def __init__(self, first: Iterable[int], other: Iterable[int]) -> None:
         super().__init__(
@@ -142,7 +142,7 @@ class ReduceAddSizeError(AsyncDPError, ValueError):
 
 
 class ReduceAddDtypeError(AsyncDPError, ValueError):
-    """ReduceAdd got tensors of unlike dtypes."""
+    """The tensors of a ReduceAdd differ in dtype."""
 
     def __init__(self, first: object, other: object) -> None:
         super().__init__(
@@ -165,11 +165,11 @@ class ReduceAddInForwardError(AsyncDPError, RuntimeError):
 
 
 class StopIterationInLaneError(AsyncDPError, RuntimeError):
-    """Code in a lane raised `StopIteration`, which no future may carry."""
+    """Code in a lane raised `StopIteration`, which a future cannot hold."""
 
     def __init__(self) -> None:
         super().__init__(
-            "code in a lane raised StopIteration (kept as the cause of this error). "
+            "code in a lane raised StopIteration (the cause of this error). "
             "Call next() with a default, or catch StopIteration inside forward."
         )
 
@@ -184,14 +184,14 @@ class QueueFullError(AsyncDPError, RuntimeError):
 
 
 class RuntimeClosedError(AsyncDPError, RuntimeError):
-    """Work was handed to a runtime that is closed, closing, or was made before a fork."""
+    """A pass was started on a runtime that is closed, closing, or was made before a fork."""
 
     def __init__(self, cause: str = "the runtime is closed") -> None:
-        super().__init__(f"{cause}. Create a new Runtime, or keep work inside its `async with` block.")
+        super().__init__(f"{cause}. Create a new Runtime, or start passes inside its `async with` block.")
 
 
 class DeviceLostError(AsyncDPError, RuntimeError):
-    """The device under a lane no longer answers; its lanes are closed."""
+    """The device of a lane is lost; all its lanes are closed."""
 
     def __init__(self, lane: str, cause: str) -> None:
         super().__init__(
@@ -201,11 +201,11 @@ class DeviceLostError(AsyncDPError, RuntimeError):
 
 
 class NestedPassError(AsyncDPError, RuntimeError):
-    """A lane was asked to wait for work on the runtime it belongs to."""
+    """Code on a lane started a pass on the runtime that owns the lane."""
 
     def __init__(self, lane: str) -> None:
         super().__init__(
-            f"code running on lane {lane} submitted work to the runtime that owns this lane, "
+            f"code running on lane {lane} started a pass on the runtime that owns this lane, "
             "which could wait for itself for ever. Use another Runtime inside forward."
         )
 
@@ -214,7 +214,7 @@ class NestedPassError(AsyncDPError, RuntimeError):
 
 
 class UnsupportedDtypeError(AsyncDPError, TypeError):
-    """A kernel was given tensors of a dtype it has no arithmetic for."""
+    """A kernel has no arithmetic for the dtype of its tensors."""
 
     def __init__(self, kernel: str, dtype: object) -> None:
         super().__init__(
@@ -224,7 +224,7 @@ class UnsupportedDtypeError(AsyncDPError, TypeError):
 
 
 class KernelsUnavailableError(AsyncDPError, RuntimeError):
-    """`ASYNCDP_KERNELS=numba` forces the compiled kernels, but part of their chain is missing."""
+    """`ASYNCDP_KERNELS=numba` forces the compiled kernels, but part of what they need is missing."""
 
     def __init__(self, device: object, missing: Iterable[str], remedy: str) -> None:
         super().__init__(
@@ -233,12 +233,15 @@ class KernelsUnavailableError(AsyncDPError, RuntimeError):
         )
 
 
+# --- batch inference -------------------------------------------------------------------------
+
+
 class JobError(AsyncDPError, RuntimeError):
     """A batch-inference job failed while it ran.
 
     Args:
-        cause: What happened, without a closing full stop.
-        remedy: What to do about it.
+        cause: what happened, without a closing full stop.
+        remedy: what to do about it.
     """
 
     def __init__(self, cause: str, remedy: str) -> None:
@@ -246,7 +249,7 @@ class JobError(AsyncDPError, RuntimeError):
 
 
 class JobUsageError(JobError, ValueError):
-    """A batch-inference job cannot start as it was asked for; nothing has run."""
+    """A batch-inference job cannot start with the options it was given; nothing has run."""
 
 
 class ModelLoadError(JobUsageError):
@@ -283,9 +286,9 @@ class RecordError(JobError):
     """A record was refused by its reader, its preprocessing or the model.
 
     Args:
-        position: Row index over all inputs, from 0.
-        where: File and line or row, for a person to find it.
-        error: What was raised.
+        position: row index over all inputs, from 0.
+        where: file and line or row, for a person to find it.
+        error: the error of the reader, the preprocessing or the model.
     """
 
     def __init__(self, position: int, where: str, error: BaseException) -> None:
@@ -297,12 +300,12 @@ class RecordError(JobError):
 
 
 class TooManyBadRecordsError(JobError):
-    """More records were refused than ``--max-errors`` allows."""
+    """More records were refused than `--max-errors` allows."""
 
     def __init__(self, num_bad: int, limit: int, last: str) -> None:
         super().__init__(
             f"{num_bad} records were refused, more than the {limit} allowed; the last one with {last}",
-            "With --on-error record they are told in _errors-*.jsonl of the output: look at them, then "
+            "With --on-error record they are listed in _errors-*.jsonl of the output: look at them, then "
             "continue with --resume and a higher --max-errors.",
         )
 
@@ -318,17 +321,17 @@ class MissingExtraError(AsyncDPError, ImportError):
 
 
 class LossReductionError(AsyncDPError, ValueError):
-    """`loss_reduction` says neither that the loss is a mean nor that it is a sum over the rows."""
+    """The argument `loss_reduction` is neither `"mean"` nor `"sum"`."""
 
     def __init__(self, got: object) -> None:
         super().__init__(
             f'loss_reduction must be "mean" or "sum", but got {got!r}. '
-            "It tells how loss_fn joins the rows of a batch; another kind of loss cannot be split."
+            "It says how loss_fn combines the rows of a batch; another kind of loss cannot be split."
         )
 
 
 class LossNotScalarError(AsyncDPError, ValueError):
-    """`loss_fn` returned something that no backward can start from."""
+    """The result of `loss_fn` is nothing that a backward can start from."""
 
     def __init__(self, got: object) -> None:
         super().__init__(
@@ -338,17 +341,17 @@ class LossNotScalarError(AsyncDPError, ValueError):
 
 
 class ClosureOptimizerError(AsyncDPError, TypeError):
-    """The optimizer evaluates the loss by itself, as LBFGS does, and so cannot step on reduced gradients."""
+    """The optimizer evaluates the loss itself, as LBFGS does, and so cannot step on reduced gradients."""
 
     def __init__(self, optimizer: object) -> None:
         super().__init__(
             f"{type(optimizer).__qualname__} needs a closure that evaluates the loss again, which train_step "
-            "cannot give it. Use another optimizer, or train_step(..., reduce_only=True) in a loop of yours."
+            "cannot give it. Use another optimizer, or train_step(..., reduce_only=True) in your own loop."
         )
 
 
 class NotAnOptimizerError(AsyncDPError, TypeError):
-    """`train_step` was given something without `step` and `zero_grad`."""
+    """The argument for the optimizer has no `step` and `zero_grad`."""
 
     def __init__(self, got: object) -> None:
         super().__init__(
@@ -361,22 +364,22 @@ class NotAnOptimizerError(AsyncDPError, TypeError):
 
 
 class CollateError(AsyncDPError, ValueError):
-    """Samples of one batch cannot be stacked."""
+    """The samples of one batch cannot be stacked."""
 
     def __init__(self, cause: str) -> None:
         super().__init__(
             f"cannot make a batch: {cause}. "
-            "Name a pad= value for tensors of unlike lengths, or pass a collate= of your own."
+            "Pass a value as pad= for tensors of different lengths, or a function of your own as collate=."
         )
 
 
 class SplitError(AsyncDPError, ValueError):
-    """The output of a batch cannot be handed back sample by sample."""
+    """The output of a batch cannot be split into one output per sample."""
 
     def __init__(self, cause: str, num_samples: int) -> None:
         super().__init__(
             f"{cause} of {num_samples} samples. "
-            "Return one row per sample along dim 0, or pass a split= of your own."
+            "Return one row per sample along dim 0, or pass a function of your own as split=."
         )
 
 
@@ -390,22 +393,22 @@ class CallTimeoutError(AsyncDPError, TimeoutError):
 
 
 class CallCancelledError(AsyncDPError, RuntimeError):
-    """A call of a batcher was awaited although it had been given up."""
+    """A call of a batcher was awaited after it had been cancelled."""
 
     def __init__(self) -> None:
         super().__init__(
-            "the call was given up, by its cancel() or by a wait for it that was cancelled. "
-            "Call again with the sample, and keep a call while its result is wanted."
+            "the call was given up, by its cancel() or because a task that awaited it was cancelled. "
+            "Call again with the sample, and do not cancel a call whose result you need."
         )
 
 
 class EngineCancelledError(AsyncDPError, RuntimeError):
-    """The engine of a batcher raised what only an event loop may end tasks with."""
+    """The engine of a batcher raised an error that only an event loop may end tasks with."""
 
     def __init__(self, error: BaseException) -> None:
         super().__init__(
-            f"the engine raised {type(error).__name__}, although nobody had cancelled it (kept as the cause "
-            "of this error). Catch it inside the engine: callers would take it for their own cancellation."
+            f"the engine raised {type(error).__name__} although it was not cancelled (the cause of this "
+            "error). Catch it inside the engine: callers would take it for their own cancellation."
         )
 
 
@@ -417,7 +420,7 @@ class BatcherClosedError(AsyncDPError, RuntimeError):
 
 
 class OtherLoopError(AsyncDPError, RuntimeError):
-    """A batcher was called on another event loop than the one it was entered on."""
+    """A batcher was called on another event loop than that of its `async with` block."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -427,7 +430,7 @@ class OtherLoopError(AsyncDPError, RuntimeError):
 
 
 class NotServableError(AsyncDPError, TypeError):
-    """Something that cannot be called was given to a batcher as its engine."""
+    """The engine given to a batcher is neither a DataParallel nor callable."""
 
     def __init__(self, got: object) -> None:
         super().__init__(
@@ -437,7 +440,7 @@ class NotServableError(AsyncDPError, TypeError):
 
 
 class TraceFileError(AsyncDPError, ValueError):
-    """A file is no trace that asyncdp recorded."""
+    """A file is not a trace that asyncdp recorded."""
 
     def __init__(self, path: object, cause: BaseException) -> None:
         super().__init__(

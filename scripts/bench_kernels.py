@@ -147,13 +147,13 @@ def measure_host(way: Callable[[], object]) -> float:
 
 
 def bench_gather(device: torch.device, shape: tuple[int, ...], dim: int) -> dict[str, float]:
-    """Concatenate four chunks, beside torch.cat."""
-    chunks = [torch.randn(shape, device=device) for _ in range(4)]
-    whole = torch.cat(chunks, dim)
+    """Concatenate four shards, beside torch.cat."""
+    shards = [torch.randn(shape, device=device) for _ in range(4)]
+    whole = torch.cat(shards, dim)
     target = torch.empty_like(whole)
     ours, cat, copy = measure(
-        lambda: kernels.gather(chunks, dim, device),
-        lambda: torch.cat(chunks, dim),
+        lambda: kernels.gather(shards, dim, device),
+        lambda: torch.cat(shards, dim),
         lambda: target.copy_(whole),
     )
     return {"gb_per_s": 2 * whole.nbytes / ours / 1e9, "of_copy": copy / ours, "of_cat": cat / ours}

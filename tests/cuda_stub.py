@@ -20,7 +20,7 @@ from asyncdp._kernels import transfer
 
 
 class Stream:
-    """Does one thing after the other."""
+    """Runs one operation after the other."""
 
     def __init__(self, stub: CudaStub, name: str) -> None:
         self.stub = stub
@@ -79,7 +79,7 @@ class Event:
 
 
 class CudaStub:
-    """What stands in for the device; `log` has what streams were told, in order."""
+    """A substitute for the device; `log` has the operations of all streams, in order."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -121,7 +121,7 @@ class CudaStub:
         stream.done_at = max(stream.done_at, self.now) + seconds
 
     def watch_copies(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Log what becomes of tensors: pinned, copied on which stream, lent to which stream."""
+        """Log which tensors are pinned, copied on which stream, and recorded on which stream."""
         to = torch.Tensor.to
 
         def pin(tensor: torch.Tensor) -> torch.Tensor:
@@ -140,8 +140,12 @@ class CudaStub:
         monkeypatch.setattr(torch.Tensor, "to", move)
         monkeypatch.setattr(torch.Tensor, "record_stream", lend)
 
+    def compare_clocks_always(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Have the clocks of host and device compared anew for each task, not once a second."""
+        monkeypatch.setattr(cuda_clock, "_MAX_AGE_SECONDS", 0.0)
+
     def lane(self, index: int = 0) -> cuda.CudaLane:
-        """A CUDA lane whose tensors are on the CPU."""
+        """Make a CUDA lane whose tensors are on the CPU."""
         return cuda.CudaLane(torch.device("cpu", index))
 
 

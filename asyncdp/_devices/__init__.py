@@ -1,19 +1,28 @@
-"""One small interface to a device, and its drivers."""
+"""What a lane needs to know of its device, and which devices a specification means."""
 
 from __future__ import annotations
 
 import torch
 
+from .._kernels import PathStatistics, path_statistics
 from .base import LaneDevice
 from .spec import DeviceLike, Devices, parse_devices
 
-__all__ = ["DeviceLike", "Devices", "LaneDevice", "lane_device_for", "parse_devices"]
+__all__ = [
+    "DeviceLike",
+    "Devices",
+    "LaneDevice",
+    "PathStatistics",
+    "lane_device_for",
+    "parse_devices",
+    "path_statistics",
+]
 
 
 def lane_device_for(device: torch.device) -> LaneDevice:
-    """Make the driver of one lane on `device`.
+    """Make the `LaneDevice` of one lane on `device`.
 
-    Accelerators other than CUDA need none of their own: an operation issued on torch's default
+    Accelerators other than CUDA need no class of their own: an operation issued on torch's default
     stream is ordered behind all earlier ones, so the caller's later operations see its result.
     """
     if device.type == "cuda":

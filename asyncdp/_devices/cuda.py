@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import optree
 import torch
 
+from .. import _kernels
 from .._kernels import transfer
 from .base import LaneDevice
 from .cuda_clock import Timing, clock_of
@@ -24,9 +25,9 @@ class _Pending(NamedTuple):
 class _EventWaiter:
     """Waits for the events of one lane on a daemon thread and reports each end.
 
-    They come in the order they were recorded, so that a blocking synchronise waits for each, at no cost.
-    One thread for several lanes would have to ask for their events in turn all the time, or a long work of
-    one lane would hide the end of a short one of another.
+    The events of a lane are reached in the order they were recorded, so the thread can block in each one's
+    `synchronize`. One thread for several lanes would have to poll their events, or a long task of one lane
+    would hide the end of a short task of another.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -39,7 +40,7 @@ class _EventWaiter:
         self._arrivals.put(pending)
 
     def close(self) -> None:
-        """End the thread, which has nothing to wait for any more."""
+        """End the thread; no event is pending any more."""
         self._arrivals.put(None)
         self._thread.join()
 
@@ -49,7 +50,7 @@ class _EventWaiter:
             pass
 
     def _report_next(self) -> bool:
-        # A call of its own, so that nothing of the work is kept alive while the next is waited for.
+        # A call of its own, whose locals keep nothing of the task alive while the thread waits for the next.
         pending = self._arrivals.get()
         if pending is None:
             return False
@@ -74,18 +75,22 @@ class CudaLane(LaneDevice):
     prefetches = True
 
     _stream: torch.cuda.Stream
-    _waiter: _EventWaiter | None = None  # until it is open
+    _waiter: _EventWaiter | None = None  # None until the lane is open
     _copies: torch.cuda.Stream | None = None  # made when first needed
-    _timing: Timing | None = None  # of the next work
+    _timing: Timing | None = None  # of the next task
 
     def open(self) -> None:
-        """Bind the thread to the device: a fresh thread has no current context and would use device 0."""
+        """Make the device current on this thread, where device 0 is by default; create the lane's stream."""
         torch.cuda.set_device(self.device)
         _allow_gradients_from_streams()
         self._stream = torch.cuda.Stream(self.device)
         self._stream.query()
         transfer.add_lane(self.device, self._stream)
         self._waiter = _EventWaiter(self.device)
+
+    def warm_up(self) -> None:
+        """Build and load the compiled kernels, where they can run; takes seconds when not cached."""
+        _kernels.warm_up(self.device)
 
     def close(self) -> None:
         """End the thread that waits for the lane's events."""
@@ -100,13 +105,13 @@ class CudaLane(LaneDevice):
         return _Captured(stream, event)
 
     def prefetch(self, tensors: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
-        """Copy through pinned memory on a stream beside the lane's; the taker has the lane's wait for it."""
+        """Copy through pinned memory on another stream; the lane's waits for it when the copies are used."""
         if self._copies is None:
-            # Of high priority: torch makes these apart from others, so this is not the stream of a lane.
+            # Of high priority: torch has a pool of its own for these, so this is not the stream of a lane.
             self._copies = torch.cuda.Stream(self.device, priority=-1)
         stream = self._copies
         with torch.cuda.stream(stream):
-            # The allocators of both ends know of these copies: neither gives its memory away before them.
+            # Torch's allocators on both sides know of these copies and do not reuse the memory before them.
             copies = [tensor.pin_memory().to(self.device, non_blocking=True) for tensor in tensors]
             arrived = torch.cuda.Event()
             arrived.record(stream)
@@ -120,7 +125,7 @@ class CudaLane(LaneDevice):
         return take
 
     def time_next(self) -> Timing | None:
-        """Have two timed events recorded around the next work; otherwise none are."""
+        """Record two timed events around the next task; without this call no timed event is made."""
         with contextlib.suppress(RuntimeError):
             self._timing = Timing(clock_of(self.device).reference())
         return self._timing
@@ -133,10 +138,10 @@ class CudaLane(LaneDevice):
         if timing is not None:
             timing.begin(self._stream)
         try:
-            torch.cuda.set_stream(self._stream)  # which a work may have changed, and the device with it
+            torch.cuda.set_stream(self._stream)  # a task may have changed it, and the current device with it
             value = function()
         except BaseException:
-            # What was issued before the error still reads its inputs. After a context error this
+            # Operations issued before the error still read their inputs. After a context error this
             # fails too, and the first error is the one to report.
             with contextlib.suppress(RuntimeError):
                 self._stream.synchronize()
@@ -150,9 +155,9 @@ class CudaLane(LaneDevice):
         return value, None if event.query() else event
 
     def _lend(self, value: Any, stream: torch.cuda.Stream) -> None:
-        """Tie a result's tensors to the caller's stream, which goes on using them after the completion.
+        """Record the caller's stream on a result's tensors, which it uses after the completion.
 
-        Without this the allocator could give their memory back to this lane too early.
+        Otherwise the allocator could reuse their memory on this lane too early.
         """
         for leaf in optree.tree_leaves(value):
             if isinstance(leaf, torch.Tensor) and leaf.device == self.device:
@@ -164,10 +169,10 @@ class CudaLane(LaneDevice):
         self._waiter.watch(_Pending(marker, callback))
 
     def lost(self, error: BaseException) -> bool:
-        """Ask the stream again: after a context error every further call fails too."""
+        """Query the stream: after a context error every further call fails too."""
         if not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError):
             return False
-        if self._waiter is None:  # not open yet, which finds it out
+        if self._waiter is None:  # `open` will find it out
             return False
         try:
             self._stream.query()
@@ -177,9 +182,9 @@ class CudaLane(LaneDevice):
 
 
 def _allow_gradients_from_streams() -> None:
-    """Have torch not warn that a parameter's gradient comes from another stream than it was first used on.
+    """Turn off torch's warning about a gradient from another stream than its parameter was first used on.
 
-    Here that is meant: lanes take turns with a module's parameters, and autograd waits for their streams.
+    That is intended here: lanes take turns with a module's parameters, and autograd waits for their streams.
     """
     allow = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None)
     if allow is not None:  # torch 2.10 and newer

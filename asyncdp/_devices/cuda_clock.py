@@ -1,4 +1,4 @@
-"""When works ran on a CUDA device, by the device's own clock; used only while a trace is recorded."""
+"""When tasks ran on a CUDA device, by the device's own clock; used only while a trace is recorded."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-# The clocks of host and device drift apart by tens of microseconds a second, and events tell the time
-# between them in a float32 of milliseconds, which is coarse when it is long.
+# The clocks of host and device drift apart, and events report the time between them as a float32 of
+# milliseconds, whose resolution falls with its length.
 _MAX_AGE_SECONDS = 1.0
 
 
@@ -24,13 +24,13 @@ class DeviceClock:
     """Maps one device's event times to the host's `time.perf_counter`."""
 
     def __init__(self, device: torch.device) -> None:
-        # Of high priority: torch makes these apart from others, so this is not the stream of a lane.
+        # Of high priority: torch has a pool of its own for these, so this is not the stream of a lane.
         self._stream = torch.cuda.Stream(device, priority=-1)
         self._reference: _Reference | None = None
         self._lock = threading.Lock()
 
     def reference(self) -> _Reference:
-        """A moment of the last second; waits some microseconds for the device where that has to be found."""
+        """Return a moment of the last second on both clocks; may wait microseconds for the device."""
         with self._lock:
             found = self._reference
             if found is None or time.perf_counter() - found.host_time > _MAX_AGE_SECONDS:
@@ -42,7 +42,7 @@ class DeviceClock:
 
 
 class Timing:
-    """The begin and end of one work on its stream; call it once the work is complete."""
+    """The begin and end of one task on its stream; call it once the task is complete."""
 
     def __init__(self, reference: _Reference) -> None:
         self._reference = reference
@@ -50,7 +50,7 @@ class Timing:
         self._end: torch.cuda.Event | None = None
 
     def begin(self, stream: torch.cuda.Stream) -> None:
-        """Mark the begin, behind all the stream has to wait for."""
+        """Mark the begin, behind everything the stream has to wait for."""
         self._begin.record(stream)
 
     def end_by(self, event: torch.cuda.Event) -> None:
@@ -58,13 +58,13 @@ class Timing:
         self._end = event
 
     def __call__(self) -> tuple[float, float] | None:
-        """Begin and end on the host's `time.perf_counter`, in seconds; None if the work failed."""
+        """Return begin and end by the host's `time.perf_counter`, in seconds; None if the task failed."""
         if self._end is None:
             return None
         try:
             begin = self._reference.host_time + self._reference.event.elapsed_time(self._begin) / 1000
             return begin, begin + self._begin.elapsed_time(self._end) / 1000
-        except RuntimeError:  # the device was lost, which is reported elsewhere
+        except RuntimeError:  # the device was lost, which `on_complete` reports
             return None
 
 
@@ -73,7 +73,7 @@ _lock = threading.Lock()
 
 
 def clock_of(device: torch.device) -> DeviceClock:
-    """The one clock of a device."""
+    """Return the clock of a device, the same one at every call."""
     with _lock:
         if device not in _clocks:
             _clocks[device] = DeviceClock(device)

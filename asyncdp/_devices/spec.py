@@ -1,4 +1,4 @@
-"""Which devices a specification means."""
+"""Parses specifications of devices."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ..errors import AsyncDPError, NoCudaDeviceError, NoDevicesError, UnknownDev
 DeviceLike = str | int | torch.device
 Devices = None | DeviceLike | Sequence[DeviceLike]
 
-# More CPU lanes than this rarely help: each holds a batch's activations, and torch's own threads
-# fill the cores that are left.
+# More CPU lanes rarely help: each holds a batch's activations, and torch's intra-op threads use the
+# remaining cores.
 MAX_DEFAULT_CPU_LANES = 8
 
 
@@ -27,7 +27,7 @@ def parse_devices(devices: Devices = None) -> list[torch.device]:
             CUDA indices and `torch.device`. A device may be repeated: each entry is a lane.
 
     Returns:
-        The devices in order, CUDA devices always with their index.
+        the devices in order, CUDA devices always with their index.
 
     Raises:
         NoCudaDeviceError: CUDA is asked for and torch sees no CUDA device.
@@ -53,7 +53,7 @@ def _default_devices() -> list[torch.device]:
         try:
             return parse_devices(named)
         except AsyncDPError as error:
-            error.args = (f"{error} The environment variable says so: ASYNCDP_DEVICES={named!r}.",)
+            error.args = (f"{error} The name is from the environment: ASYNCDP_DEVICES={named!r}.",)
             raise
     if torch.cuda.is_available():
         return _all_cuda_devices()
@@ -93,7 +93,11 @@ def _parse_name(name: str) -> list[torch.device]:
 
 
 def _existing(device: torch.device, spec: object) -> torch.device:
-    """Return `device` with its index settled, or say why it cannot be used."""
+    """Return `device` with its index, if this machine has it.
+
+    Raises:
+        UnknownDeviceError: it has not, or torch does not see it.
+    """
     if device.type == "cpu":
         return torch.device("cpu")
     if device.type == "cuda":

@@ -21,7 +21,7 @@ def _begin_child() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    # A change under way ends first: the child would inherit a count that was meant for one thread.
+    # A fork waits for a change under way: the child would inherit a count meant for one thread only.
     os.register_at_fork(
         before=_changing.acquire, after_in_parent=_changing.release, after_in_child=_begin_child
     )
@@ -31,9 +31,9 @@ def set_intra_op_threads(num_threads: int) -> None:
     """Set the calling thread's intra-op thread count and leave every other thread's as it is.
 
     `torch.set_num_threads` also sets the count that threads inherit when they first use torch; a
-    short-lived thread puts that default back.
+    short-lived thread restores that default.
     """
-    # A thread's first use of torch sets its count to the inherited one: have that behind us.
+    # A thread's first use of torch sets its count to the inherited one: do that now, not after the change.
     torch.get_num_threads()
     # One at a time: two lanes would take each other's count for the default.
     with _changing:
@@ -44,14 +44,15 @@ def set_intra_op_threads(num_threads: int) -> None:
 
 
 def end_own_team() -> None:
-    """End the OpenMP threads that wait to help the calling thread with its next operation.
+    """End the OpenMP team of the calling thread; its next operation makes another one.
 
-    A thread that has made a module has such a team, idle from then on, and gets another when it needs
-    one. GNU's OpenMP counts the threads of all teams: once they outnumber the cores, every team sleeps
-    at each of its waits, of which an operation has several. A lane with all cores then takes a third longer.
+    A thread that has made a module has such a team, idle from then on. GNU's OpenMP counts the threads of
+    all teams: once they outnumber the cores, the threads of every team sleep at each wait within an
+    operation instead of spinning, which slows down the lanes.
     """
     pause = _pause_call()
-    if pause is not None and not _is_forked_child:  # its team was left behind, and would be waited for
+    # A fork leaves the team's threads behind, and the call would wait for them.
+    if pause is not None and not _is_forked_child:
         pause(_PAUSE_SOFT)
 
 
@@ -60,14 +61,15 @@ _PAUSE_SOFT = 1  # `omp_pause_soft`, by the OpenMP specification
 
 @functools.cache
 def _pause_call() -> Callable[[int], int] | None:
-    """OpenMP's own, if torch uses GNU's: torch makes its symbols those of the process."""
+    """Return OpenMP's function for that if torch uses GNU's, whose symbols are visible in the process."""
     try:
         symbols = ctypes.CDLL(None)
-        symbols.GOMP_parallel  # noqa: B018  LLVM's and Intel's have it too,
+        symbols.GOMP_parallel  # noqa: B018
         pause: Callable[[int], int] = symbols.omp_pause_resource_all
-    except (OSError, TypeError, AttributeError):  # Windows has no such thing as all symbols
+    except (OSError, TypeError, AttributeError):  # on Windows a process has no symbols of its own
         return None
-    return None if hasattr(symbols, "kmp_set_blocktime") else pause  # but not without this
+    # LLVM's and Intel's OpenMP have the names of GNU's too, and one that GNU's has not.
+    return None if hasattr(symbols, "kmp_set_blocktime") else pause
 
 
 def _inherited_num_threads() -> int:

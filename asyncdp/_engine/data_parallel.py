@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor, nn
 
 from .._devices import DeviceLike, Devices, parse_devices
-from .._devices.threads import end_own_team
 from .._replicas.buckets import DEFAULT_BUCKET_BYTES
 from .._replicas.replica import check_module
 from .._replicas.replica_set import ReplicaSet, replica_set_of
@@ -132,7 +131,6 @@ class DataParallel:
         checksum: bool = False,
     ) -> None:
         check_module(module)
-        end_own_team()  # this is the thread that made the module, most likely
         output = None if output_device is None else parse_devices(output_device)[0]
         self._owns_runtime = runtime is None
         self.runtime = Runtime(devices) if runtime is None else runtime

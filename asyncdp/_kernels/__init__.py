@@ -4,18 +4,17 @@ Importing this package imports neither Numba nor cuda.core; the first CUDA call 
 """
 
 from .chain import KernelReport, report
-from .dispatch import gather, reduce_add, reduce_add_many, split_copy
+from .dispatch import gather, reduce_add, reduce_add_many
 from .first_use import warm_up
-from .transfer import PathStatistics, statistics
+from .transfer import PathStatistics, path_statistics
 
 __all__ = [
     "KernelReport",
     "PathStatistics",
     "gather",
+    "path_statistics",
     "reduce_add",
     "reduce_add_many",
     "report",
-    "split_copy",
-    "statistics",
     "warm_up",
 ]

@@ -1,8 +1,8 @@
-"""The kernels themselves, written once in plain Python over a small machine.
+"""The code of the kernels, in plain Python over a small machine.
 
-A machine supplies the block and thread index, loads, stores and additions. `source` supplies CUDA's, and
-Numba compiles the bodies; a test supplies one that walks the same bodies over ordinary memory, so every
-address they form is checked without a GPU. Tables are rows of 64-bit integers, laid out by `plan`.
+A machine provides the block and thread index, loads, stores and additions. `source` provides CUDA's machine,
+with which Numba compiles the code; the tests provide one that runs it over ordinary memory, so that every
+address is checked without a GPU. Tables are rows of 64-bit integers, laid out by `plan`.
 
 All addresses and offsets are in bytes; a vector is 16 bytes, the widest load there is.
 """
@@ -17,11 +17,11 @@ THREADS = 256
 # Four loads in flight in every thread hide the latency of memory at half occupancy.
 UNROLL = 4
 TILE = THREADS * UNROLL
-# A tile of a copy has this many bytes whatever its unit: a block that moved fewer would take longer to find
-# out what to move than to move it.
+# A tile of a copy has this many bytes whatever its unit: with fewer, a block would spend most of its time on
+# finding its row.
 COPY_TILE_BYTES = TILE * VECTOR_BYTES
 
-# Enough to divide any index in a tile exactly, and one bit short of 32 so that 1 has a reciprocal too.
+# Enough to divide any index of a tile exactly; not 32, so that the reciprocal of 1 fits 32 bits.
 RECIPROCAL_BITS = 31
 
 # Fields of a reduce-add row; the addresses of the inputs follow.
@@ -47,7 +47,7 @@ NUM_VECTORS, NUM_SCALARS, HEAD, SUM, SOURCES = 1, 2, 3, 4, 5
 def add_packed(a, b, signs):  # type: ignore[no-untyped-def]
     """Add the small integers packed into two words; `signs` has the top bit of each set.
 
-    The top bits are added without carry, so that no sum runs over into its neighbour.
+    The top bits are added without carry, so that no sum overflows into its neighbour.
     """
     return ((a & ~signs) + (b & ~signs)) ^ ((a ^ b) & signs)
 
@@ -87,7 +87,7 @@ def make_reduce_add(machine: Any) -> Callable[[int, int, int], None]:
         num_vectors = read(row + NUM_VECTORS * 8)
         head = read(row + HEAD * 8)
         index = (block() - read(row)) * TILE + thread()
-        # Tiles of vectors come first and are whole ones but for the last; scalars have their own.
+        # Tiles of vectors come first, all full except the last; tiles of scalars follow.
         scalars_from = (num_vectors + TILE - 1) & -TILE
         if index < scalars_from:
             offset = head * itemsize + index * VECTOR_BYTES
@@ -181,11 +181,11 @@ def make_copy(machine: Any) -> Callable[[int, int], None]:
 
 
 def make_offset(machine: Any, unit: int) -> Callable[..., int]:
-    """Make the function from a thread's index to its byte offset in a tile, or -1 outside of the tile."""
+    """Make the function from a thread's index to its byte offset in a tile; -1 outside of the tile."""
     multiply = machine.multiply
 
     def offset(index, reciprocal, tile_columns, num_rows, num_columns, pitch):  # type: ignore[no-untyped-def]
-        # A multiplication stands for the division by tile_columns, exact for every index in a tile.
+        # Multiplying by the reciprocal divides by tile_columns, exactly for every index of a tile.
         row = multiply(index, reciprocal) >> RECIPROCAL_BITS
         column = index - multiply(row, tile_columns)
         return row * pitch + column * unit if row < num_rows and column < num_columns else -1
@@ -198,7 +198,7 @@ def _make_copy_tile(machine: Any, load: Any, store: Any, unit: int) -> Callable[
     offset = machine.device(make_offset(machine, unit))
 
     def load_four(source, i, reciprocal, columns, num_rows, num_columns, pitch):  # type: ignore[no-untyped-def]
-        # A thread outside of the tile reads its first unit, so that no branch comes between the loads.
+        # A thread outside of the tile reads the tile's first unit, to keep branches from between the loads.
         a = load(source + max(offset(i, reciprocal, columns, num_rows, num_columns, pitch), 0))
         i += THREADS
         b = load(source + max(offset(i, reciprocal, columns, num_rows, num_columns, pitch), 0))

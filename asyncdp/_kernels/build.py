@@ -1,8 +1,8 @@
-"""Kernel source to machine code, with or without a GPU or driver, cached on disk.
+"""Builds machine code from the kernels' source, with or without a GPU or driver, and caches it on disk.
 
-The cache holds one file for each kernel, architecture and state of the source and toolkit. A file appears
-whole or not at all, so any number of processes may build the same kernel at once: each builds it, and the
-last one's file, equal to the others', stays.
+The cache holds one file for each kernel, architecture and version of source and toolkit. A file is written
+under another name and then renamed, so any number of processes may build the same kernel at once: each builds
+it, and the last one's file, equal to the others', stays.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def cubin(kernel: str, capability: tuple[int, int]) -> bytes:
 
 
 def cache_directory() -> Path:
-    """Return where machine code is kept: `ASYNCDP_CACHE_DIR`, else `asyncdp` in the user's cache."""
+    """Return the folder of the cache: `ASYNCDP_CACHE_DIR`, else `asyncdp` in the user's cache."""
     given = os.environ.get("ASYNCDP_CACHE_DIR")
     if given:
         return Path(given)
@@ -46,7 +46,7 @@ def cache_directory() -> Path:
 
 @cache
 def _fingerprint() -> str:
-    """Name everything the machine code depends on, but for kernel and architecture."""
+    """Return a hash of everything the machine code depends on, except kernel and architecture."""
     digest = hashlib.sha256()
     for name in ("bodies.py", "source.py", "build.py"):
         digest.update(Path(__file__).with_name(name).read_bytes())
@@ -76,7 +76,7 @@ def _read(path: Path) -> bytes | None:
 
 
 def _write(path: Path, code: bytes) -> None:
-    # Without a place to keep it the code still runs; it is built again by the next process.
+    # Without a cache the code still runs; the next process builds it again.
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:

@@ -1,6 +1,6 @@
-"""Which kernels a device runs, and what is missing where it could run better ones.
+"""Which kernels a device runs, and what is missing for the compiled ones.
 
-Nothing here imports Numba or cuda.core: installed distributions are looked up by their metadata.
+Nothing here imports Numba or cuda.core: installed distributions are found by their metadata.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from ..errors import KernelsUnavailableError
 Implementation = Literal["numba", "torch"]
 
 INSTALL_COMMAND = 'pip install "asyncdp[cuda]"'
-# What the kernels' conversions need, and the newest device that toolkit 13.0 makes code for.
+# The kernels' conversions of half types need 8.0; 12.1 is the newest that toolkit 13.0 compiles for.
 MINIMUM_CAPABILITY, MAXIMUM_CAPABILITY = (8, 0), (12, 1)
-# A driver refuses code of a newer toolkit, so the toolkit of the wheels is also the oldest driver's.
+# A driver refuses code of a newer toolkit than its own, and the wheels are of 13.0.
 MINIMUM_DRIVER = (13, 0)
 DISTRIBUTIONS = {
     "numba-cuda": "0.30.4",
@@ -38,10 +38,10 @@ class KernelReport:
     """Which kernels run on a device.
 
     Attributes:
-        device: the device asked about.
-        implementation: `"numba"` for compiled kernels, `"torch"` for the plain reference.
+        device: the device reported on.
+        implementation: `"numba"` for compiled kernels, `"torch"` for plain torch.
         reason: one sentence saying why.
-        missing: what the compiled kernels lack here; empty when nothing does.
+        missing: parts of the compiled kernels that are missing; empty when none is.
         remedy: the command or step that supplies what is missing; empty when nothing is.
     """
 
@@ -53,7 +53,7 @@ class KernelReport:
 
 
 def report(device: torch.device | str) -> KernelReport:
-    """Say which kernels `device` runs and why; looks at the machine, compiles and loads nothing.
+    """Return which kernels `device` runs and why; compiles and loads nothing.
 
     Raises:
         ValueError: `ASYNCDP_KERNELS` is neither `numba` nor `torch`.
@@ -62,7 +62,7 @@ def report(device: torch.device | str) -> KernelReport:
 
 
 def implementation(device: torch.device) -> Implementation:
-    """Return the implementation `report` would name, at the price of one dictionary look-up.
+    """Return the implementation that `report` names, at the cost of one dictionary look-up.
 
     Raises:
         KernelsUnavailableError: `ASYNCDP_KERNELS=numba` on a CUDA device whose chain is incomplete.
@@ -77,22 +77,22 @@ def implementation(device: torch.device) -> Implementation:
 
 
 def missing_distributions() -> tuple[str, ...]:
-    """Name every distribution of the compiler's chain that is absent or of another version."""
+    """Return a text for every distribution of the compiler's chain that is absent or of another version."""
     return tuple(text for name, prefix in DISTRIBUTIONS.items() if (text := _missing(name, prefix)))
 
 
 def forced() -> str:
-    """Return what `ASYNCDP_KERNELS` asks for: `"numba"`, `"torch"`, or nothing."""
+    """Return the value of `ASYNCDP_KERNELS`: `"numba"`, `"torch"`, or nothing."""
     choice = os.environ.get("ASYNCDP_KERNELS", "")
     if choice not in ("", "numba", "torch"):
         raise ValueError(
-            f"ASYNCDP_KERNELS is {choice!r}. Set it to numba or torch, or unset it to take the best there is."
+            f"ASYNCDP_KERNELS is {choice!r}. Set it to numba or torch, or unset it for the best available."
         )
     return choice
 
 
 def with_index(device: torch.device) -> torch.device:
-    """Return a CUDA device by its number; without one it means this thread's current device."""
+    """Return a CUDA device with its index; a device without one means this thread's current device."""
     return device if device.index is not None else torch.device(device.type, torch.cuda.current_device())
 
 
@@ -129,27 +129,24 @@ def _missing_on(device: torch.device) -> list[tuple[str, str]]:
     if torch.version.cuda is None or not torch.cuda.is_available():
         return [("torch sees no CUDA device", "check nvidia-smi and that torch is a CUDA build")]
     found = []
-    capability = torch.cuda.get_device_capability(device)
+    capability, driver = torch.cuda.get_device_capability(device), _driver_version()
+    has = "compute capability {}.{}".format(*capability)
     if capability < MINIMUM_CAPABILITY:
-        found.append(
-            (f"compute capability {capability[0]}.{capability[1]} is below 8.0", "use a newer device")
-        )
+        found.append((f"{has} is below 8.0", "use a newer device"))
     if capability > MAXIMUM_CAPABILITY:
-        cause = f"compute capability {capability[0]}.{capability[1]} is newer than toolkit 13.0 knows"
-        found.append((cause, "use a release of asyncdp with a newer toolkit"))
-    driver = _driver_version()
+        found.append((f"{has} is newer than toolkit 13.0 knows", "use a newer release of asyncdp"))
     if driver < MINIMUM_DRIVER:
-        cause = f"the driver speaks CUDA {driver[0]}.{driver[1]}, but the kernels are built for 13.0"
+        cause = f"the driver supports CUDA {driver[0]}.{driver[1]}, but the kernels are built for 13.0"
         found.append((cause, "update the NVIDIA driver to 580 or newer"))
     return found
 
 
 def _driver_version() -> tuple[int, int]:
-    # Asked of the driver itself: torch does not name it any more, and a package that does may be missing.
+    # From the driver itself: torch does not report it, and a package that does may be missing.
     library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     number = ctypes.c_int()
     status = library.cuDriverGetVersion(ctypes.byref(number))
     if status != 0:
         raise RuntimeError(f"cuDriverGetVersion failed with CUDA error {status}; check nvidia-smi.")
-    # Versions read 13020 for 13.2.
+    # Version 13.2 is the number 13020.
     return number.value // 1000, number.value % 1000 // 10

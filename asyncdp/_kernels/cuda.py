@@ -1,15 +1,14 @@
-"""The compiled kernels' side of each call: what lies where, in which table, and one launch.
+"""The calls of the compiled kernels: which addresses go into which table, and one launch.
 
 Inputs must be ready in the order of the current stream of the destination, or of their own device. A kernel
-gets raw addresses, which torch's allocator cannot see: inputs on the destination stay alive by the caller's
-hand, those of peers by `record_stream`, and what is allocated here belongs to the very stream that reads it.
+gets raw addresses, which torch's allocator cannot see: the caller keeps inputs on the destination alive,
+`record_stream` those of peers, and what is allocated here belongs to the stream that reads it.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from itertools import chain
 from math import prod
 from typing import NamedTuple
@@ -24,7 +23,7 @@ from .plan import Copy, Table
 
 
 class _Sum(NamedTuple):
-    """How tensors of a dtype are summed: by which kernel, as numbers of which size, how many an element."""
+    """How tensors of a dtype are summed: by which kernel, as numbers of which size, how many per element."""
 
     kernel: str
     itemsize: int
@@ -47,7 +46,7 @@ class _Batch:
     def __init__(self) -> None:
         self.numels: list[int] = []
         self.addresses: list[list[int]] = []
-        # Copies made on the way live until the launch is enqueued; the allocator keeps the order after it.
+        # Copies of inputs must live until the launch is enqueued; from then on the allocator keeps the order.
         self.tensors: list[Sequence[Tensor]] = []
 
     def add(self, total: Tensor, sources: Sequence[Tensor], num_parts: int) -> None:
@@ -63,7 +62,7 @@ def reduce_add_many(groups: Sequence[Sequence[Tensor]], destination: torch.devic
     destination = with_index(destination)
     batches: dict[tuple[_Sum, int], _Batch] = defaultdict(_Batch)
     totals = []
-    with _current(destination):
+    with torch.cuda.device(destination):
         foreign = transfer.wait_for_sources(chain.from_iterable(groups), destination)
         for group in groups:
             how = _SUMS.get(group[0].dtype)
@@ -80,55 +79,11 @@ def reduce_add_many(groups: Sequence[Sequence[Tensor]], destination: torch.devic
     return totals
 
 
-def gather(tensors: Sequence[Tensor], dim: int, destination: torch.device) -> Tensor:
-    """Concatenate as `reference.gather`, in one launch."""
-    if not _has_copy_kernel(tensors, dim):
-        return reference.gather(tensors, dim, destination)
-    destination = with_index(destination)
-    order = _memory_order(tensors)
-    axis = order.index(dim % len(order))
-    with _current(destination):
-        transfer.wait_for_sources(tensors, destination)
-        chunks = [
-            _in_memory_order(chunk, order, destination) for chunk in transfer.bring(tensors, destination)
-        ]
-        shape = list(chunks[0].shape)
-        shape[axis] = sum(chunk.shape[axis] for chunk in chunks)
-        whole = chunks[0].new_empty(shape, device=destination)
-        _run("copy", destination, plan.copy_table(_pieces(whole, chunks, axis)))
-    return whole.permute(_inverse(order))
+def has_copy_kernel(tensors: Sequence[Tensor], dim: int) -> bool:
+    """Return whether `gather` takes these tensors.
 
-
-def split_copy(tensor: Tensor, sizes: Sequence[int], dim: int) -> list[Tensor]:
-    """Split as `reference.split_copy`, in one launch."""
-    if not _has_copy_kernel([tensor], dim) or sum(sizes) != tensor.shape[dim] or min(sizes) < 0:
-        return reference.split_copy(tensor, sizes, dim)
-    order = _memory_order([tensor])
-    axis = order.index(dim % len(order))
-    with _current(tensor.device):
-        whole = _in_memory_order(tensor, order, tensor.device)
-        before, after = whole.shape[:axis], whole.shape[axis + 1 :]
-        chunks = [whole.new_empty((*before, size, *after)) for size in sizes]
-        _run("copy", tensor.device, plan.copy_table(piece.back() for piece in _pieces(whole, chunks, axis)))
-    return [chunk.permute(_inverse(order)) for chunk in chunks]
-
-
-def _run(kernel: str, destination: torch.device, table: Table, *arguments: int) -> None:
-    if not table.num_tiles:
-        return
-    # The copy from pinned memory is ordered before the kernel, and the allocators of both ends wait for it.
-    pinned = torch.empty(table.rows.shape, dtype=torch.int64, device="cpu", pin_memory=True)
-    pinned.copy_(torch.from_numpy(table.rows))
-    rows = pinned.to(destination, non_blocking=True)
-    launch.launch(kernel, destination.index, table.num_tiles, rows.data_ptr(), len(table.rows), *arguments)
-
-
-def _current(device: torch.device) -> AbstractContextManager[object]:
-    return torch.cuda.device(device)
-
-
-def _has_copy_kernel(tensors: Sequence[Tensor], dim: int) -> bool:
-    """Tell whether these tensors fit side by side as they are; torch gives the error, or promotes, if not."""
+    For others, torch's concatenation converts dtypes, or raises the error that says why they do not fit.
+    """
     first = tensors[0]
     if not -first.dim() <= dim < first.dim():
         return False
@@ -142,10 +97,37 @@ def _has_copy_kernel(tensors: Sequence[Tensor], dim: int) -> bool:
     )
 
 
+def gather(tensors: Sequence[Tensor], dim: int, destination: torch.device) -> Tensor:
+    """Concatenate tensors that `has_copy_kernel` accepts, in one launch."""
+    destination = with_index(destination)
+    order = _memory_order(tensors)
+    axis = order.index(dim % len(order))
+    with torch.cuda.device(destination):
+        transfer.wait_for_sources(tensors, destination)
+        shards = [
+            _in_memory_order(shard, order, destination) for shard in transfer.bring(tensors, destination)
+        ]
+        shape = list(shards[0].shape)
+        shape[axis] = sum(shard.shape[axis] for shard in shards)
+        whole = shards[0].new_empty(shape, device=destination)
+        _run("copy", destination, plan.copy_table(_copies(whole, shards, axis)))
+    return whole.permute([order.index(i) for i in range(len(order))])
+
+
+def _run(kernel: str, destination: torch.device, table: Table, *arguments: int) -> None:
+    if not table.num_tiles:
+        return
+    # The copy from pinned memory is ordered before the kernel; neither allocator reuses its memory earlier.
+    pinned = torch.empty(table.rows.shape, dtype=torch.int64, device="cpu", pin_memory=True)
+    pinned.copy_(torch.from_numpy(table.rows))
+    rows = pinned.to(destination, non_blocking=True)
+    launch.launch(kernel, destination.index, table.num_tiles, rows.data_ptr(), len(table.rows), *arguments)
+
+
 def _in_layout_of(total: Tensor, sources: Sequence[Tensor]) -> list[Tensor]:
-    """Return each source itself where its elements lie in memory as those of `total` do, else such a copy."""
+    """Return each source whose elements lie in memory as those of `total` do, and such a copy of others."""
     strides = total.stride()
-    # Conjugation and negation may be mere marks on a tensor, which a raw address does not show.
+    # Conjugation and negation may be flags of a tensor, which its memory does not show.
     return [
         source
         if source.stride() == strides and not source.is_neg() and not source.is_conj()
@@ -165,21 +147,17 @@ def _memory_order(tensors: Sequence[Tensor]) -> list[int]:
 def _in_memory_order(tensor: Tensor, order: list[int], device: torch.device) -> Tensor:
     """Return the tensor with its slowest dimension first, in one dense run of memory."""
     if not tensor.permute(order).is_contiguous() or tensor.is_conj() or tensor.is_neg():
-        # Rearranged on the kernel's own stream: one of another device would need a wait of its own.
+        # Moved first: a copy on another device's stream would need an event of its own.
         tensor = tensor.to(device).resolve_conj().resolve_neg()
     return tensor.permute(order).contiguous()
 
 
-def _inverse(order: list[int]) -> list[int]:
-    return [order.index(i) for i in range(len(order))]
-
-
-def _pieces(whole: Tensor, chunks: Sequence[Tensor], axis: int) -> Iterator[Copy]:
-    """Say how each chunk is copied into the whole."""
+def _copies(whole: Tensor, shards: Sequence[Tensor], axis: int) -> Iterator[Copy]:
+    """Yield the copy of each shard into its place in `whole`."""
     num_rows, inner = prod(whole.shape[:axis]), prod(whole.shape[axis + 1 :]) * whole.itemsize
     pitch = whole.shape[axis] * inner
     target = whole.data_ptr()
-    for chunk in chunks:
-        width = chunk.shape[axis] * inner
-        yield Copy(target, chunk.data_ptr(), width, num_rows, pitch, width)
+    for shard in shards:
+        width = shard.shape[axis] * inner
+        yield Copy(target, shard.data_ptr(), width, num_rows, pitch, width)
         target += width

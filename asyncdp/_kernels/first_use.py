@@ -1,36 +1,33 @@
-"""Who builds and loads a device's compiled kernels: whoever may wait, never an event loop's thread."""
+"""Which threads build and load a device's compiled kernels: those that may wait, never an event loop's."""
 
 from __future__ import annotations
 
-import asyncio
-import sys
 import threading
 
 import torch
 
+from .._loops import is_running
 from .chain import forced, implementation, with_index
 
 _loaded: set[torch.device] = set()
-_asked: set[torch.device] = set()
+_loading: set[torch.device] = set()
 _lock = threading.Lock()
 
 
 def compiled(device: torch.device) -> bool:
-    """Tell whether a call on this thread runs the compiled kernels of `device`.
+    """Return whether a call on this thread runs the compiled kernels of a CUDA device.
 
-    Until all of them are loaded, a thread that must not wait gets the reference, and another thread loads
-    them in the meantime; one that may wait builds and loads what it calls.
+    Until all of them are loaded, a thread that must not wait runs plain torch, while another thread loads
+    them; a thread that may wait builds and loads what it calls.
 
     Raises:
-        KernelsUnavailableError: `ASYNCDP_KERNELS=numba` on a CUDA device whose chain is incomplete.
+        KernelsUnavailableError: `ASYNCDP_KERNELS=numba` and part of the chain is missing.
     """
-    if device.type != "cuda":
-        return False
     device = with_index(device)
     if device not in _loaded:
         choice = forced()
         if not _may_wait(choice):
-            # Looking at the machine takes milliseconds too, so here only an explicit choice is looked into.
+            # Examining the machine takes milliseconds, so on this thread only an explicit choice is checked.
             if not choice or implementation(device) == "numba":
                 _load_soon(device)
             return False
@@ -52,15 +49,12 @@ def warm_up(device: torch.device) -> None:
 
 
 def _may_wait(choice: str) -> bool:
-    """Tell whether this thread may spend seconds on a first use.
+    """Return whether this thread may spend seconds on a first use.
 
-    An event loop's thread may not. Nor may one of autograd's, which are none of Python's: whoever called
-    the backward waits for it and may be a loop. There the choice of compiled kernels goes first.
+    An event loop's thread may not. Nor may a thread of autograd, which is not one of Python's: the caller of
+    the backward waits for it and may be a loop. There `ASYNCDP_KERNELS=numba` takes precedence.
     """
-    if asyncio._get_running_loop() is not None:
-        return False
-    trio = sys.modules.get("trio")
-    if trio is not None and trio.lowlevel.in_trio_run():
+    if is_running():
         return False
     return choice == "numba" or not isinstance(threading.current_thread(), threading._DummyThread)
 
@@ -69,17 +63,17 @@ def _load(device: torch.device) -> None:
     try:
         warm_up(device)
     except Warning:
-        # Of Numba's import. Filters belong to the process: another thread, pytest's between two tests say,
-        # has put some that raise in the place of the import's own. The next call asks again.
+        # Numba's import warns. Warning filters belong to the process, so another thread may have replaced
+        # those of the import by ones that raise, as pytest does between tests. The next call tries again.
         with _lock:
-            _asked.discard(device)
+            _loading.discard(device)
 
 
 def _load_soon(device: torch.device) -> None:
     """Load the kernels on a thread of their own, once per device."""
     with _lock:
-        if device in _asked:
+        if device in _loading:
             return
-        _asked.add(device)
-    # No daemon: the interpreter must not end in the middle of the compiler's native code.
+        _loading.add(device)
+    # Not a daemon: the interpreter must not end in the middle of the compiler's native code.
     threading.Thread(target=_load, args=(device,), name=f"asyncdp-kernels-{device}").start()

@@ -1,4 +1,4 @@
-"""Machine code to a launch on the calling thread's current stream of a device."""
+"""Loads machine code and launches it on the calling thread's current stream of a device."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
+from .._torch_private import current_raw_stream
 from . import build
 from .bodies import THREADS
 
 _lock = threading.Lock()
 _kernels: dict[tuple[int, str], Any] = {}
-# Streams by raw handle. A wrapper holds nothing but the handle, so one for a destroyed stream does no harm.
+# By raw handle. A wrapper holds only the handle, so one of a destroyed stream does no harm.
 _streams: dict[int, Any] = {}
 
 
@@ -21,19 +22,19 @@ def launch(name: str, device_index: int, num_tiles: int, *arguments: int) -> Non
     """Launch one block for each tile of a kernel's table on the current stream of the current device.
 
     Args:
-        name: one of `build.KERNELS`; built and loaded first where it is not yet.
+        name: one of `build.KERNELS`; built and loaded first if it is not yet.
         device_index: the current CUDA device.
         num_tiles: number of blocks, at least 1.
-        arguments: the kernel's own, 64-bit integers all.
+        *arguments: of the kernel, all 64-bit integers.
     """
     kernel = _kernels.get((device_index, name)) or load(name, device_index)
-    handle = torch._C._cuda_getCurrentRawStream(device_index)  # type: ignore[attr-defined, unused-ignore]
+    handle = current_raw_stream(device_index)
     stream = _streams.get(handle) or _wrap(handle)
     _core().launch(stream, _config(num_tiles), kernel, *arguments)
 
 
 def load(name: str, device_index: int) -> Any:
-    """Return a kernel loaded on a device, building and loading it where that has not been done."""
+    """Return a kernel loaded on a device, after building and loading it where needed."""
     with _lock:
         kernel = _kernels.get((device_index, name))
         if kernel is None:

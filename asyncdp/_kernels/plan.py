@@ -1,4 +1,4 @@
-"""Host side of a launch: the table a kernel reads and how many blocks it takes.
+"""The host's side of a launch: the table that a kernel reads, and the number of its blocks.
 
 Pure arithmetic on addresses and sizes, all in bytes unless said otherwise; no torch, no CUDA.
 """
@@ -16,7 +16,7 @@ from .bodies import COPY_FIELDS, COPY_TILE_BYTES, RECIPROCAL_BITS, TILE, VECTOR_
 
 Integers = NDArray[np.int64]
 
-# A row is cut into no narrower parts than this, to save idle threads: every part ends amid a line of memory.
+# Rows are not cut into narrower parts: each part ends within a line of memory, which is then read twice.
 _LEAST_COLUMNS = 128
 
 
@@ -25,7 +25,8 @@ class Table:
     """Rows of 64-bit integers, each headed by its first tile.
 
     Attributes:
-        rows: all rows, of shape (rows, fields). None is without a tile, which would hide its neighbour.
+        rows: all rows, of shape (rows, fields). Each has a tile: the search would find an empty row instead
+            of its neighbour.
         num_tiles: how many blocks a launch over the table takes.
     """
 
@@ -43,10 +44,6 @@ class Copy(NamedTuple):
     target_pitch: int
     source_pitch: int
 
-    def back(self) -> Copy:
-        """Return the copy from the target to the source."""
-        return Copy(self.source, self.target, self.width, self.num_rows, self.source_pitch, self.target_pitch)
-
 
 def sum_table(numels: Sequence[int], addresses: Sequence[Sequence[int]], itemsize: int) -> Table:
     """Plan sums of dense runs of elements.
@@ -58,7 +55,7 @@ def sum_table(numels: Sequence[int], addresses: Sequence[Sequence[int]], itemsiz
     """
     numel, address = np.array(numels, np.int64), np.array(addresses, np.int64)
     target = address[:, 0]
-    # Only where all addresses reach a 16-byte boundary together can vectors be loaded from each.
+    # Vectors can be loaded from every tensor only if all addresses reach a 16-byte boundary together.
     in_step = ((address - target[:, None]) % VECTOR_BYTES == 0).all(axis=1)
     head = np.where(in_step, np.minimum(numel, -target % VECTOR_BYTES // itemsize), numel)
     width = VECTOR_BYTES // itemsize
@@ -76,7 +73,7 @@ def copy_table(copies: Iterable[Copy]) -> Table:
 
 
 def reciprocal(divisor: int) -> int:
-    """Return `r` such that `(i * r) >> RECIPROCAL_BITS` is `i // divisor` for any two of one tile."""
+    """Return `r` such that `(i * r) >> RECIPROCAL_BITS` is `i // divisor`, for numbers up to a tile's."""
     return (1 << RECIPROCAL_BITS) // divisor + 1
 
 
@@ -86,13 +83,13 @@ def _table(num_tiles: Integers, fields: Integers) -> Table:
 
 
 def _aligned_pieces(copy: Copy) -> list[Copy]:
-    """Make one row of what is one in memory, and cut it so that its middle starts and ends on a boundary."""
+    """Join rows that are adjacent in memory, and cut that row so that its middle lies between boundaries."""
     target, source, width, num_rows, target_pitch, source_pitch = copy
     if num_rows > 1 and target_pitch == source_pitch == width:
         width, num_rows = width * num_rows, 1
     if num_rows != 1:
         return [copy]
-    # Addresses as far apart as a multiple of the unit reach its boundaries together.
+    # Addresses whose distance is a multiple of the unit reach its boundaries together.
     unit = _unit(target - source)
     head = min(width, -target % unit)
     body = head + (width - head) // unit * unit
@@ -101,7 +98,7 @@ def _aligned_pieces(copy: Copy) -> list[Copy]:
 
 
 def _in_tiles(copy: Copy) -> list[tuple[int, ...]]:
-    """Return a row of the copy's table with its number of tiles in front, or nothing for an empty copy."""
+    """Return the copy's row of the table headed by its number of tiles, or nothing for an empty copy."""
     target, source, width, num_rows, target_pitch, source_pitch = copy
     if not width or not num_rows:
         return []
@@ -117,7 +114,7 @@ def _tile_shape(columns: int, tile_units: int) -> tuple[int, int, int]:
     """Cut rows of `columns` into equal parts, so that tiles of several rows leave few of their units unused.
 
     Returns:
-        How many tiles make a row, and how many columns and rows a tile has.
+        the number of tiles in a row, then the columns and the rows of a tile.
     """
 
     def shape(num_parts: int) -> tuple[int, int, int]:
@@ -126,7 +123,7 @@ def _tile_shape(columns: int, tile_units: int) -> tuple[int, int, int]:
 
     fewest = -(-columns // tile_units)
     most = max(fewest, min(fewest + 3, columns // _LEAST_COLUMNS))
-    # By the units that a tile uses on average.
+    # The best shape uses the most units of a tile on average.
     return max(map(shape, range(fewest, most + 1)), key=lambda found: columns / found[0] * found[2])
 
 

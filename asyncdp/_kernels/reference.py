@@ -1,4 +1,4 @@
-"""Plain torch kernels: the ground truth of every kernel here, and all there is off CUDA.
+"""Sums in plain torch: what the compiled kernels are tested against, and all there is off CUDA.
 
 Sums run from the first tensor to the last, so that a compiled kernel can give the very same bits.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedDtypeError
 
-# Half types lose a bit with each addition; a wider accumulator is rounded once, at the end.
+# Half types round at each addition; a wider accumulator is rounded once, at the end.
 _ACCUMULATE_IN = {
     torch.float16: torch.float32,
     torch.bfloat16: torch.float32,
@@ -74,27 +74,6 @@ def reduce_add(tensors: Sequence[Tensor], destination: torch.device) -> Tensor:
 def reduce_add_many(groups: Sequence[Sequence[Tensor]], destination: torch.device) -> list[Tensor]:
     """Sum every group of tensors as `reduce_add` does; results in the order of the groups."""
     return [reduce_add(group, destination) for group in groups]
-
-
-def gather(tensors: Sequence[Tensor], dim: int, destination: torch.device) -> Tensor:
-    """Concatenate tensors of any devices along `dim` into a new tensor on `destination`.
-
-    Raises:
-        RuntimeError: from torch, where sizes differ in another dimension than `dim`.
-    """
-    assert tensors, "gather needs at least one tensor"
-    # Asking is quicker than a `.to` that has nothing to do, which matters to small outputs.
-    return torch.cat(
-        [tensor if tensor.device == destination else tensor.to(destination) for tensor in tensors], dim
-    )
-
-
-def split_copy(tensor: Tensor, sizes: Sequence[int], dim: int) -> list[Tensor]:
-    """Copy consecutive pieces of `tensor` along `dim` into dense tensors of their own, on its device.
-
-    The dual of `gather`. The pieces keep the order of the strides of `tensor`.
-    """
-    return [piece.clone() for piece in torch.split(tensor, list(sizes), dim)]
 
 
 def _reduce_dense(tensors: Sequence[Tensor], destination: torch.device) -> Tensor:

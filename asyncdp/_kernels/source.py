@@ -1,4 +1,4 @@
-"""Numba's side of the kernels: CUDA's machine for `bodies`, and the list of kernels built with it.
+"""Numba's side of the kernels: CUDA's machine for `bodies`, and PTX of the kernels made with it.
 
 The only module that imports Numba's CUDA target. Nothing here needs a device or a driver.
 """
@@ -7,26 +7,43 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-# numba-cuda still names what NumPy 2.5 has dropped.
-if not hasattr(np, "row_stack"):
-    np.row_stack = np.vstack
+from . import bodies
 
-# Its import uses what NumPy 2.5 deprecates, which is an error to a caller who turns warnings into errors.
-with warnings.catch_warnings():
+
+@contextmanager
+def _row_stack() -> Iterator[None]:
+    """Let NumPy have `row_stack`, which version 2.5 has removed, for the duration of the block.
+
+    numba-cuda 0.30.4 registers an implementation for it when `numba.cuda.np.arrayobj` is imported and never
+    reads it again. The name is removed again because it belongs to the user's NumPy, which code may examine.
+    Only the import of this module runs this, so no two threads do at once.
+    """
+    if hasattr(np, "row_stack"):
+        yield
+        return
+    np.row_stack = np.vstack
+    try:
+        yield
+    finally:
+        del np.row_stack
+
+
+# The import also uses what NumPy 2.5 deprecates, an error for a caller who turns warnings into errors.
+with warnings.catch_warnings(), _row_stack():
     warnings.simplefilter("ignore", DeprecationWarning)
     from llvmlite import ir  # type: ignore[import-untyped]
     from numba import cuda as numba_cuda
     from numba import types as numba_types
     from numba.cuda.compiler import compile_cuda
     from numba.cuda.extending import intrinsic
-
-from . import bodies
+    from numba.cuda.np import arrayobj  # noqa: F401  before the first compilation imports it
 
 # Numba's own annotations do not cover what is used here.
 cuda: Any = numba_cuda
@@ -36,7 +53,7 @@ _I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 
 
 def _pointer(builder: Any, address: Any, pointee: Any) -> Any:
-    # Address space 1 is global memory: without it every access would ask where it points first.
+    # Address space 1 is global memory: a generic pointer would cost a check at every access.
     return builder.inttoptr(address, ir.PointerType(pointee, addrspace=1))
 
 
@@ -143,8 +160,8 @@ _half_to_float = _to_float(_emit_half_to_float)
 
 def _device(function: Callable[..., Any]) -> Any:
     dispatcher = cuda.jit(device=True)(function)
-    # Numba would ask the current device for its capability, and there may be none. What it makes here is
-    # IR, which becomes code for the kernel's capability only with the kernel.
+    # Numba would query the current device's capability, and there may be no device. What it makes here is
+    # IR, which becomes code for a capability only together with the kernel.
     dispatcher.compile_device = functools.partial(_compile_device, dispatcher)
     return dispatcher
 
@@ -260,14 +277,14 @@ _SUMS: dict[str, Callable[[], dict[str, Any]]] = {
 
 @functools.cache
 def _function(kernel: str) -> Any:
-    # Kept, with its compiled parts: another architecture needs only the kernel itself anew.
+    # Cached with its compiled parts: for another architecture only the kernel itself is compiled again.
     if kernel == "copy":
         return bodies.make_copy(_machine(units=_copy_units()))
     return bodies.make_reduce_add(_machine(**_SUMS[kernel.removeprefix("reduce_add_")]()))
 
 
 def ptx(kernel: str, capability: tuple[int, int]) -> str:
-    """Compile a kernel for a compute capability to PTX whose entry bears the kernel's name."""
+    """Compile a kernel for a compute capability to PTX whose entry has the kernel's name."""
     function = _function(kernel)
     text, _ = cuda.compile(
         function,

@@ -1,7 +1,7 @@
-"""How tensors of other devices reach a kernel: read in place by peers, or staged by a copy first.
+"""How tensors of other devices reach a kernel: read in place from a peer, or staged by a copy first.
 
-Which devices read each other is found out when their lanes open, on the lanes' own threads, and only between
-devices that have lanes: merely to ask another one would cost it a context.
+Which devices can read each other's memory is determined when their lanes open, on the lanes' threads, and
+only between devices that have lanes: the query alone creates a context on a device.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PathStatistics:
-    """Which way input tensors of other devices took to a kernel, counted since the process started.
+    """How input tensors of other devices reached a kernel, counted since the process started.
 
     Attributes:
-        num_peer: were read from another device's memory in place.
-        num_staged: were copied to the kernel's device first.
+        num_peer: tensors read in place from another device's memory.
+        num_staged: tensors copied to the kernel's device first.
     """
 
     num_peer: int = 0
@@ -49,8 +49,8 @@ _lane_streams: dict[int, torch.cuda.Stream] = {}  # of one lane on each device; 
 _peers: dict[frozenset[int], bool] = {}
 
 
-def statistics() -> PathStatistics:
-    """Return the ways taken so far by compiled kernels of this process; all zero where torch's run."""
+def path_statistics() -> PathStatistics:
+    """Return the counts of this process so far; all zero where plain torch runs in place of the kernels."""
     return _counter.read()
 
 
@@ -58,7 +58,7 @@ def wait_for_sources(tensors: Iterable[Tensor], destination: torch.device) -> bo
     """Order the current stream of `destination` after that of every other CUDA device a tensor lies on.
 
     Returns:
-        Whether any tensor lies elsewhere, and `bring` is due.
+        whether any tensor lies elsewhere, so that `bring` must be called.
     """
     devices = {tensor.device for tensor in tensors} - {destination}
     for device in devices:
@@ -68,7 +68,7 @@ def wait_for_sources(tensors: Iterable[Tensor], destination: torch.device) -> bo
 
 
 def bring(tensors: Sequence[Tensor], destination: torch.device) -> Sequence[Tensor]:
-    """Return tensors a kernel on `destination` can read: those given, or copies of what it cannot reach.
+    """Return tensors that a kernel on `destination` can read: those given, or copies of unreadable ones.
 
     Call `wait_for_sources` first. What is read in place stays allocated until the current stream of
     `destination` has read it. A copy runs on the stream of a lane of the source.
@@ -87,13 +87,13 @@ def bring(tensors: Sequence[Tensor], destination: torch.device) -> Sequence[Tens
 
 
 def add_lane(device: torch.device, stream: torch.cuda.Stream) -> None:
-    """Have copies of what lies on `device` run on `stream`, and open the ways to devices that have lanes."""
+    """Have copies from `device` run on `stream`, and enable peer access with devices that have lanes."""
     with _lock:
         _lane_streams[device.index] = stream
         for index in _lane_streams.keys() - {device.index}:
             pair = frozenset((index, device.index))
             if pair not in _peers:
-                _peers[pair] = _open_way(torch.device(device.type, index), device)
+                _peers[pair] = _enable_peer_access(torch.device(device.type, index), device)
 
 
 def _stage(tensor: Tensor, destination: torch.device) -> Tensor:
@@ -101,28 +101,28 @@ def _stage(tensor: Tensor, destination: torch.device) -> Tensor:
     if stream is None:
         return tensor.to(destination, non_blocking=True)
     tensor.record_stream(stream)
-    # Torch orders a copy behind the current streams of both ends, and that of the destination behind the
-    # copy. The destination's has waited for whatever makes this tensor, and so does this stream.
+    # Torch orders a copy behind the current streams of both devices, and the destination's behind the copy.
+    # The destination's stream has waited for what writes this tensor, so the lane's stream waits for it too.
     with torch.cuda.stream(stream):
         return tensor.to(destination, non_blocking=True)
 
 
 def _readable(source: torch.device, destination: torch.device) -> bool:
-    """Tell whether kernels on `destination` may read the memory of `source` in place."""
+    """Return whether kernels on `destination` may read the memory of `source` in place."""
     if source.type != "cuda" or destination.type != "cuda":
         return False
     return _peers.get(frozenset((source.index, destination.index)), False)
 
 
-def _open_way(one: torch.device, other: torch.device) -> bool:
-    """Let two devices read each other's memory, and tell whether they can."""
+def _enable_peer_access(first: torch.device, second: torch.device) -> bool:
+    """Let two devices read each other's memory; return whether they can."""
     try:
-        for a, b in ((one, other), (other, one)):
+        for a, b in ((first, second), (second, first)):
             if not torch.cuda.can_device_access_peer(a, b):
                 return False
-        for a, b in ((one, other), (other, one)):
-            # Torch opens the way at the first copy between two devices, in both allocators' memory.
+        for a, b in ((first, second), (second, first)):
+            # Torch enables peer access at the first copy between two devices, for both allocators.
             torch.zeros(1, device=a).to(b)
     except RuntimeError:
-        return False  # one of them is lost, for which the lane that opens here is not to blame
+        return False  # one device is lost, which must not fail the lane that opens on the other
     return True

@@ -18,6 +18,8 @@ from torch import (
     is_inference_mode_enabled,
 )
 
+from .._torch_private import num_function_modes
+
 # Which event loop runs, as the library sniffio sees it; it may not be installed.
 _event_loop_name: contextvars.ContextVar[str | None] | None
 try:
@@ -74,7 +76,7 @@ class Ambient:
     def __init__(self, device_types: tuple[str, ...]) -> None:
         self.modes = current_modes(device_types)
         # A set default device is a mode of torch functions; looking for it among none takes microseconds.
-        has_modes = torch._C._len_torch_function_stack() > 0
+        has_modes = num_function_modes() > 0
         self._default_device = torch.get_default_device() if has_modes else None
         context = contextvars.copy_context()
         # The lane's thread runs no event loop, whatever the caller's context says.

@@ -12,10 +12,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from .._devices import Devices, LaneDevice, lane_device_for, parse_devices
+from .._devices import Devices, LaneDevice, PathStatistics, lane_device_for, parse_devices, path_statistics
 from .._devices.threads import end_own_team
-from .._kernels import PathStatistics
-from .._kernels import statistics as path_statistics
 from .schedule import PassState
 from .scheduler import Scheduler
 from .task import Lane, LaneStatistics, Task, driver_of

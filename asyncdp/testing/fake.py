@@ -1,13 +1,7 @@
-"""A device for tests: CPU tensors, but completions, time and faults are the test's to decide.
-
-Users find everything here in `asyncdp.testing`.
-"""
+"""Fake devices: CPU tensors, while completions, time and faults are under the test's control."""
 
 from __future__ import annotations
 
-import enum
-import heapq
-import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -19,100 +13,17 @@ import torch
 from .. import _loops
 from .._devices.base import LaneDevice
 from .._loops import Completion
-
-
-class VirtualClock:
-    """Time that passes only when a test says so, in seconds from 0. Callable from any thread."""
-
-    def __init__(self) -> None:
-        self._now = 0.0
-        self._calls: list[tuple[float, int, Callable[[], None]]] = []
-        self._ordinals = itertools.count()
-        self._lock = threading.Lock()
-
-    def __repr__(self) -> str:
-        return f"<VirtualClock at {self._now} s: {len(self._calls)} calls due later>"
-
-    @property
-    def now(self) -> float:
-        """The time, in seconds."""
-        return self._now
-
-    def call_at(self, when: float, function: Callable[[], None]) -> None:
-        """Call `function` from the `advance` that reaches `when`."""
-        with self._lock:
-            heapq.heappush(self._calls, (when, next(self._ordinals), function))
-
-    def advance(self, seconds: float) -> None:
-        """Let time pass, and make the calls that fall due in the order of their times."""
-        if seconds < 0:
-            raise ValueError(f"time cannot go back by {-seconds} s. Advance by 0 s or more.")
-        end = self._now + seconds
-        while (function := self._pop_due(end)) is not None:
-            function()
-        self._now = end
-
-    def advance_to_next(self) -> float:
-        """Let time pass until the next call falls due, if any is; return the time."""
-        with self._lock:
-            when = self._calls[0][0] if self._calls else self._now
-        self.advance(max(0.0, when - self._now))
-        return self._now
-
-    def _pop_due(self, end: float) -> Callable[[], None] | None:
-        with self._lock:
-            if not self._calls or self._calls[0][0] > end:
-                return None
-            when, _, function = heapq.heappop(self._calls)
-            self._now = max(self._now, when)
-            return function
-
-
-class FaultKind(enum.Enum):
-    """What goes wrong with one work."""
-
-    RAISE = "raise"
-    DELAY = "delay"
-    HANG = "hang"
-    LOSE = "lose"
-
-
-@dataclass(frozen=True)
-class Fault:
-    """One thing that goes wrong; made by the four class methods."""
-
-    kind: FaultKind
-    error: BaseException | None = None
-    seconds: float = 0.0
-
-    @classmethod
-    def raising(cls, error: BaseException) -> Fault:
-        """The call raises `error` instead of running."""
-        return cls(FaultKind.RAISE, error=error)
-
-    @classmethod
-    def delay(cls, seconds: float) -> Fault:
-        """The work takes `seconds` of virtual time longer."""
-        return cls(FaultKind.DELAY, seconds=seconds)
-
-    @classmethod
-    def hang(cls) -> Fault:
-        """The work does not complete until `FakeDevice.release`."""
-        return cls(FaultKind.HANG)
-
-    @classmethod
-    def lose(cls) -> Fault:
-        """The device is lost while the work runs on it."""
-        return cls(FaultKind.LOSE)
+from .clock import VirtualClock
+from .faults import Fault, FaultKind
 
 
 class FakeDeviceLost(RuntimeError):
-    """What a lost fake device answers every call with."""
+    """The error of every task on a lost fake device."""
 
 
 @dataclass(eq=False)
 class _Pending:
-    """A work that was issued and has not completed."""
+    """A task that was issued and has not completed."""
 
     ends_at: float
     hangs: bool
@@ -129,16 +40,16 @@ class _Chip:
 
 
 class FakeDevice(LaneDevice):
-    """One lane of a fake device. Works run at once on CPU tensors, and complete when the test lets them.
+    """One lane of a fake device: tasks run at once on CPU tensors, and complete when the test lets them.
 
-    Works of one lane complete in the order they were issued, as on a CUDA stream.
+    Tasks of one lane complete in the order they were issued, as on a CUDA stream.
 
     Args:
         index: the device is called `cpu:<index>`; give each fake device its own.
-        clock: virtual time, for `seconds` and delays.
-        seconds: virtual time each work takes.
-        faults: what goes wrong, by the number of the work on this lane, from 0.
-        held: start as after `hold()`.
+        clock: virtual time, needed for `seconds` and delays.
+        seconds: virtual time that each task takes.
+        faults: what goes wrong, by the number of the task on this lane, from 0.
+        held: whether to start as after `hold()`.
 
     Raises:
         ValueError: `seconds` or a delay without a clock.
@@ -156,7 +67,7 @@ class FakeDevice(LaneDevice):
         super().__init__(torch.device("cpu", index))
         self._faults = dict(faults or {})
         if clock is None and (seconds or any(fault.seconds for fault in self._faults.values())):
-            raise ValueError("work that takes time needs a clock. Pass clock=VirtualClock().")
+            raise ValueError("a task that takes time needs a clock. Pass clock=VirtualClock().")
         self._given_clock = clock
         self._clock = clock or VirtualClock()
         self._seconds = seconds
@@ -175,7 +86,7 @@ class FakeDevice(LaneDevice):
         return f"<FakeDevice {self.device}: {state}, {self._num_issued} issued, {self.num_pending} pending>"
 
     def sibling(self, *, faults: Mapping[int, Fault] | None = None) -> FakeDevice:
-        """Another lane on the same device; when the device is lost, both are.
+        """Make another lane on the same device; when the device is lost, both are.
 
         Raises:
             ValueError: a delay, but the device has no clock.
@@ -187,26 +98,24 @@ class FakeDevice(LaneDevice):
         self._chip.lanes.append(other)
         return other
 
-    # For the test.
-
     @property
     def num_issued(self) -> int:
-        """Works issued so far, failed ones included."""
+        """Number of tasks issued so far, failed ones included."""
         return self._num_issued
 
     @property
     def num_pending(self) -> int:
-        """Works issued and not complete."""
+        """Number of tasks issued and not complete."""
         return len(self._pending)
 
     def hold(self) -> None:
-        """From now on, complete works only by `release`."""
+        """Complete tasks only by `release` from now on."""
         self._held = True
 
     def release(self, count: int | None = None) -> None:
-        """Complete the oldest `count` pending works; if None, all of them, and hold no longer.
+        """Complete the oldest `count` pending tasks; if None, all of them, and hold no longer.
 
-        Works that hang are released too; works that take virtual time still take it.
+        Tasks that hang are released too; tasks that take virtual time still take it.
         """
         with self._lock:
             self._held = self._held and count is not None
@@ -218,18 +127,18 @@ class FakeDevice(LaneDevice):
             self._complete_ready()
 
     def lose(self) -> None:
-        """Lose the device: pending works of all its lanes fail, and so does every later one."""
+        """Lose the device: pending tasks of all its lanes fail, and so does every later one."""
         self._chip.lost = True
         for lane in self._chip.lanes:
             with lane._lock:
                 lane._complete_ready()
 
     async def wait_issued(self, count: int = 1) -> None:
-        """Wait until at least `count` works have been issued since the lane was made."""
+        """Wait until at least `count` tasks have been issued since the lane was made."""
 
         def forget() -> None:
             with self._lock:
-                if watcher in self._watchers:  # else it is finished already
+                if watcher in self._watchers:  # otherwise it is finished already
                     self._watchers.remove(watcher)
                     completion.finish()
 
@@ -237,13 +146,11 @@ class FakeDevice(LaneDevice):
         watcher = (count, completion)
         with self._lock:
             self._watchers.append(watcher)
-            self._tell_watchers()
+            self._finish_watchers()
         await completion
 
-    # For the lane.
-
     def issue(self, captured: Any, function: Callable[[], Any]) -> tuple[Any, Any]:
-        """Run `function` and mark its end, or do what the fault says."""
+        """Run `function` and return a marker of its end, or do what the task's fault says."""
         with self._lock:
             fault = self._faults.get(self._num_started)
             self._num_started += 1
@@ -262,7 +169,7 @@ class FakeDevice(LaneDevice):
         return value, _Pending(self._free_at, kind is FaultKind.HANG, kind is FaultKind.LOSE)
 
     def on_complete(self, marker: _Pending, callback: Callable[[BaseException | None], None]) -> None:
-        """Keep `callback` for the moment the test or the clock brings."""
+        """Call `callback` when the test or the clock completes the task."""
         marker.callback = callback
         with self._lock:
             self._pending.append(marker)
@@ -274,7 +181,7 @@ class FakeDevice(LaneDevice):
         self._count_issued()
 
     def lost(self, error: BaseException) -> bool:
-        """Whether the error is the lost device's answer."""
+        """Return whether the error is that of a lost fake device."""
         return isinstance(error, FakeDeviceLost)
 
     def _on_time(self) -> None:
@@ -282,7 +189,7 @@ class FakeDevice(LaneDevice):
             self._complete_ready()
 
     def _complete_ready(self) -> None:
-        """Complete pending works up to the first that has to wait; the lane's lock is held."""
+        """Complete pending tasks up to the first that has to wait; the caller holds the lane's lock."""
         while self._pending and self._is_ready(self._pending[0]):
             self._complete(self._pending.popleft())
 
@@ -292,7 +199,7 @@ class FakeDevice(LaneDevice):
         return not (self._held or pending.hangs or pending.ends_at > self._clock.now)
 
     def _complete(self, pending: _Pending) -> None:
-        # The callback refers to the work's tensors; it must not outlive the completion.
+        # The callback refers to the task's tensors, which must not outlive the completion.
         callback, pending.callback = pending.callback, None
         assert callback is not None
         callback(self._lost_error() if self._chip.lost else None)
@@ -303,9 +210,9 @@ class FakeDevice(LaneDevice):
     def _count_issued(self) -> None:
         with self._lock:
             self._num_issued += 1
-            self._tell_watchers()
+            self._finish_watchers()
 
-    def _tell_watchers(self) -> None:
+    def _finish_watchers(self) -> None:
         reached = [each for each in self._watchers if each[0] <= self._num_issued]
         self._watchers = [each for each in self._watchers if each[0] > self._num_issued]
         for _, completion in reached:
@@ -320,27 +227,28 @@ def fake_devices(
     seconds: float = 0.0,
     faults: Mapping[tuple[int, int], Fault] | None = None,
 ) -> list[FakeDevice]:
-    """The lanes of `count` fake devices, for `Runtime(fake_devices(4))`.
+    """Make the lanes of `count` fake devices, for `Runtime(fake_devices(4))`.
 
     Args:
-        count: devices.
-        lanes_per_device: lanes on each; lanes are numbered device by device.
-        clock: virtual time for all of them.
-        seconds: virtual time each work takes.
-        faults: what goes wrong, by lane `k` and number `n` of the work on that lane: `{(k, n): fault}`.
+        count: number of devices.
+        lanes_per_device: number of lanes on each; lanes are numbered device by device.
+        clock: virtual time of all devices.
+        seconds: virtual time that each task takes.
+        faults: what goes wrong, by lane `k` and number `n` of the task on that lane: `{(k, n): fault}`.
 
     Returns:
-        One entry per lane.
+        one entry per lane.
 
     Raises:
-        ValueError: a fault at a lane or work that there is not; `seconds` or a delay without a clock.
+        ValueError: a fault names a lane that does not exist or a negative task number; `seconds` or a delay
+            without a clock.
     """
     own: list[dict[int, Fault]] = [{} for _ in range(count * lanes_per_device)]
     for (lane, number), fault in (faults or {}).items():
         if not 0 <= lane < len(own) or number < 0:
             raise ValueError(
-                f"there is no work {number} of lane {lane} for a fault. "
-                f"Name one of the lanes 0 to {len(own) - 1} and a work, from 0."
+                f"there is no task {number} of lane {lane} for a fault. "
+                f"Name one of the lanes 0 to {len(own) - 1} and a task number from 0."
             )
         own[lane][number] = fault
     lanes: list[FakeDevice] = []

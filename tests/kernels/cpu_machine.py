@@ -1,4 +1,4 @@
-"""A machine for the kernels' bodies that runs them over this process's own memory, thread by thread.
+"""A machine for the kernels' code that runs it over this process's own memory, thread by thread.
 
 Every load and store is checked: aligned to its size and inside of a tensor of the call.
 """
@@ -29,11 +29,11 @@ class CpuMachine:
         self.allowed: list[tuple[int, int]] = []
 
     def allow(self, address: int, size: int) -> None:
-        """Let kernels touch these bytes; what nobody allowed stays forbidden."""
+        """Let kernels touch these bytes; all others are forbidden."""
         bisect.insort(self.allowed, (address, address + size))
 
     def view(self, address: int, dtype: type[np.generic], count: int) -> np.ndarray:
-        """Return the memory at an address as an array, after checking that it may be touched so."""
+        """Return the memory at an address as an array, after checking that kernels may touch it."""
         size = np.dtype(dtype).itemsize * count
         assert address % size == 0, f"{size} bytes at {address:#x} are not aligned"
         place = bisect.bisect_right(self.allowed, (address, _HIGHEST))
@@ -135,6 +135,6 @@ def install(monkeypatch) -> CpuMachine:
     monkeypatch.setattr(plan, "sum_table", watched_sum_table)
     monkeypatch.setattr(plan, "copy_table", watched_copy_table)
     monkeypatch.setattr(cuda, "_run", run)
-    monkeypatch.setattr(cuda, "_current", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(cuda, "with_index", lambda device: device)
     return machine

@@ -1,4 +1,4 @@
-"""The kernels' own code, walked thread by thread over ordinary memory."""
+"""The kernels' own code, run thread by thread over ordinary memory."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import pytest
 import torch
 from cpu_machine import install
 
+from asyncdp import _kernels as kernels
 from asyncdp._kernels import bodies, cuda, plan, reference
 
 CPU = torch.device("cpu")
@@ -18,7 +19,7 @@ DTYPES = [
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A CPU in place of the GPU, with outputs full of NaN until the kernel writes them."""
+    """Yield a CPU in place of the GPU, with outputs full of NaN until the kernel writes them."""
     torch.use_deterministic_algorithms(True)
     yield install(monkeypatch)
     torch.use_deterministic_algorithms(False)
@@ -40,10 +41,10 @@ def shifted(tensor, offset):
     return room[start : start + tensor.numel()].copy_(tensor.flatten()).view(tensor.shape)
 
 
-def same_bits(one, other):
+def same_bits(left, right):
     """Compare tensors by their bytes, so that NaN and signed zeros count."""
-    one_bytes, other_bytes = (tensor.contiguous().flatten().view(torch.uint8) for tensor in (one, other))
-    return one.stride() == other.stride() and torch.equal(one_bytes, other_bytes)
+    left_bytes, right_bytes = (tensor.contiguous().flatten().view(torch.uint8) for tensor in (left, right))
+    return left.stride() == right.stride() and torch.equal(left_bytes, right_bytes)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -116,7 +117,7 @@ def test_dtypes_and_lane_counts_may_be_mixed_in_a_bucket(machine):
 
 
 def test_dense_layouts_go_straight_through(machine, monkeypatch):
-    """Inputs in channels_last are read where they lie; one in another layout is copied first."""
+    """Inputs in channels_last are read in place; one in another layout is copied first."""
     inputs = [numbers((2, 3, 4, 5), torch.float32, i).to(memory_format=torch.channels_last) for i in range(2)]
     inputs.append(numbers((2, 3, 4, 5), torch.float32, 2))
     copied = []
@@ -124,7 +125,7 @@ def test_dense_layouts_go_straight_through(machine, monkeypatch):
 
     def watch(total, sources):
         result = in_layout_of(total, sources)
-        copied.extend(one is not other for one, other in zip(result, sources, strict=True))
+        copied.extend(new is not old for new, old in zip(result, sources, strict=True))
         return result
 
     monkeypatch.setattr(cuda, "_in_layout_of", watch)
@@ -134,7 +135,7 @@ def test_dense_layouts_go_straight_through(machine, monkeypatch):
     assert torch.equal(total, reference.reduce_add(inputs, CPU))
 
 
-def test_marks_of_conjugation_and_negation_are_seen(machine):
+def test_lazy_conjugation_and_negation_are_seen(machine):
     """A lazily conjugated or negated tensor is summed by its value, not by the memory under it."""
     value = numbers(8, torch.complex64)
     (total,) = cuda.reduce_add_many([[value.conj(), value]], CPU)
@@ -159,43 +160,48 @@ GATHERS = [
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.float32, torch.complex128])
 @pytest.mark.parametrize(("shape", "dim", "lengths"), GATHERS)
-def test_gather_and_split_equal_the_reference(machine, dtype, shape, dim, lengths):
-    """Any dim, dtype and odd size: chunks are laid side by side, and cut apart into equal chunks again."""
-    chunks = []
+def test_gather_equals_concatenation(machine, dtype, shape, dim, lengths):
+    """Any dim, dtype and odd size: shards are concatenated, to the last byte as torch does it."""
+    shards = []
     for seed, length in enumerate(lengths):
-        chunk_shape = list(shape)
-        chunk_shape[dim] = length
-        chunks.append(numbers(chunk_shape, dtype, seed))
-    whole = cuda.gather(chunks, dim, CPU)
-    assert same_bits(whole, reference.gather(chunks, dim, CPU))
-    pieces = cuda.split_copy(whole, lengths, dim)
-    assert all(torch.equal(piece, chunk) for piece, chunk in zip(pieces, chunks, strict=True))
+        shard_shape = list(shape)
+        shard_shape[dim] = length
+        shards.append(numbers(shard_shape, dtype, seed))
+    assert same_bits(cuda.gather(shards, dim, CPU), torch.cat(shards, dim))
 
 
 def test_gather_keeps_channels_last(machine):
-    """Chunks that all lie in channels_last are gathered in it, along any dimension."""
-    chunks = [numbers((2, 3, 4, 4), torch.float32, i).to(memory_format=torch.channels_last) for i in range(2)]
+    """Shards that are all in channels_last are gathered in it, along any dimension."""
+    shards = [numbers((2, 3, 4, 4), torch.float32, i).to(memory_format=torch.channels_last) for i in range(2)]
     for dim in range(-4, 4):
-        whole = cuda.gather(chunks, dim, CPU)
+        whole = cuda.gather(shards, dim, CPU)
         assert whole.is_contiguous(memory_format=torch.channels_last)
-        assert torch.equal(whole, torch.cat(chunks, dim))
-        assert torch.equal(cuda.split_copy(whole, [chunks[0].shape[dim]] * 2, dim)[1], chunks[1])
+        assert torch.equal(whole, torch.cat(shards, dim))
 
 
 def test_gather_takes_any_strides(machine):
-    """Transposed, stepped and lazily conjugated chunks are gathered by their values."""
+    """Transposed, stepped and lazily conjugated shards are gathered by their values."""
     value = numbers((6, 5), torch.complex64)
-    chunks = [value.conj(), value.t()[:, :5].t()[:5], value[::2]]
-    assert torch.equal(cuda.gather(chunks, 0, CPU), torch.cat([chunk.clone() for chunk in chunks]))
-    assert torch.equal(cuda.split_copy(value.conj(), [1, 5], 0)[1], value.conj()[1:])
+    shards = [value.conj(), value.t()[:, :5].t()[:5], value[::2]]
+    assert torch.equal(cuda.gather(shards, 0, CPU), torch.cat([shard.clone() for shard in shards]))
 
 
-def test_gather_leaves_torch_its_own_errors(machine):
-    """Chunks that do not fit give the reference's error, not a wild copy."""
-    with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
-        cuda.gather([torch.ones(2, 3), torch.ones(2, 4)], 0, CPU)
-    with pytest.raises(IndexError):
-        cuda.gather([torch.ones(2, 3)], 2, CPU)
+@pytest.mark.parametrize(
+    ("shards", "dim", "error"),
+    [
+        ([torch.ones(2, 3), torch.ones(2, 4)], 0, RuntimeError),
+        ([torch.ones(2, 3)], 2, IndexError),
+        ([torch.ones(2), torch.ones(2, dtype=torch.int32)], 0, None),
+    ],
+)
+def test_gather_leaves_the_rest_to_torch(shards, dim, error):
+    """Shards of unlike sizes or dtypes never reach the kernel: torch raises its error, or converts them."""
+    assert not cuda.has_copy_kernel(shards, dim)
+    if error is None:
+        assert torch.equal(kernels.gather(shards, dim, CPU), torch.cat(shards, dim))
+    else:
+        with pytest.raises(error):
+            kernels.gather(shards, dim, CPU)
 
 
 def test_multiplication_by_a_reciprocal_is_exact_division():
@@ -234,6 +240,6 @@ def test_blocks_are_balanced_whatever_the_sizes():
     """No block of a bucket has more than one tile, and every tile belongs to the row that is searched."""
     sizes = [1, 1 << 20, 7, 4096, 1 << 16]
     table = plan.sum_table(sizes, [[1 << 12, 1 << 20, 1 << 24]] * len(sizes), 4)
-    work = table.rows[:, bodies.NUM_VECTORS] * 4 + table.rows[:, bodies.NUM_SCALARS]
-    assert list(work) == sizes
+    elements = table.rows[:, bodies.NUM_VECTORS] * 4 + table.rows[:, bodies.NUM_SCALARS]
+    assert list(elements) == sizes
     assert table.num_tiles == 1 + 256 + 2 + 1 + 16

@@ -1,4 +1,4 @@
-"""Machine code of every kernel, built and read without a GPU."""
+"""Machine code of every kernel, built, read and launched without a GPU."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+from stub_driver import compiler, run_under_stub
 
 from asyncdp._kernels.chain import missing_distributions
 
@@ -19,12 +20,17 @@ if missing_distributions():
 from asyncdp._kernels import bodies, build, source
 
 ARCHITECTURES = [(8, 0), (9, 0), (10, 0)]
+LAUNCH = """
+launch.launch("reduce_add_int32", 0, 70_000, (1 << 40) + 8, 161, 4)
+launch.launch("reduce_add_int32", 0, 1, 16, 1, 2)
+print(len(launch._kernels), len(launch._streams))
+"""
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?);")
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """A cache of this test run alone, so that what is checked is what the source gives now."""
+    """Yield the folder of an empty cache, so that the code checked is what the source gives now."""
     directory = tmp_path_factory.mktemp("kernels")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ASYNCDP_CACHE_DIR", str(directory))
@@ -94,6 +100,34 @@ def test_resources_leave_two_blocks_to_a_multiprocessor(cache):
     assert "Function reduce_add_float32:" in usage
     assert int(numbers["REG"]) <= 128
     assert (numbers["STACK"], numbers["LOCAL"]) == ("0", "0")
+
+
+@pytest.mark.skipif(compiler() is None, reason="needs a C compiler for the stub of the driver")
+def test_a_launch_passes_its_table_on_the_current_stream(cache, tmp_path):
+    """Grid, block, stream and every 64-bit argument reach the driver; kernel and stream are wrapped once."""
+    lines = run_under_stub(LAUNCH, tmp_path, trace=True).splitlines()
+    assert lines == [
+        "launch grid 70000 block 256 stream 0x2000 arguments 1099511627784 161 4",
+        "launch grid 1 block 256 stream 0x2000 arguments 16 1 2",
+        "1 1",
+    ]
+
+
+def test_numpy_is_left_as_it_was():
+    """Numba's CUDA target imports with a NumPy that has no `row_stack`, and the user's NumPy gets none."""
+    code = """
+import numpy
+import numba.np.arrayobj  # goes by NumPy's version, not by what it has
+if hasattr(numpy, "row_stack"):
+    del numpy.row_stack
+    numpy.__all__.remove("row_stack")
+from asyncdp._kernels import source
+source.ptx("copy", (9, 0))
+print("row_stack" in vars(numpy))
+"""
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert shown == "False\n"
 
 
 def test_the_disassembler_reads_the_code(cache):

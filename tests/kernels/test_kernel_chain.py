@@ -13,6 +13,7 @@ import torch
 
 from asyncdp import Runtime
 from asyncdp import _kernels as kernels
+from asyncdp._devices import lane_device_for
 from asyncdp._kernels import chain, first_use, transfer
 from asyncdp.errors import KernelsUnavailableError
 from tests.cuda_stub import cuda_stub
@@ -32,7 +33,7 @@ def fresh(monkeypatch):
 
 
 def pretend_cuda(monkeypatch, capability=(9, 0), driver=(13, 0), missing=()):
-    """Let the chain see a CUDA device of this kind."""
+    """Let the chain find a CUDA device of this kind."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -65,12 +66,12 @@ def test_a_complete_chain_runs_numba(monkeypatch):
     [
         ({"missing": ("numba-cuda 0.30.4 is not installed",)}, "numba-cuda", 'pip install "asyncdp[cuda]"'),
         ({"capability": (7, 5)}, "compute capability 7.5 is below 8.0", "newer device"),
-        ({"capability": (13, 0)}, "compute capability 13.0 is newer", "release of asyncdp"),
+        ({"capability": (13, 0)}, "compute capability 13.0 is newer", "newer release of asyncdp"),
         ({"driver": (12, 8)}, "CUDA 12.8", "driver to 580"),
     ],
 )
 def test_a_report_names_what_is_missing_and_how_to_get_it(monkeypatch, machine, missing, remedy):
-    """The reference stands in, and the report has the part and the command."""
+    """Plain torch runs, and the report has the missing part and the command that installs it."""
     pretend_cuda(monkeypatch, **machine)
     report = kernels.report(CUDA)
     assert report.implementation == "torch"
@@ -79,11 +80,11 @@ def test_a_report_names_what_is_missing_and_how_to_get_it(monkeypatch, machine, 
 
 
 def test_forcing_numba_raises_where_it_cannot_run(monkeypatch):
-    """With ASYNCDP_KERNELS=numba nothing falls back in silence."""
+    """With ASYNCDP_KERNELS=numba a missing part is an error, not a silent fall-back."""
     pretend_cuda(monkeypatch, driver=(12, 8))
     monkeypatch.setenv("ASYNCDP_KERNELS", "numba")
     with pytest.raises(
-        KernelsUnavailableError, match=r"the driver speaks CUDA 12.8.*update the NVIDIA driver"
+        KernelsUnavailableError, match=r"the driver supports CUDA 12.8.*update the NVIDIA driver"
     ):
         chain.implementation(CUDA)
     assert "every call will fail" in kernels.report(CUDA).reason
@@ -115,7 +116,7 @@ def test_absent_and_wrong_versions_are_told_apart(monkeypatch):
 
 
 class Foreign:
-    """A tensor of some device, as far as its way to a kernel is concerned."""
+    """A tensor of another device, as far as `bring` uses it."""
 
     def __init__(self, device, log=None):
         self.device = device
@@ -134,15 +135,15 @@ current = ["the current stream"]
 
 @contextlib.contextmanager
 def make_current(stream):
-    """What `torch.cuda.stream` does, as far as `Foreign` can see."""
+    """Do what `torch.cuda.stream` does, as far as `Foreign` shows it."""
     current.append(stream)
     yield
     current.pop()
 
 
 @pytest.fixture
-def ways(monkeypatch):
-    """Forget every lane, way and count."""
+def no_peers(monkeypatch):
+    """Forget every lane, peer and count."""
     monkeypatch.setattr(transfer, "_counter", transfer._Counter())
     monkeypatch.setattr(transfer, "_lane_streams", {})
     monkeypatch.setattr(transfer, "_peers", {})
@@ -150,7 +151,7 @@ def ways(monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", make_current)
 
 
-def test_tensors_of_other_devices_are_read_in_place_or_staged(ways, monkeypatch):
+def test_tensors_of_other_devices_are_read_in_place_or_staged(no_peers, monkeypatch):
     """Peers that reach each other both ways are read in place and kept, others copied; both are counted."""
     near, far = torch.device("cuda", 1), torch.device("cuda", 2)
     monkeypatch.setattr(transfer, "_peers", {frozenset((0, 1)): True, frozenset((0, 2)): False})
@@ -164,11 +165,11 @@ def test_tensors_of_other_devices_are_read_in_place_or_staged(ways, monkeypatch)
         ["lent to lane 2's", "copied on lane 2's"],
         ["copied on the current stream"],
     ]
-    assert kernels.statistics() == kernels.PathStatistics(num_peer=1, num_staged=2)
+    assert kernels.path_statistics() == kernels.PathStatistics(num_peer=1, num_staged=2)
 
 
-def test_a_device_without_lanes_is_staged_on_the_callers_stream(ways):
-    """Nobody opened a way to it, and none is opened in the middle of a call."""
+def test_a_device_without_lanes_is_staged_on_the_callers_stream(no_peers):
+    """Peer access is never enabled in the middle of a call."""
     source = Foreign(torch.device("cuda", 1))
     transfer.bring([source], CUDA)
     assert source.log == ["copied on the current stream"]
@@ -193,7 +194,7 @@ def test_a_kernel_waits_for_the_devices_of_its_inputs(monkeypatch):
     assert waits == [("cuda:0", "cuda:1")]
 
 
-def test_peers_count_only_when_both_directions_work(ways, monkeypatch):
+def test_peers_count_only_when_both_directions_work(no_peers, monkeypatch):
     """A device that can be read but cannot read back is staged, and so is the memory of the host."""
     copies = []
     monkeypatch.setattr(torch, "zeros", lambda size, device: Foreign(device, copies))
@@ -213,8 +214,8 @@ def test_peers_count_only_when_both_directions_work(ways, monkeypatch):
     assert not transfer._readable(torch.device("cpu"), devices[1])
 
 
-def test_a_lost_peer_is_no_reason_to_lose_another_device(ways, monkeypatch):
-    """What fails while a way is opened leaves the pair staged, and the lane that opens goes on."""
+def test_a_lost_peer_is_no_reason_to_lose_another_device(no_peers, monkeypatch):
+    """An error while peer access is enabled leaves the pair staged, and the lane that opens goes on."""
 
     def fail(*args, **kwargs):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -227,7 +228,7 @@ def test_a_lost_peer_is_no_reason_to_lose_another_device(ways, monkeypatch):
 
 
 @pytest.mark.anyio
-async def test_lanes_open_the_ways_between_their_own_devices_at_the_start(cuda_stub, monkeypatch):
+async def test_lanes_enable_peer_access_between_their_own_devices_at_the_start(cuda_stub, monkeypatch):
     """Each pair of devices that have lanes is asked once, on lanes' threads; no other device is touched."""
     asked = []
 
@@ -247,7 +248,7 @@ async def test_lanes_open_the_ways_between_their_own_devices_at_the_start(cuda_s
 
 
 def test_calls_go_to_the_kernels_of_the_destination(monkeypatch):
-    """A CUDA destination with a complete chain takes the compiled kernels, anything else the reference."""
+    """A CUDA destination with a complete chain runs the compiled kernels, any other one plain torch."""
     pretend_cuda(monkeypatch)
     from asyncdp._kernels import cuda, launch
 
@@ -259,8 +260,8 @@ def test_calls_go_to_the_kernels_of_the_destination(monkeypatch):
     tensors = [torch.ones(2)] * 2
     assert kernels.reduce_add(tensors, CUDA) == ("sum", 1)
     assert kernels.gather(tensors, 0, CUDA) == ("gather", 0)
-    kernels.warm_up(CUDA)
-    kernels.warm_up(torch.device("cpu"))
+    for device in (CUDA, torch.device("cpu")):
+        lane_device_for(device).warm_up()
     assert loaded == [CUDA]
     assert kernels.reduce_add(tensors, torch.device("cpu")).tolist() == [2.0, 2.0]
 

@@ -1,4 +1,4 @@
-"""Who compiles at first use: lanes, and threads without an event loop; never one that others wait for."""
+"""Which threads compile at first use: lanes, and threads without an event loop; never a loop's own."""
 
 from __future__ import annotations
 
@@ -19,13 +19,12 @@ from asyncdp.errors import KernelsUnavailableError
 CALLS = {
     "reduce_add": lambda: kernels.reduce_add([torch.ones(1)], CUDA),
     "reduce_add_many": lambda: kernels.reduce_add_many([[torch.ones(1)]], CUDA)[0],
-    "gather": lambda: kernels.gather([torch.ones(1)], 0, CUDA),
-    "split_copy": lambda: kernels.split_copy(Foreign(CUDA), [1], 0)[0],
+    "gather": lambda: kernels.gather([Foreign(CUDA)], 0, CUDA),
 }
 
 
 class Loader:
-    """Stands in for building and loading; ends when it is let, and knows which threads came."""
+    """A substitute for building and loading that ends when the test lets it and records the threads."""
 
     def __init__(self):
         self.may_end = threading.Event()
@@ -43,25 +42,26 @@ class Loader:
 
 
 def started():
-    """The threads that load in the background; while the loader may not end, neither do they."""
+    """Return the threads that load in the background; they end only after the loader may end."""
     return [thread for thread in threading.enumerate() if thread.name.startswith("asyncdp-kernels")]
 
 
 @pytest.fixture
 def loader(monkeypatch):
-    """A CUDA device with a complete chain of which nothing is loaded; calls return who would run them."""
+    """Pretend a CUDA device with a complete chain, nothing loaded; calls return which kernels ran."""
     monkeypatch.delenv("ASYNCDP_KERNELS", raising=False)
     chain._report.cache_clear()
     pretend_cuda(monkeypatch)
     monkeypatch.setattr(first_use, "_loaded", set())
-    monkeypatch.setattr(first_use, "_asked", set())
+    monkeypatch.setattr(first_use, "_loading", set())
     loader = Loader()
     monkeypatch.setattr(launch, "load_all", loader.load_all)
     for module, name in ((cuda, "compiled"), (reference, "reference")):
         monkeypatch.setattr(module, "reduce_add_many", lambda *_, name=name: [name])
-        monkeypatch.setattr(module, "split_copy", lambda *_, name=name: [name])
-        monkeypatch.setattr(module, "gather", lambda *_, name=name: name)
     monkeypatch.setattr(reference, "reduce_add", lambda *_: "reference")
+    monkeypatch.setattr(cuda, "has_copy_kernel", lambda *_: True)
+    monkeypatch.setattr(cuda, "gather", lambda *_: "compiled")
+    monkeypatch.setattr(torch, "cat", lambda *_: "reference")
     yield loader
     loader.end()
     chain._report.cache_clear()
@@ -110,7 +110,7 @@ async def test_a_warning_that_became_an_error_puts_loading_off(loader, monkeypat
 
 @pytest.mark.anyio
 async def test_a_loop_thread_does_not_look_at_the_machine(loader, monkeypatch):
-    """Finding out what is installed reads files, so the loading thread does it."""
+    """Looking up what is installed reads files, so the loading thread does it."""
     looked = []
     monkeypatch.setattr(chain, "missing_distributions", lambda: looked.append(threading.get_ident()) or ())
     assert CALLS["gather"]() == "reference"
@@ -122,7 +122,7 @@ async def test_a_loop_thread_does_not_look_at_the_machine(loader, monkeypatch):
 
 @pytest.mark.anyio
 async def test_lanes_build_what_they_call_and_warm_up_serves_everyone(loader):
-    """A lane does not wait for others to load; what it warms up, the loop's thread may use."""
+    """A lane builds what it calls itself; once a lane has warmed up, the loop's thread runs kernels too."""
     async with Runtime("cpu") as runtime:
         assert await runtime.run(CALLS["reduce_add"]) == "compiled"
         assert loader.threads == []
@@ -134,12 +134,12 @@ async def test_lanes_build_what_they_call_and_warm_up_serves_everyone(loader):
 
 def test_a_thread_without_a_loop_compiles_what_it_calls(loader):
     """A script without an event loop gets the compiled kernels from its first call on."""
-    assert [call() for call in CALLS.values()] == ["compiled"] * 4
+    assert [call() for call in CALLS.values()] == ["compiled"] * 3
     assert loader.threads == []
 
 
 def test_threads_of_autograd_take_the_reference_until_all_is_loaded(loader):
-    """A thread that is not Python's may have a loop waiting for it."""
+    """A loop may be waiting for a thread that is not one of Python's."""
     assert on_foreign_thread(CALLS["reduce_add"]) == "reference"
     loader.end()
     assert on_foreign_thread(CALLS["reduce_add"]) == "compiled"
@@ -175,7 +175,7 @@ async def test_forcing_what_is_incomplete_raises_on_a_loop_too(loader, monkeypat
 
 
 def test_incomplete_chains_load_nothing(loader, monkeypatch):
-    """Where the reference is all there is, warming up does nothing."""
+    """Where only plain torch can run, warming up does nothing."""
     pretend_cuda(monkeypatch, driver=(12, 8))
     kernels.warm_up(CUDA)
     assert CALLS["gather"]() == "reference"

@@ -22,7 +22,7 @@ DTYPES = [
 
 @pytest.fixture(scope="module")
 def device():
-    """The first CUDA device, with all its kernels loaded."""
+    """Return the first CUDA device, with all its kernels loaded."""
     if not torch.cuda.is_available():
         pytest.skip("torch sees no CUDA device")
     device = torch.device("cuda", 0)
@@ -59,10 +59,10 @@ def shifted(tensor, offset):
     return room[offset:].copy_(tensor)
 
 
-def same(one, other):
+def same(left, right):
     """Compare tensors bit for bit."""
-    one_bytes, other_bytes = (tensor.contiguous().flatten().view(torch.uint8) for tensor in (one, other))
-    return one.stride() == other.stride() and torch.equal(one_bytes, other_bytes)
+    left_bytes, right_bytes = (tensor.contiguous().flatten().view(torch.uint8) for tensor in (left, right))
+    return left.stride() == right.stride() and torch.equal(left_bytes, right_bytes)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -105,17 +105,14 @@ def test_a_bucket_equals_its_sums(device):
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.float32, torch.complex128], ids=str)
 @pytest.mark.parametrize("shape", [(64, 33, 17), (1, 4099, 3), (1000, 1, 1), (256, 128, 64), (3, 0, 5)])
 @pytest.mark.parametrize("dim", [0, 1, -1])
-def test_gather_and_split_equal_the_reference(device, dtype, shape, dim):
-    """Any dim, odd sizes and dtypes: the same bytes as torch.cat, and the chunks back from them."""
-    chunks = []
+def test_gather_equals_concatenation(device, dtype, shape, dim):
+    """Any dim, odd sizes and dtypes: the same bytes as torch.cat."""
+    shards = []
     for i in range(4):
-        chunk_shape = list(shape)
-        chunk_shape[dim] += i
-        chunks.append(numbers(chunk_shape, dtype, device, i))
-    whole = kernels.gather(chunks, dim, device)
-    assert same(whole, torch.cat(chunks, dim))
-    pieces = kernels.split_copy(whole, [chunk.shape[dim] for chunk in chunks], dim)
-    assert all(torch.equal(piece, chunk) for piece, chunk in zip(pieces, chunks, strict=True))
+        shard_shape = list(shape)
+        shard_shape[dim] += i
+        shards.append(numbers(shard_shape, dtype, device, i))
+    assert same(kernels.gather(shards, dim, device), torch.cat(shards, dim))
 
 
 def test_lanes_of_one_device_do_not_disturb_each_other(device):
@@ -208,13 +205,13 @@ def test_other_devices_are_summed_and_gathered(device):
     """Tensors of every device, read in place or staged, give the reference's result."""
     if torch.cuda.device_count() < 2:
         pytest.skip("there is one CUDA device only")
-    before = kernels.statistics()
+    before = kernels.path_statistics()
     devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     tensors = [numbers((100_003,), torch.float32, each, i) for i, each in enumerate(devices)]
     for each in devices:
         torch.cuda.synchronize(each)
     assert same(kernels.reduce_add(tensors, device), reference.reduce_add(tensors, device))
-    assert same(kernels.gather(tensors, 0, device), reference.gather(tensors, 0, device))
-    after = kernels.statistics()
-    ways = after.num_peer + after.num_staged - before.num_peer - before.num_staged
-    assert ways == 2 * (len(devices) - 1)
+    assert same(kernels.gather(tensors, 0, device), torch.cat([tensor.to(device) for tensor in tensors]))
+    after = kernels.path_statistics()
+    num_brought = after.num_peer + after.num_staged - before.num_peer - before.num_staged
+    assert num_brought == 2 * (len(devices) - 1)

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from asyncdp import DataParallel, Runtime
-from asyncdp import _kernels as kernels
+from asyncdp import DataParallel, Runtime, gather
 
 pytestmark = pytest.mark.anyio
 
@@ -89,14 +88,15 @@ async def test_results_survive_the_memory_of_later_passes(devices):
 
 
 async def test_kernels_run_on_the_lanes_stream(devices):
-    """A reduce-add called on a lane is ordered with the lane's work, and warm_up has loaded its kernels."""
+    """A gather called on a lane is ordered with the lane's operations, and warm_up has loaded its kernel."""
     async with Runtime(devices) as runtime:
         await runtime.warm_up()
         lane = runtime.lanes[0]
 
-        def work():
-            tensors = [torch.ones(10_007, device=lane.device) * i for i in range(4)]
-            return kernels.reduce_add(tensors, lane.device)
+        def make_and_gather():
+            shards = [torch.ones(10_007, device=lane.device) * i for i in range(4)]
+            return gather(shards, lane.device)
 
-        totals = [await runtime.run(work, lane=lane) for _ in range(20)]
-    assert all(torch.equal(total, torch.full_like(total, 6)) for total in totals)
+        outputs = [await runtime.run(make_and_gather, lane=lane) for _ in range(20)]
+    expected = torch.arange(4.0).repeat_interleave(10_007)
+    assert all(torch.equal(output.cpu(), expected) for output in outputs)

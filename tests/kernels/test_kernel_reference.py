@@ -1,7 +1,8 @@
-"""The plain torch kernels, which every other kernel is held to."""
+"""The plain torch kernels, whose results every other kernel must give."""
 
 from __future__ import annotations
 
+import sys
 import warnings
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import asyncdp
 from asyncdp import _kernels as kernels
 from asyncdp.errors import AsyncDPError, UnsupportedDtypeError
 
@@ -97,20 +99,36 @@ def test_many_sums_keep_their_order():
 
 @given(st.integers(-3, 2), st.lists(st.integers(0, 4), min_size=1, max_size=4))
 @settings(deadline=None)
-def test_gather_and_split_undo_each_other(dim, lengths):
-    """Chunks laid side by side and cut apart again are the chunks, in memory of their own."""
-    chunks = []
+def test_a_gathered_tensor_splits_into_its_shards(dim, lengths):
+    """Shards of any lengths come one after the other along the dimension, and none is lost."""
+    shards = []
     for length in lengths:
         shape = [2, 3, 2]
         shape[dim] = length
-        chunks.append(torch.rand(shape))
-    whole = kernels.gather(chunks, dim, CPU)
-    pieces = kernels.split_copy(whole, lengths, dim)
-    assert all(torch.equal(piece, chunk) for piece, chunk in zip(pieces, chunks, strict=True))
-    assert all(piece.untyped_storage().data_ptr() != whole.data_ptr() for piece in pieces if piece.numel())
+        shards.append(torch.rand(shape))
+    whole = asyncdp.gather(shards, CPU, dim=dim)
+    pieces = whole.split(lengths, dim)
+    assert all(torch.equal(piece, shard) for piece, shard in zip(pieces, shards, strict=True))
 
 
 def test_gather_of_one_is_a_copy():
-    """One chunk alone is still copied, so that a result never shares memory with an output."""
-    chunk = torch.ones(2, 2)
-    assert kernels.gather([chunk], 0, CPU).data_ptr() != chunk.data_ptr()
+    """A single shard is copied too, so that a result never shares memory with an output."""
+    shard = torch.ones(2, 2)
+    assert kernels.gather([shard], 0, CPU).data_ptr() != shard.data_ptr()
+
+
+def test_a_gather_on_the_cpu_is_direct():
+    """A gather of CPU tensors enters one file of the kernels: it is part of every pass on several lanes."""
+    entered = set()
+
+    def watch(frame, event, argument):
+        if event == "call":
+            entered.add(frame.f_code.co_filename)
+
+    shards = [torch.ones(2), torch.ones(3)]
+    sys.setprofile(watch)
+    try:
+        kernels.gather(shards, 0, CPU)
+    finally:
+        sys.setprofile(None)
+    assert len([file for file in entered if "_kernels" in file]) == 1

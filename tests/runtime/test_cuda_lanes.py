@@ -31,7 +31,7 @@ WORDS = "CUDA error: an illegal memory access was encountered"
 @pytest.fixture(autouse=True)
 def no_ways(monkeypatch: pytest.MonkeyPatch) -> None:
     """The stub's devices do not read each other's memory."""
-    monkeypatch.setattr(transfer, "_open_way", lambda one, other: False)
+    monkeypatch.setattr(transfer, "_enable_peer_access", lambda one, other: False)
 
 
 async def test_every_stage_is_ordered_behind_the_caller(

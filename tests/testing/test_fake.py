@@ -13,14 +13,14 @@ from torch import nn
 
 from asyncdp import DataParallel, LaneState, Runtime
 from asyncdp.errors import DeviceLostError
-from asyncdp.testing.fake import FakeDevice, FakeDeviceLost, Fault, VirtualClock, fake_devices
+from asyncdp.testing import FakeDevice, FakeDeviceLost, Fault, VirtualClock, fake_devices
 from tests.runtime.helpers import run_stages
 
 pytestmark = pytest.mark.anyio
 
 
 async def test_completions_decide_the_order() -> None:
-    """A pass ends when its device says so, not when its call has returned."""
+    """A pass ends when its device completes it, not when its call has returned."""
     devices = fake_devices(2)
     ended: list[str] = []
 
@@ -46,7 +46,7 @@ async def test_completions_decide_the_order() -> None:
 
 
 async def test_one_lane_completes_in_issue_order() -> None:
-    """`release(1)` completes the oldest work of a lane and leaves the next pending."""
+    """`release(1)` completes the oldest task of a lane and leaves the next pending."""
     device = FakeDevice(held=True)
     ended: list[int] = []
 
@@ -84,7 +84,7 @@ async def test_inputs_live_until_completion() -> None:
 
 
 async def test_cancellation_drains_what_runs_on_the_device() -> None:
-    """A cancelled pass waits for its device, drops what is queued, then goes on cancelling."""
+    """A cancelled pass waits for its device, discards queued tasks, then raises the cancellation."""
     device = FakeDevice(held=True)
     ended: list[str] = []
 
@@ -137,7 +137,7 @@ async def test_lost_device_closes_its_lanes_only() -> None:
 
 
 async def test_queued_passes_of_a_lost_device_fail() -> None:
-    """Works that wait behind the one a device is lost under fail with `DeviceLostError`."""
+    """Tasks queued behind the one during which a device is lost fail with `DeviceLostError`."""
     device = FakeDevice(faults={0: Fault.lose()})
     first_runs, goes_on = anyio.Event(), anyio.Event()
     errors: list[BaseException] = []
@@ -174,8 +174,8 @@ async def test_fault_raises_at_lane_and_call() -> None:
         assert await runtime.run(lambda: 3, lane=second) == 3
 
 
-async def test_virtual_time_completes_works() -> None:
-    """Works of one lane take their seconds one after another, a delay comes on top."""
+async def test_virtual_time_completes_tasks() -> None:
+    """Tasks of one lane take their seconds one after another, a delay comes on top."""
     clock = VirtualClock()
     device = FakeDevice(clock=clock, seconds=2.0, faults={1: Fault.delay(3.0)})
     ended: list[int] = []
@@ -199,7 +199,7 @@ async def test_virtual_time_completes_works() -> None:
 
 
 async def test_hang_ends_with_release() -> None:
-    """A hanging work completes only when the test releases it."""
+    """A hanging task completes only when the test releases it."""
     device = FakeDevice(faults={0: Fault.hang()})
     async with Runtime([device]) as runtime, anyio.create_task_group() as group:
         group.start_soon(runtime.run, lambda: None)
@@ -234,14 +234,14 @@ def test_time_needs_a_clock() -> None:
 
 
 async def test_waiting_for_issue_can_be_cancelled() -> None:
-    """`wait_issued` gives way to a timeout."""
+    """`wait_issued` can be cancelled by a timeout."""
     with anyio.move_on_after(0.01) as scope:
         await FakeDevice().wait_issued()
     assert scope.cancelled_caught
 
 
 async def test_a_cancelled_wait_for_issue_is_forgotten() -> None:
-    """Works that are issued after a wait for them was cancelled end nothing a second time."""
+    """Tasks issued after a wait for them was cancelled do not end that wait a second time."""
     device = FakeDevice()
     async with Runtime([device]) as runtime:
         with anyio.CancelScope() as scope:
@@ -254,7 +254,7 @@ async def test_a_cancelled_wait_for_issue_is_forgotten() -> None:
 
 
 async def test_a_wait_for_issue_that_is_cancelled_as_it_ends_ends_once() -> None:
-    """A cancellation that comes after the awaited work, but before its task runs, does no harm."""
+    """A cancellation after the awaited task was issued, but before the waiting task runs, does no harm."""
     device = FakeDevice()
     cancelled: list[bool] = []
 
@@ -283,9 +283,9 @@ async def test_inputs_of_a_cancelled_call_live_until_it_has_drained() -> None:
     async def run() -> None:
         tensor = torch.ones(3)
         alive.append(weakref.ref(tensor))
-        one = runtime.run(torch.sum, tensor)
+        call = runtime.run(torch.sum, tensor)
         del tensor
-        await one
+        await call
 
     async with Runtime([device]) as runtime:
         async with anyio.create_task_group() as group:
@@ -304,7 +304,7 @@ async def test_inputs_of_a_cancelled_call_live_until_it_has_drained() -> None:
 
 @pytest.mark.parametrize("cancelled", [False, True])
 async def test_what_one_stage_hands_to_the_next_lives_until_that_has_drained(cancelled: bool) -> None:
-    """What only a work itself refers to is not freed while the device may read it, cancelled or not."""
+    """What only a task itself refers to is not freed while the device may read it, cancelled or not."""
     device = FakeDevice(faults={1: Fault.hang()})
     alive: list[weakref.ref[torch.Tensor]] = []
 
@@ -336,7 +336,7 @@ async def test_what_one_stage_hands_to_the_next_lives_until_that_has_drained(can
 
 
 async def test_a_lost_device_closes_idle_lanes_at_once() -> None:
-    """A lane that shares the lost device takes nothing more, though no work of its own has failed."""
+    """A lane that shares the lost device takes nothing more, though no task of its own has failed."""
     lost, sibling = fake_devices(1, lanes_per_device=2, faults={(0, 0): Fault.lose()})
     async with Runtime([lost, sibling]) as runtime:
         with pytest.raises(FakeDeviceLost):

@@ -1,12 +1,11 @@
-"""Faults of fake devices that cannot happen are refused; those that can come at their lane and work."""
+"""Faults of fake devices: those that cannot happen are rejected, others happen at their lane and task."""
 
 from __future__ import annotations
 
 import anyio
 import pytest
 
-from asyncdp import Runtime
-from asyncdp._runtime import LaneState
+from asyncdp import LaneState, Runtime
 from asyncdp.errors import DeviceLostError
 from asyncdp.testing import FakeDevice, Fault, VirtualClock, fake_devices
 
@@ -18,7 +17,7 @@ class Bang(Exception):
 
 
 def test_time_needs_a_clock_on_every_lane() -> None:
-    """A delay without a clock is refused on the first lane of a device and on every other."""
+    """A delay without a clock is rejected on the first lane of a device and on every other."""
     with pytest.raises(ValueError, match="needs a clock"):
         FakeDevice(faults={0: Fault.delay(1.0)})
     with pytest.raises(ValueError, match="needs a clock"):
@@ -30,16 +29,16 @@ def test_time_needs_a_clock_on_every_lane() -> None:
 
 
 @pytest.mark.parametrize("place", [(4, 0), (-1, 0), (0, -1)])
-def test_faults_need_a_lane_and_a_work(place: tuple[int, int]) -> None:
-    """A fault at a lane or work that there will never be is refused, with how many lanes there are."""
+def test_faults_need_a_lane_and_a_task(place: tuple[int, int]) -> None:
+    """A fault at a lane or task that cannot exist is rejected; the message has the number of lanes."""
     with pytest.raises(ValueError, match="lanes 0 to 3"):
         fake_devices(2, lanes_per_device=2, faults={place: Fault.hang()})
 
 
 @pytest.mark.parametrize("lane", [0, 1, 2, 3])
 @pytest.mark.parametrize("call", [0, 2])
-async def test_every_fault_comes_at_its_lane_and_work(lane: int, call: int) -> None:
-    """The work number `call` of lane `lane` is raised in, delayed, hung or loses its device; no other is."""
+async def test_every_fault_happens_at_its_lane_and_task(lane: int, call: int) -> None:
+    """Task number `call` of lane `lane` raises, is delayed, hangs or loses its device; no other task does."""
     clock = VirtualClock()
     kinds = {
         "raise": Fault.raising(Bang()),
@@ -51,7 +50,7 @@ async def test_every_fault_comes_at_its_lane_and_work(lane: int, call: int) -> N
         devices = fake_devices(2, lanes_per_device=2, clock=clock, faults={(lane, call): fault})
         outcomes: list[object] = []
 
-        async def work(runtime: Runtime, place: int, outcomes: list[object] = outcomes) -> None:
+        async def run(runtime: Runtime, place: int, outcomes: list[object] = outcomes) -> None:
             try:
                 outcomes.append(await runtime.run(int, lane=runtime.lanes[place]))
             except (Bang, DeviceLostError, RuntimeError) as error:
@@ -64,7 +63,7 @@ async def test_every_fault_comes_at_its_lane_and_work(lane: int, call: int) -> N
             for _ in range(call):
                 assert await runtime.run(int, lane=runtime.lanes[lane]) == 0
             async with anyio.create_task_group() as group:
-                group.start_soon(work, runtime, lane)
+                group.start_soon(run, runtime, lane)
                 await devices[lane].wait_issued(call + 1)
                 await anyio.wait_all_tasks_blocked()
                 if kind == "delay":

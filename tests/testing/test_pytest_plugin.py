@@ -1,4 +1,4 @@
-"""The pytest plugin, used as a suite of its own would use it."""
+"""The pytest plugin, used as by the suite of another project."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_documented_suite_passes(pytester: pytest.Pytester) -> None:
 
 
 def test_markers_skip_with_a_reason(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests for devices that are not there are skipped, and say what they miss."""
+    """Tests for devices that are not there are skipped, and the reason names what is missing."""
     monkeypatch.setattr("asyncdp.pytest_plugin._num_cuda_devices", lambda: 1)
     pytester.makepyfile(
         """
@@ -61,10 +61,8 @@ def test_markers_skip_with_a_reason(pytester: pytest.Pytester, monkeypatch: pyte
     result.stdout.fnmatch_lines(["*needs 2 CUDA devices, torch sees 1*"])
 
 
-def test_devices_that_are_not_there_are_told(
-    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without any CUDA device both markers skip, each with what it needs."""
+def test_missing_devices_are_the_reason(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a CUDA device both markers skip, and each reason has the number of devices needed."""
     monkeypatch.setattr("asyncdp.pytest_plugin._num_cuda_devices", lambda: 0)
     pytester.makepyfile(
         """
@@ -83,7 +81,7 @@ def test_devices_that_are_not_there_are_told(
 
 
 def test_fixtures_give_time_and_every_fault(pytester: pytest.Pytester) -> None:
-    """Delays pass by `asyncdp_clock`; faults may be given by name; what is held at the end ends."""
+    """Delays pass by `asyncdp_clock`; faults may be given by name; tasks held at the end are completed."""
     pytester.makepyfile(
         """
         import threading
@@ -110,9 +108,9 @@ def test_fixtures_give_time_and_every_fault(pytester: pytest.Pytester) -> None:
 
         def start(runtime):
             RUNTIMES.append(runtime)
-            work = runtime.run(int, lane=runtime.lanes[0])
-            work.send(None)  # its loop has ended before the device is done
-            return work
+            call = runtime.run(int, lane=runtime.lanes[0])
+            call.send(None)  # its loop has ended before the device is done
+            return call
 
         @pytest.mark.anyio
         @pytest.mark.asyncdp_faults({(0, 0): Fault.delay(2.0)})
@@ -130,15 +128,15 @@ def test_fixtures_give_time_and_every_fault(pytester: pytest.Pytester) -> None:
             assert len(RUNTIMES) == 8
             left = [each for each in threading.enumerate() if each not in BEFORE]
             assert not [each for each in left if each.name.startswith("asyncdp-")]
-            for work in RUNTIMES[1::2]:
-                work.close()
+            for call in RUNTIMES[1::2]:
+                call.close()
         """
     )
     result = pytester.runpytest_inprocess("-p", "no:cacheprovider", "-p", "no:asyncio")
     result.assert_outcomes(passed=7)
 
 
-def test_faults_that_are_no_faults_are_told(pytester: pytest.Pytester) -> None:
+def test_a_marker_without_faults_is_an_error(pytester: pytest.Pytester) -> None:
     """The marker without faults, or with too much, is an error that names it."""
     pytester.makepyfile(
         """
@@ -164,7 +162,7 @@ def test_plugin_does_not_import_torch() -> None:
 
 
 def test_every_exported_name_exists() -> None:
-    """What `asyncdp` says it exports can be imported, and nothing else is invented."""
+    """Every name in `asyncdp.__all__` can be imported, and any other is an AttributeError."""
     import asyncdp
 
     assert all(hasattr(asyncdp, name) for name in asyncdp.__all__)

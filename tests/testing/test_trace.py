@@ -1,4 +1,4 @@
-"""Tracing: what is recorded, what it says, and that it goes away."""
+"""Tracing: what is recorded, what its summary says, and that nothing is recorded afterwards."""
 
 from __future__ import annotations
 
@@ -20,12 +20,10 @@ from typer.testing import CliRunner
 
 import asyncdp
 from asyncdp import Batcher, DataParallel, Runtime, TraceRecorder
-from asyncdp._devices import cuda_clock
-from asyncdp._runtime import trace
 from asyncdp.cli.app import app
 from asyncdp.cli.trace_summary import summarize
 from asyncdp.errors import TraceFileError
-from asyncdp.testing.fake import fake_devices
+from asyncdp.testing import fake_devices
 from tests.cuda_stub import CudaStub, cuda_stub
 
 __all__ = ["cuda_stub"]
@@ -33,7 +31,7 @@ __all__ = ["cuda_stub"]
 pytestmark = pytest.mark.anyio
 
 _DOCUMENT = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
-_LISTED = re.search(r"row with the works it ran: (.*?), or the name of", _DOCUMENT, re.S)
+_LISTED = re.search(r"row with the \w+ it ran: (.*?), or the name of", _DOCUMENT, re.S)
 STAGES = set(re.findall(r"`(\w+)`", _LISTED.group(1) if _LISTED else ""))
 
 
@@ -56,7 +54,6 @@ async def test_every_stage_of_a_pass_is_recorded(tmp_path: Path) -> None:
     assert sorted(on_lane)[0][0] == "gather"
     assert {span["args"]["pass"] for span in spans} == {0}
     assert sum(span["cat"] == "queued" for span in spans) == 3
-    assert trace.recorder is None
 
 
 async def test_scattering_is_a_span_on_each_lane(tmp_path: Path) -> None:
@@ -93,7 +90,7 @@ async def test_scattering_is_a_span_on_each_lane(tmp_path: Path) -> None:
 
 
 async def test_spans_of_a_row_nest_or_follow_each_other(tmp_path: Path) -> None:
-    """Viewers drop spans of one row that overlap in part: works that wait together have several rows."""
+    """Viewers drop spans of one row that overlap in part: tasks that wait together have several rows."""
     path = tmp_path / "trace.json"
     devices = fake_devices(2)
     entered, latch = threading.Event(), threading.Event()
@@ -130,7 +127,7 @@ async def test_spans_of_a_row_nest_or_follow_each_other(tmp_path: Path) -> None:
             ends.append(begin + seconds)
 
 
-async def test_device_time_is_told_apart(tmp_path: Path) -> None:
+async def test_device_time_is_a_span_of_its_own(tmp_path: Path) -> None:
     """Time that a device takes after the call has returned is a span of its own."""
     path = tmp_path / "trace.json"
     devices = fake_devices(1)
@@ -152,10 +149,10 @@ def timed(spans: list[dict[str, Any]]) -> list[tuple[float, float]]:
     return [(round((begin - times[0][0]) / 1e3), round((end - times[0][0]) / 1e3)) for begin, end in times]
 
 
-async def test_cuda_works_are_timed_by_the_device(cuda_stub: CudaStub, tmp_path: Path) -> None:
-    """A work's span by the device's clock begins when its stream gets to it and ends with its last kernel."""
+async def test_cuda_tasks_are_timed_by_the_device(cuda_stub: CudaStub, tmp_path: Path) -> None:
+    """A task's span by the device's clock begins when its stream gets to it and ends with its last kernel."""
     path = tmp_path / "trace.json"
-    cuda_stub.kernel(5.0)  # the caller's, which the first work has to wait for
+    cuda_stub.kernel(5.0)  # the caller's, which the first task has to wait for
     begun = time.perf_counter()
     async with Runtime([cuda_stub.lane()]) as runtime, TraceRecorder(path):
         for seconds in (0.25, 0.0, 0.5):
@@ -166,14 +163,14 @@ async def test_cuda_works_are_timed_by_the_device(cuda_stub: CudaStub, tmp_path:
     first = next(span for span in spans if span["cat"] == "device time")
     # The trace begins at 0: five seconds of waiting, and what the host took.
     assert 5e6 <= first["ts"] <= 5e6 + (time.perf_counter() - begun) * 1e6
-    assert "kernel (device time)" in await runtime_free(path)
+    assert "kernel (device time)" in await summary_of(path)
 
 
 async def test_device_rows_do_not_overlap_when_the_clocks_drift(
     cuda_stub: CudaStub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Clocks are compared anew once a second, on the lane; no span begins before an earlier one ends."""
-    monkeypatch.setattr(cuda_clock, "_MAX_AGE_SECONDS", 0.0)
+    cuda_stub.compare_clocks_always(monkeypatch)
     path = tmp_path / "trace.json"
     async with Runtime([cuda_stub.lane()]) as runtime, TraceRecorder(path):
         # The virtual device is quicker than the host, so the second span maps into the first one.
@@ -187,7 +184,7 @@ async def test_device_rows_do_not_overlap_when_the_clocks_drift(
 
 
 async def test_nothing_is_timed_without_a_recorder(cuda_stub: CudaStub, tmp_path: Path) -> None:
-    """Off, tracing makes no timed events; on, the clocks are compared once and each work has two events."""
+    """Off, tracing makes no timed events; on, the clocks are compared once and each task has two events."""
     async with Runtime([cuda_stub.lane()]) as runtime:
         await runtime.run(cuda_stub.kernel, 1.0)
         assert cuda_stub.timed_by == []
@@ -199,8 +196,8 @@ async def test_nothing_is_timed_without_a_recorder(cuda_stub: CudaStub, tmp_path
     assert len(cuda_stub.timed_by) == 5
 
 
-async def test_failed_works_have_no_device_time(cuda_stub: CudaStub, tmp_path: Path) -> None:
-    """A work that raises, and a device that is lost, leave the trace and the lane whole."""
+async def test_failed_tasks_have_no_device_time(cuda_stub: CudaStub, tmp_path: Path) -> None:
+    """A task that raises, and a device that is lost, leave the trace and the lane usable."""
 
     def lose() -> None:
         cuda_stub.lost = True
@@ -218,24 +215,24 @@ async def test_failed_works_have_no_device_time(cuda_stub: CudaStub, tmp_path: P
     assert sum(span["cat"] == "on lane" for span in spans) == 3
 
 
-async def test_summary_tells_lanes_and_works(tmp_path: Path) -> None:
-    """The summary has one line per lane and kind of work, with counts."""
+async def test_summary_lists_lanes_and_tasks(tmp_path: Path) -> None:
+    """The summary has one line per lane and kind of task, with counts."""
     path = tmp_path / "trace.json"
     async with Runtime("cpu") as runtime, TraceRecorder(path):
         for _ in range(3):
             await runtime.run(torch.zeros, 1)
-    told = await runtime_free(path)
-    assert "3 passes" in told
-    assert any(line.split()[:3] == ["cpu:0", "zeros", "3"] for line in told.splitlines())
-    assert any("zeros (queued)" in line for line in told.splitlines())
+    summary = await summary_of(path)
+    assert "3 passes" in summary
+    assert any(line.split()[:3] == ["cpu:0", "zeros", "3"] for line in summary.splitlines())
+    assert any("zeros (queued)" in line for line in summary.splitlines())
 
 
-async def runtime_free(path: Path) -> str:
+async def summary_of(path: Path) -> str:
     return await anyio.to_thread.run_sync(summarize, path)
 
 
-async def test_works_are_named_for_what_they_do(tmp_path: Path) -> None:
-    """The package's own works have the names of the documentation, a user's function its own."""
+async def test_tasks_are_named_for_what_they_do(tmp_path: Path) -> None:
+    """The package's own tasks have the names of the documentation, a user's function its own name."""
 
     def apply() -> None:
         pass
@@ -339,7 +336,7 @@ async def warm_up(_: object) -> None:
 async def test_every_way_of_a_pass_has_known_names(
     way: Callable[[Any], Awaitable[None]], argument: object, expected: set[str], tmp_path: Path
 ) -> None:
-    """Whichever way a pass takes, its works have the names that the documentation lists, and no others."""
+    """Whatever starts a pass, its tasks have the names that the documentation lists, and no others."""
     path = tmp_path / "trace.json"
     async with TraceRecorder(path):
         await way(argument)
@@ -349,7 +346,7 @@ async def test_every_way_of_a_pass_has_known_names(
 
 
 async def test_a_users_function_keeps_its_name_whatever_it_is(tmp_path: Path) -> None:
-    """Functions called `run`, wrapped ones and callable objects are named for themselves."""
+    """Functions called `run`, partial functions and callable objects keep their own names."""
 
     def run(_: object) -> None:
         pass
@@ -366,15 +363,16 @@ async def test_a_users_function_keeps_its_name_whatever_it_is(tmp_path: Path) ->
     assert names == ["run", "run", "Tokenizer"]
 
 
-async def test_a_file_that_cannot_be_written_is_told_at_once(tmp_path: Path) -> None:
-    """A path that leads nowhere is refused before anything is recorded, not after."""
+async def test_a_file_that_cannot_be_written_is_an_error_at_once(tmp_path: Path) -> None:
+    """A path in no existing folder is rejected before anything is recorded, and another may be given."""
     with pytest.raises(FileNotFoundError):
         await TraceRecorder(tmp_path / "nowhere" / "trace.json").__aenter__()
-    assert trace.recorder is None
+    async with TraceRecorder(tmp_path / "trace.json"):
+        pass
 
 
-async def test_works_that_never_began_are_forgotten(tmp_path: Path) -> None:
-    """A recorder that has written its file keeps no work alive, not even one that was cancelled."""
+async def test_tasks_that_never_began_are_forgotten(tmp_path: Path) -> None:
+    """A recorder that has written its file keeps no task alive, not even one that was cancelled."""
     device = fake_devices(1)[0]
     device.hold()
     latch = threading.Event()
@@ -399,28 +397,29 @@ async def test_events_are_bounded(tmp_path: Path) -> None:
         for _ in range(3):
             await runtime.run(torch.zeros, 1)
     assert recorder.num_dropped == 4
-    told = await runtime_free(tmp_path / "t.json")
-    assert "4 more spans were dropped" in told
-    assert "max_events" in told
+    summary = await summary_of(tmp_path / "t.json")
+    assert "4 more spans were dropped" in summary
+    assert "max_events" in summary
 
 
-async def test_dropped_events_are_told_only_if_there_are_any(tmp_path: Path) -> None:
-    """A whole trace says nothing of dropped spans."""
+async def test_dropped_events_are_mentioned_only_if_there_are_any(tmp_path: Path) -> None:
+    """The summary of a complete trace does not mention dropped spans."""
     async with Runtime("cpu") as runtime, TraceRecorder(tmp_path / "t.json"):
         await runtime.run(torch.zeros, 1)
-    assert "spans were dropped" not in await runtime_free(tmp_path / "t.json")
+    assert "spans were dropped" not in await summary_of(tmp_path / "t.json")
 
 
 async def test_one_recorder_at_a_time(tmp_path: Path) -> None:
-    """A second recorder is refused, and does not disturb the first."""
-    async with TraceRecorder(tmp_path / "a.json") as first:
+    """A second recorder is rejected and does not disturb the first, which records on."""
+    async with Runtime("cpu") as runtime, TraceRecorder(tmp_path / "a.json"):
         with pytest.raises(RuntimeError, match="is active"):
             await TraceRecorder(tmp_path / "b.json").__aenter__()
-        assert trace.recorder is first
+        await runtime.run(torch.zeros, 1)
+    assert {span["name"] for span in await spans_of(tmp_path / "a.json")} == {"zeros"}
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
-    """A file that is no trace is refused with its name."""
+    """A file that is no trace is rejected with its name."""
     path = tmp_path / "x.json"
     path.write_text("[1]")
     with pytest.raises(TraceFileError, match=r"x\.json"):
@@ -430,7 +429,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
 
 
 async def test_the_command_line_shows_the_summary(tmp_path: Path) -> None:
-    """`asyncdp trace summary FILE` prints it, and refuses any other file in one line."""
+    """`asyncdp trace summary FILE` prints it, and rejects any other file in one line."""
     path = tmp_path / "trace.json"
     async with Runtime("cpu") as runtime, TraceRecorder(path):
         await runtime.run(torch.zeros, 1)
@@ -440,7 +439,7 @@ async def test_the_command_line_shows_the_summary(tmp_path: Path) -> None:
 
     shown = await anyio.to_thread.run_sync(show, path)
     assert shown.exit_code == 0
-    assert shown.stdout.strip() == await runtime_free(path)
+    assert shown.stdout.strip() == await summary_of(path)
     refused = await anyio.to_thread.run_sync(show, tmp_path / "nothing.json")
     assert refused.exit_code == 1
     assert refused.stderr.startswith("error: cannot read ")
