@@ -39,7 +39,7 @@ def run_example(code: str, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def processes() -> multiprocessing.context.ForkServerContext:
-    """Return what makes processes that have imported torch already: most examples take less time than that."""
+    """Return what makes processes with torch imported: most examples take less time than that import."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "asyncdp.testing"])
     return context
