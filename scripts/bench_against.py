@@ -160,7 +160,7 @@ def as_table(result: dict[str, Any]) -> str:
         f"`{result['command']}`, {result['date']}, {result['machine']},",
         f"Python {result['python']}, torch {result['torch']}. Medians over turns of the two trees, each in a",
         "process of its own; the ratio is the median of those of turns beside each other, in brackets the",
-        f"quartiles. The first {len(CONTROLS)} rows are controls, not asyncdp: they show the noise of the machine.",
+        f"quartiles. The first {len(CONTROLS)} rows are controls: they show how noisy the machine is.",
         "",
         f"| | {result['earlier']} | {result['commit']} | now / earlier |",
         "|---|---|---|---|",
