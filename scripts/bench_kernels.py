@@ -67,7 +67,7 @@ def measure(*ways: Callable[[], object]) -> list[float]:
     for _ in range(ROUNDS):
         for way, seconds in zip(ways, times, strict=True):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            # A device kept busy until the work is enqueued leaves the host's own time out of the measurement.
+            # A device that is busy until all is enqueued leaves the host's own time out of the measurement.
             torch.cuda._sleep(10_000_000)
             start.record()
             way()
@@ -133,7 +133,7 @@ def bench_many(device: torch.device, shapes: list[tuple[int, ...]]) -> dict[str,
 
 
 def measure_host(way: Callable[[], object]) -> float:
-    """Return the median seconds a call keeps its thread, without the device's work."""
+    """Return the median seconds a call keeps its thread, without the time of the device."""
     import time
 
     seconds = []
@@ -191,7 +191,7 @@ def verify(device: torch.device) -> None:
     sums = zip(
         kernels.reduce_add_many(groups, device), reference.reduce_add_many(groups, device), strict=True
     )
-    assert all(torch.equal(one, other) for one, other in sums)
+    assert all(torch.equal(sum_, expected) for sum_, expected in sums)
 
 
 def bench_device(device: torch.device) -> dict[str, dict[str, float]]:

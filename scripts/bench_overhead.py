@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import random
 import statistics
@@ -17,33 +16,30 @@ import subprocess
 import sys
 import threading
 import time
-import timeit
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import anyio.to_thread
 import torch
-from machine import num_cores, origin
+from machine import cores_awake, origin, save
 from torch import nn
 
 import asyncdp
-from asyncdp._runtime import trace
 
-RESULTS = Path(__file__).parent.parent / "docs" / "results"
 CALLS_PER_TURN = 23
 Candidate = Callable[[], Awaitable[Any]]
 
 
 def nothing() -> None:
-    """The work of a call whose cost is all overhead."""
+    """Do nothing: all that a call of this costs is overhead."""
 
 
 async def interleaved(candidates: dict[str, Candidate], rounds: int) -> dict[str, float]:
-    """Median time of each candidate in microseconds; all have a turn in each round, in random order."""
+    """Return the median microseconds of each candidate; in each round all have a turn, in random order."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
     names = list(candidates)
     for number in range(rounds + rounds // 10):
@@ -58,19 +54,6 @@ async def interleaved(candidates: dict[str, Candidate], rounds: int) -> dict[str
                 # Nor does a candidate pay for what the thread of the one before still does.
                 times[name] += taken[3:]
     return {name: statistics.median(values) * 1e6 for name, values in times.items()}
-
-
-@contextmanager
-def cores_awake() -> Iterator[None]:
-    """Keep every core busy with a process that gives way to all others."""
-    spin = "import os; os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))\nwhile True: pass"
-    spinners = [subprocess.Popen([sys.executable, "-c", spin]) for _ in range(num_cores())]
-    try:
-        yield
-    finally:
-        for spinner in spinners:
-            spinner.kill()
-            spinner.wait()
 
 
 class BareHop:
@@ -104,7 +87,7 @@ class BareHop:
 
 
 async def call_overhead(rounds: int) -> dict[str, float]:
-    """One awaited call of a function that does nothing."""
+    """Time one awaited call of a function that does nothing."""
     loop = asyncio.get_running_loop()
     async with asyncdp.Runtime("cpu*2") as runtime:
         lane, bare = runtime.lanes[0], BareHop()
@@ -122,7 +105,7 @@ async def call_overhead(rounds: int) -> dict[str, float]:
 
 
 async def pass_overhead(rounds: int) -> dict[str, float]:
-    """A whole pass of an identity module over two CPU lanes."""
+    """Time a whole pass of an identity module over two CPU lanes."""
     module, x = nn.Identity(), torch.randn(64, 16)
 
     async def by_hand() -> torch.Tensor:
@@ -145,7 +128,7 @@ async def pass_overhead(rounds: int) -> dict[str, float]:
 
 
 async def tracing_cost(rounds: int) -> dict[str, float]:
-    """Microseconds of an awaited call without and with a recorder, and of all looks for one that is not."""
+    """Return the microseconds of an awaited call without and with a recorder."""
     times: dict[bool, list[float]] = {False: [], True: []}
     with TemporaryDirectory() as folder:
         async with asyncdp.Runtime("cpu") as runtime:
@@ -157,16 +140,14 @@ async def tracing_cost(rounds: int) -> dict[str, float]:
                         started = time.perf_counter()
                         await runtime.run(nothing)
                         times[traced].append(time.perf_counter() - started)
-    looks = 3 * min(timeit.repeat("trace.recorder is None", globals={"trace": trace}, number=100_000)) / 1e5
     return {
         "no recorder": statistics.median(times[False]) * 1e6,
         "recording": statistics.median(times[True]) * 1e6,
-        "three looks for a recorder": looks * 1e6,
     }
 
 
 async def loop_stalls(seconds: float) -> dict[str, float]:
-    """How late a 1 ms timer fires, in milliseconds, while a large forward runs in lanes or inline."""
+    """Return how many milliseconds late a 1 ms timer fires while a large forward runs on lanes or inline."""
     module = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(8)))
     x = torch.randn(1024, 1024)
     found = {}
@@ -198,7 +179,7 @@ async def loop_stalls(seconds: float) -> dict[str, float]:
 
 
 def import_cost(rounds: int = 7) -> dict[str, float]:
-    """Seconds that a fresh interpreter takes to import torch, and torch together with asyncdp."""
+    """Return the seconds a fresh interpreter takes to import torch, and torch together with asyncdp."""
     # The package itself is lazy: naming something of it is what imports the rest.
     codes = {"import torch": "import torch", "import asyncdp": "import asyncdp; asyncdp.DataParallel"}
     times: dict[str, list[float]] = {name: [] for name in codes}
@@ -224,7 +205,7 @@ def _table(title: str, base: str, times: dict[str, dict[str, float]]) -> list[st
 
 
 def report(result: dict[str, Any]) -> str:
-    """The result as Markdown."""
+    """Return the result as Markdown."""
     stalls, imports = result["stall_ms"], result["import_s"]
     rows = [
         "# What asyncdp itself costs",
@@ -282,11 +263,7 @@ def main() -> None:
         "stall_ms": asyncio.run(loop_stalls(options.seconds)),
         "import_s": import_cost(),
     }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "bench_overhead.json").write_text(json.dumps(result, indent=2) + "\n")
-    text = report(result)
-    (RESULTS / "bench_overhead.md").write_text(text)
-    print(text)
+    save("bench_overhead", result, report(result))
 
 
 if __name__ == "__main__":

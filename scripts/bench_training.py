@@ -2,10 +2,12 @@
 
 Every contender is a process of its own (DDP: two), launched several times for every workload, since some
 processes are a few percent quicker than others that do the same. They take turns, a few steps each, so that
-whatever else the machine does hits all of them alike. Told are medians over all timed steps, the peak memory
-of each contender's processes added up, and how asyncdp's median of a turn compares with that of the better
-peer in the same round: the median of those ratios, since the machine changes its pace from one round to the
-other. For comparison, plain steps awaited through `asyncio.to_thread` take turns, too.
+whatever else the machine does hits all of them alike. All of them step the same optimizer; with `--fused` it
+is torch's fused one. For comparison, plain steps awaited through `asyncio.to_thread` take turns, too.
+
+Reported are medians over all timed steps, the peak memory of each contender's processes added up, and how
+asyncdp's median of a turn compares with that of the better peer in the same round: the median of those
+ratios, since the machine changes its pace from one round to the next.
 
 With lanes on a GPU (`--devices cuda:0,cuda:0`) all of them work on that GPU, every step is timed to its end
 there, and memory is what torch allocated on it. DDP takes part only where two different GPUs are named.
@@ -32,39 +34,41 @@ from typing import Any, NamedTuple
 
 import torch
 import torch._dynamo
-from machine import commit, describe
+from machine import RESULTS, commit, describe, load, save
 from torch import Tensor, nn
 from torch.nn import functional
 
 import asyncdp
-from asyncdp._devices import parse_devices
 
 SCRIPT = Path(__file__).resolve()
-RESULTS = SCRIPT.parent.parent / "docs" / "results"
-CONTENDERS = ("plain", "plain-fused", "ddp", "to_thread", "asyncdp", "asyncdp-all")
+CONTENDERS = ("plain", "ddp", "to_thread", "asyncdp", "asyncdp-all")
 
 
 class Place:
-    """Where all contenders work.
+    """The devices of all contenders, and their optimizer.
 
     Args:
         spec: the lanes' devices, as asyncdp takes them.
+        fused: whether the optimizer is torch's fused one.
     """
 
-    def __init__(self, spec: str) -> None:
+    def __init__(self, spec: str, *, fused: bool) -> None:
         self.spec = spec
-        self.lanes = parse_devices(spec)
+        self.fused = fused
+        self.lanes = asyncdp.parse_devices(spec)
         self.home = self.lanes[0]
         self.is_cpu = self.home.type == "cpu"
         self.has_ddp = self.is_cpu or len(set(self.lanes)) > 1
 
+    def options(self) -> list[str]:
+        """Return the command line that makes the same place in another process."""
+        return ["--devices", self.spec, *(["--fused"] if self.fused else [])]
+
     def titles(self) -> dict[str, str]:
-        """Who takes part, and as what."""
+        """Return who takes part, and under which title."""
         ddp = "DDP gloo, 2 processes x 1 thread" if self.is_cpu else "DDP nccl, 2 processes"
         return {
             "plain": "plain torch, all threads" if self.is_cpu else "plain torch",
-            # As asyncdp's is on the CPU, where nobody says otherwise.
-            **({"plain-fused": "plain torch, SGD(fused=True)"} if self.is_cpu else {}),
             **({"ddp": ddp} if self.has_ddp else {}),
             "to_thread": "plain torch by asyncio.to_thread",
             "asyncdp": "asyncdp",
@@ -72,7 +76,7 @@ class Place:
         }
 
     def of_rank(self, rank: int) -> torch.device:
-        """Where a process of DDP works."""
+        """Return the device of a process of DDP."""
         return self.home if self.is_cpu else sorted(set(self.lanes), key=str)[rank]
 
     def wait(self, device: torch.device | None = None) -> None:
@@ -81,7 +85,7 @@ class Place:
             torch.cuda.synchronize(device or self.home)
 
     def peak_bytes(self) -> int:
-        """The most memory this process had at once: on the CPU all of it, else what torch had on the GPUs."""
+        """Return the most memory this process had at once; on GPUs, what torch had there."""
         if not self.is_cpu:
             return sum(torch.cuda.max_memory_allocated(device) for device in set(self.lanes))
         status = Path("/proc/self/status").read_text()
@@ -167,8 +171,9 @@ WORKLOADS = {
 Step = Callable[[], None]
 
 
-def optimizer_of(module: nn.Module, *, fused: bool | None = None) -> torch.optim.Optimizer:
-    return torch.optim.SGD(module.parameters(), 0.01, momentum=0.9, fused=fused)
+def optimizer_of(module: nn.Module, place: Place) -> torch.optim.Optimizer:
+    """Return the optimizer of all contenders; torch chooses the implementation unless `fused` does."""
+    return torch.optim.SGD(module.parameters(), 0.01, momentum=0.9, fused=place.fused or None)
 
 
 def plain_step(module: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor]) -> None:
@@ -199,14 +204,14 @@ def serve(step: Step, place: Place) -> None:
 
 
 def made(workload: Workload, device: torch.device) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
-    """The module and its batch on a device."""
+    """Return the module and its batch on a device."""
     inputs, targets = workload.batch()
     return workload.make().to(device), (inputs.to(device), targets.to(device))
 
 
-def run_plain(workload: Workload, place: Place, fused: bool | None) -> None:
+def run_plain(workload: Workload, place: Place) -> None:
     module, batch = made(workload, place.home)
-    optimizer = optimizer_of(module, fused=fused)
+    optimizer = optimizer_of(module, place)
 
     def step() -> None:
         plain_step(module, optimizer, batch)
@@ -228,7 +233,7 @@ def run_ddp(workload: Workload, place: Place, rank: int, port: int) -> None:
     )
     inner, whole = made(workload, device)
     module = nn.parallel.DistributedDataParallel(inner)
-    optimizer = optimizer_of(module)
+    optimizer = optimizer_of(module, place)
     batch = (whole[0].chunk(2)[rank].clone(), whole[1].chunk(2)[rank].clone())
     del whole
 
@@ -241,7 +246,7 @@ def run_ddp(workload: Workload, place: Place, rank: int, port: int) -> None:
 
 async def run_to_thread(workload: Workload, place: Place) -> None:
     module, batch = made(workload, place.home)
-    optimizer = optimizer_of(module)
+    optimizer = optimizer_of(module, place)
 
     def step() -> None:
         plain_step(module, optimizer, batch)
@@ -252,13 +257,13 @@ async def run_to_thread(workload: Workload, place: Place) -> None:
 
 async def run_asyncdp(workload: Workload, place: Place, num_lanes: str) -> None:
     module, batch = made(workload, place.home)
-    optimizer = optimizer_of(module)
+    optimizer = optimizer_of(module, place)
     async with asyncdp.DataParallel(module, place.spec, num_lanes=num_lanes) as engine:
         await serve_async(lambda: engine.train_step(*batch, functional.cross_entropy, optimizer), place)
 
 
 async def serve_async(step: Callable[[], Awaitable[object]], place: Place) -> None:
-    """As `serve`, with steps to await."""
+    """Do as `serve` does, with steps to await."""
     answer("ready")
     for line in sys.stdin:
         count = int(line)
@@ -271,9 +276,9 @@ async def serve_async(step: Callable[[], Awaitable[object]], place: Place) -> No
 
 
 async def run_stall(workload: Workload, place: Place, inline: bool) -> None:
-    """How late a tick of 2 ms comes while steps are taken, in seconds."""
+    """Answer how late a tick of 2 ms comes while steps are taken, in seconds."""
     module, batch = made(workload, place.home)
-    optimizer = optimizer_of(module)
+    optimizer = optimizer_of(module, place)
     late: list[float] = []
 
     async def tick() -> None:
@@ -309,7 +314,7 @@ class Contender:
     """The processes of one contender, waiting for their turn."""
 
     def __init__(self, name: str, workload: str, place: Place) -> None:
-        commands = [["--contender", name, "--workload", workload, "--devices", place.spec]]
+        commands = [["--contender", name, "--workload", workload, *place.options()]]
         environment = dict(os.environ)
         if name == "ddp":
             port = free_port()
@@ -349,9 +354,8 @@ class Contender:
 
 
 def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
 
 
 def race(workload: str, num_launches: int, place: Place) -> dict[str, Any]:
@@ -381,7 +385,7 @@ def race(workload: str, num_launches: int, place: Place) -> dict[str, Any]:
 
 
 def ratio_to(peer: str, found: dict[str, Any]) -> float:
-    """What a step of asyncdp takes of a peer's, turn by turn."""
+    """Return how many times a peer's step one of asyncdp takes: the median over the turns."""
     turns = map(operator.truediv, found["asyncdp"]["turns_ms"], found[peer]["turns_ms"])
     return statistics.median(turns)
 
@@ -389,20 +393,20 @@ def ratio_to(peer: str, found: dict[str, Any]) -> float:
 def measure_stall(workload: str, place: Place) -> dict[str, Any]:
     found = {}
     for name in ("asyncdp", "inline"):
-        asked = ["--stall", name, "--workload", workload, "--devices", place.spec]
+        asked = ["--stall", name, "--workload", workload, *place.options()]
         command = [sys.executable, str(SCRIPT), *asked]
         found[name] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return found
 
 
 async def measure_equality(place: Place) -> dict[str, float]:
-    """The largest difference of a weight from the serial run after 50 steps."""
+    """Return the largest difference of a weight from the serial run after 50 steps."""
     found = {}
     for dtype in (torch.float64, torch.float32):
         torch.manual_seed(0)
         module = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 10)).to(place.home, dtype)
         serial = copy.deepcopy(module)
-        optimizer, serial_optimizer = optimizer_of(module), optimizer_of(serial)
+        optimizer, serial_optimizer = optimizer_of(module, place), optimizer_of(serial, place)
         async with asyncdp.DataParallel(module, place.spec, num_lanes="all") as engine:
             for _ in range(50):
                 x, y = torch.randn(33, 64, dtype=dtype), torch.randint(0, 10, (33,))
@@ -410,12 +414,12 @@ async def measure_equality(place: Place) -> dict[str, float]:
                 await engine.train_step(x, y, functional.cross_entropy, optimizer)
                 plain_step(serial, serial_optimizer, (x, y))
         pairs = zip(module.parameters(), serial.parameters(), strict=True)
-        found[str(dtype)] = max(float((one - other).detach().abs().max()) for one, other in pairs)
+        found[str(dtype)] = max(float((weight - expected).detach().abs().max()) for weight, expected in pairs)
     return found
 
 
 async def measure_digits(place: Place) -> dict[str, float]:
-    """Test accuracy on scikit-learn's digits, trained alike in series and on two lanes."""
+    """Return the test accuracy on scikit-learn's digits, trained in series and on two lanes."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -442,26 +446,23 @@ async def measure_digits(place: Place) -> dict[str, float]:
 
 def table(report: dict[str, Any], titles: dict[str, str]) -> str:
     has_ddp = "ddp" in titles
-    has_fused = "plain-fused" in titles
     lines = [
         "# Training steps",
         "",
         f"Medians of interleaved turns on {report['machine']}; `scripts/bench_training` measures again. "
         f"Ratios are medians of those within each round, of {report['num_launches']} launches together. "
+        f"The optimizer is SGD with momentum{', fused' if report['fused'] else ''}, the same for all. "
         f"The load of the machine before it began: {report['load']:.1f}.",
         "",
         "| workload | rounds | "
         + " | ".join(f"{title}, ms" for title in titles.values())
-        + (" | asyncdp / better of plain and DDP |" if has_ddp else " | asyncdp / plain |")
-        + (" asyncdp / plain, fused |" if has_fused else ""),
-        "|---|" + "---:|" * (len(titles) + 2 + has_fused),
+        + (" | asyncdp / better of plain and DDP |" if has_ddp else " | asyncdp / plain |"),
+        "|---|" + "---:|" * (len(titles) + 2),
     ]
-    for one in report["workloads"].values():
-        cells = [str(len(one["contenders"]["plain"]["turns_ms"]))]
-        cells += [f"{one['contenders'][name]['median_ms']:.2f}" for name in titles]
-        ratios = [one["ratio"], one["ratio_fused"]] if has_fused else [one["ratio"]]
-        cells += [f"{ratio:.3f}" for ratio in ratios]
-        lines.append(f"| {one['title']} | {' | '.join(cells)} |")
+    for workload in report["workloads"].values():
+        cells = [str(len(workload["contenders"]["plain"]["turns_ms"]))]
+        cells += [f"{workload['contenders'][name]['median_ms']:.2f}" for name in titles]
+        lines.append(f"| {workload['title']} | {' | '.join(cells)} | {workload['ratio']:.3f} |")
     lines += [
         "",
         "| workload | "
@@ -469,21 +470,21 @@ def table(report: dict[str, Any], titles: dict[str, str]) -> str:
         + (" | asyncdp / DDP |" if has_ddp else " |"),
         "|---|" + "---:|" * (len(titles) + has_ddp),
     ]
-    for one in report["workloads"].values():
-        cells = [f"{one['contenders'][name]['peak_mib']:.0f}" for name in titles]
+    for workload in report["workloads"].values():
+        cells = [f"{workload['contenders'][name]['peak_mib']:.0f}" for name in titles]
         if has_ddp:
-            cells.append(f"{one['memory_ratio']:.2f}")
-        lines.append(f"| {one['title']} | {' | '.join(cells)} |")
+            cells.append(f"{workload['memory_ratio']:.2f}")
+        lines.append(f"| {workload['title']} | {' | '.join(cells)} |")
     lines += [
         "",
         "| workload | lanes chosen | loop late by, p99 | the same inline, p99 |",
         "|---|---|---:|---:|",
     ]
-    for one in report["workloads"].values():
-        stall = one["stall"]
+    for workload in report["workloads"].values():
+        stall = workload["stall"]
         chosen = "; ".join(f"{lanes} ({reason})" for _, lanes, reason in stall["asyncdp"]["choices"])
         lines.append(
-            f"| {one['title']} | {chosen} | {stall['asyncdp']['p99'] * 1e3:.2f} ms "
+            f"| {workload['title']} | {chosen} | {stall['asyncdp']['p99'] * 1e3:.2f} ms "
             f"| {stall['inline']['p99'] * 1e3:.1f} ms |"
         )
     equality = ", ".join(f"{value:.1e} in {dtype}" for dtype, value in report["equality"].items())
@@ -506,7 +507,8 @@ def machine(place: Place) -> str:
 
 def drive(num_launches: int, workloads: list[str], place: Place, out: Path) -> None:
     report: dict[str, Any] = {
-        "load": os.getloadavg()[0],
+        "load": load(),
+        "fused": place.fused,
         "machine": machine(place),
         "num_launches": num_launches,
         "workloads": {},
@@ -515,24 +517,18 @@ def drive(num_launches: int, workloads: list[str], place: Place, out: Path) -> N
         found = race(name, num_launches, place)
         peers = [peer for peer in ("plain", "ddp") if peer in found]
         better = min(peers, key=lambda peer: found[peer]["median_ms"])
-        one: dict[str, Any] = {
+        row: dict[str, Any] = {
             "title": WORKLOADS[name].title,
             "contenders": found,
             "ratio": ratio_to(better, found),
         }
-        if "plain-fused" in found:
-            one["ratio_fused"] = ratio_to("plain-fused", found)
         if "ddp" in found:
-            one["memory_ratio"] = found["asyncdp"]["peak_mib"] / found["ddp"]["peak_mib"]
-        report["workloads"][name] = {**one, "stall": measure_stall(name, place)}
+            row["memory_ratio"] = found["asyncdp"]["peak_mib"] / found["ddp"]["peak_mib"]
+        report["workloads"][name] = {**row, "stall": measure_stall(name, place)}
         print(name, json.dumps(report["workloads"][name]), file=sys.stderr, flush=True)
     report["equality"] = asyncio.run(measure_equality(place))
     report["digits"] = asyncio.run(measure_digits(place))
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "bench_training.json").write_text(json.dumps(report, indent=2) + "\n")
-    text = table(report, place.titles())
-    (out / "bench_training.md").write_text(text)
-    print(text)
+    save("bench_training", report, table(report, place.titles()), out)
 
 
 def main() -> None:
@@ -543,6 +539,9 @@ def main() -> None:
         "--devices", default="cpu*2", help="lanes of asyncdp; the others work where the first is"
     )
     parser.add_argument(
+        "--fused", action="store_true", help="step by torch's fused SGD, all contenders alike"
+    )
+    parser.add_argument(
         "--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), help="which ones to race"
     )
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
@@ -551,14 +550,14 @@ def main() -> None:
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    place = Place(asked.devices)
+    place = Place(asked.devices, fused=asked.fused)
     workload = WORKLOADS.get(asked.workload)
     if workload is None:
         drive(asked.launches, asked.workloads, place, asked.out)
     elif asked.stall:
         asyncio.run(run_stall(workload, place, asked.stall == "inline"))
-    elif asked.contender in ("plain", "plain-fused"):
-        run_plain(workload, place, fused=asked.contender == "plain-fused" or None)
+    elif asked.contender == "plain":
+        run_plain(workload, place)
     elif asked.contender == "ddp":
         run_ddp(workload, place, asked.rank, asked.port)
     elif asked.contender == "to_thread":

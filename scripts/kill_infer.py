@@ -1,4 +1,4 @@
-"""Kills an inference job at random moments, resumes it each time, and compares its output.
+"""Kill an inference job at random moments, resume it each time, and compare its output.
 
     .venv/bin/python scripts/kill_infer.py --kills 100
 
@@ -32,7 +32,7 @@ class Scaled(nn.Module):
     """x [batch, 4] -> x times two, and its sum."""
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Returns both."""
+        """Return both."""
         return {"double": x * 2, "sum": x.sum(1)}
 
 
@@ -79,7 +79,7 @@ def is_midway(output: Path, num_records: int) -> bool:
 
 
 def attempt(source: Path, output: Path, seconds: float | None) -> int:
-    """Runs the job in a forked process; kills it after some time; gives 0 when it ended by itself."""
+    """Run the job in a forked process, kill it after some time; return 0 when it ended by itself."""
     child = os.fork()
     if child == 0:
         try:

@@ -1,18 +1,25 @@
-"""Where results come from: the machine, the software, the commit."""
+"""What all benches share: where results come from, where they go, and load beside a measurement."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
+RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
+
 
 def origin() -> dict[str, str]:
-    """What every result names."""
+    """Return what every result names."""
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "commit": commit(),
@@ -23,8 +30,13 @@ def origin() -> dict[str, str]:
 
 
 def num_cores() -> int:
-    """How many cores this process may use."""
+    """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def load() -> float:
+    """Return the load of the last minute."""
+    return os.getloadavg()[0]
 
 
 def describe() -> str:
@@ -38,10 +50,39 @@ def describe() -> str:
 
 
 def commit() -> str:
-    """The short name of the commit that is checked out, or `unknown`."""
+    """Return the short name of the commit that is checked out, or `unknown`."""
     command = ["git", "rev-parse", "--short", "HEAD"]
     try:
         ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
     except FileNotFoundError:
         return "unknown"
     return ran.stdout.strip() or "unknown"
+
+
+@contextmanager
+def busy_processes(count: int, *, idle_priority: bool = False) -> Iterator[None]:
+    """Keep `count` processes computing; those of idle priority give way to all others."""
+    yielding = "import os; os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))\n"
+    code = (yielding if idle_priority else "") + "while True: pass"
+    processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+@contextmanager
+def cores_awake() -> Iterator[None]:
+    """Keep every core from sleeping, without taking time from anybody."""
+    with busy_processes(num_cores(), idle_priority=True):
+        yield
+
+
+def save(name: str, result: Mapping[str, Any], page: str, folder: Path = RESULTS) -> None:
+    """Write a result as JSON and as a page of Markdown, and print the page."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    (folder / f"{name}.md").write_text(page)
+    print(page)

@@ -84,7 +84,7 @@ async def open_infinity(folder: str) -> AsyncIterator[Call]:
 
 @contextlib.asynccontextmanager
 async def open_http(command: list[str], port: int) -> AsyncIterator[Call]:
-    """A service over HTTP: its own process, and a client as thin as can be."""
+    """Start a service over HTTP in a process of its own; its client here is as thin as can be."""
     server = subprocess.Popen(  # noqa: ASYNC220  before anything is measured
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -125,7 +125,7 @@ async def open_http(command: list[str], port: int) -> AsyncIterator[Call]:
 
 @contextlib.asynccontextmanager
 async def open_encode(folder: str) -> AsyncIterator[Call]:
-    """No service, but what one would be without: all texts at once, on this thread."""
+    """Embed all texts at once, on this thread: what one would do without a service."""
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(folder, device="cpu")
@@ -138,14 +138,14 @@ async def open_encode(folder: str) -> AsyncIterator[Call]:
 
 @contextlib.asynccontextmanager
 async def open_threads(folder: str) -> AsyncIterator[Call]:
-    """No service either, but what two cores give: a thread on each, and all texts sorted by length."""
+    """Embed all texts, sorted by length, on a thread for each core: what two cores can give."""
     import torch
 
     from asyncdp.infer.model.embed import embed_steps, load_embedder
 
     model, steps = load_embedder(Path(folder))[0].eval(), embed_steps(Path(folder))
 
-    def work(batches: list[object]) -> None:
+    def embed(batches: list[object]) -> None:
         torch.set_num_threads(1)
         with torch.inference_mode():
             while batches:
@@ -156,7 +156,7 @@ async def open_threads(folder: str) -> AsyncIterator[Call]:
         batches = [
             samples[start : start + MAX_BATCH_SIZE] for start in range(0, len(samples), MAX_BATCH_SIZE)
         ]
-        return await asyncio.gather(*[asyncio.to_thread(work, batches) for _ in range(2)])
+        return await asyncio.gather(*[asyncio.to_thread(embed, batches) for _ in range(2)])
 
     yield call
 

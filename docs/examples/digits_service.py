@@ -93,7 +93,7 @@ class Service:
         return total / len(batches)
 
     async def test(self) -> float:
-        """The share of test images that are classified rightly."""
+        """Return the share of test images that are classified correctly."""
         first = self.digits.num_train
         found = await self.classify(self.digits.images[first:])
         return (found == self.digits.classes[first:]).float().mean().item()
@@ -108,13 +108,13 @@ class Service:
         return await self.engine.runtime.run(on_lane)
 
     def tell(self, event: dict[str, Any]) -> None:
-        """Let everyone who follows the progress know."""
+        """Send an event to everyone who follows the progress."""
         self.events.append(event)
         self.changed.set()
         self.changed = anyio.Event()
 
     async def follow(self) -> AsyncIterator[str]:
-        """The events of the latest training as server-sent events, from its beginning to its end."""
+        """Yield the latest training as server-sent events, from its beginning to its end."""
         sent = 0
         while True:
             changed, events = self.changed, self.events

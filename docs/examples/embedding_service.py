@@ -113,7 +113,7 @@ def make_app(folder: Path, devices: str | None = None, timeout: float = 30.0) ->
 
 
 async def answer(batcher: Batcher, samples: Sequence[Any]) -> list[Any]:
-    """What a batcher makes of the samples of one request: of all or, by an exception, of none.
+    """Return what a batcher makes of the samples of one request: of all or, by an exception, of none.
 
     Raises:
         QueueFull: at once, so that load beyond the lanes' power is shed.
@@ -130,7 +130,7 @@ async def answer(batcher: Batcher, samples: Sequence[Any]) -> list[Any]:
 
 
 def check_texts(body: Any) -> list[str]:
-    """The texts of a request.
+    """Return the texts of a request.
 
     Raises:
         ValueError: the body is not of the form `{"texts": ["...", ...]}`, or has too many.

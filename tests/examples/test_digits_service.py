@@ -37,7 +37,7 @@ example = load_example()
 
 @asynccontextmanager
 async def client() -> AsyncIterator[Any]:
-    """A client of the running service, in the same process."""
+    """Open a client of the running service, in the same process."""
     transport = httpx.ASGITransport(app=example.app)
     async with (
         example.app.router.lifespan_context(example.app),
