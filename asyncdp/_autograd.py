@@ -22,7 +22,7 @@ class Scatter(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, dim: int, sizes: Sequence[int], tensor: Tensor, apart: bool = False
+        ctx: Any, dim: int, sizes: Sequence[int], tensor: Tensor, as_views: bool = True
     ) -> tuple[Tensor, ...]:
         """Return one shard of `tensor` for each length in `sizes`.
 
@@ -31,11 +31,11 @@ class Scatter(Function):
             dim: the dimension to split.
             sizes: lengths along `dim`.
             tensor: what to split.
-            apart: give tensors of their own, which may be written in place, and `Written` has to be told;
-                else views, of which torch lets none be written.
+            as_views: return views, which torch lets nobody write into; else the shards may be written in
+                place, and `MarkWritten` has to follow.
         """
         ctx.dim, ctx.device = dim, tensor.device
-        split = torch.unsafe_split_with_sizes if apart else torch.split_with_sizes
+        split = torch.split_with_sizes if as_views else torch.unsafe_split_with_sizes
         shards = split(tensor, list(sizes), dim)
         ctx.shapes = [shard.shape for shard in shards]
         ctx.set_materialize_grads(False)
@@ -54,12 +54,12 @@ class Scatter(Function):
         return None, None, Gather.apply(ctx.device, ctx.dim, *filled), None
 
 
-class Written(Function):
-    """Let a tensor know that its shards, which share its memory, were written in place."""
+class MarkWritten(Function):
+    """Mark a tensor as written in place, after its shards, which share its memory, were."""
 
     @staticmethod
     def forward(ctx: Any, dim: int, tensor: Tensor, *shards: Tensor) -> Tensor:
-        """Return `tensor`, which leads its gradient to the shards from now on."""
+        """Return `tensor`, whose gradient flows to the shards from now on."""
         ctx.dim = dim
         ctx.sizes = [shard.shape[dim] for shard in shards]
         ctx.mark_dirty(tensor)
@@ -67,7 +67,7 @@ class Written(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        """What the tensor held before is gone: all of its gradient is the shards'."""
+        """Scatter the whole gradient to the shards: nothing of the tensor's earlier values is left."""
         return None, None, *Scatter.apply(ctx.dim, ctx.sizes, grad)
 
 
@@ -80,9 +80,9 @@ class Gather(Function):
         ctx.dim = dim
         ctx.devices = [shard.device for shard in shards]
         ctx.set_materialize_grads(False)
-        whole = concatenate(shards, dim, device)
+        output = concatenate(shards, dim, device)
         ctx.sizes = [shard.shape[dim] for shard in shards]
-        return whole
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
@@ -115,16 +115,16 @@ class Broadcast(Function):
         ctx.sources = [tensor.device for tensor in tensors]
         ctx.set_materialize_grads(False)
         outputs = [_own(tensor, device, copy) for device in devices for tensor in tensors]
-        # Without this, one parameter that learns would make frozen ones and buffers learn too.
-        learns = ctx.needs_input_grad[2:] * len(devices)
+        # Without this, one trainable parameter would make frozen ones and buffers require gradients too.
+        trainable = ctx.needs_input_grad[2:] * len(devices)
         ctx.mark_non_differentiable(
-            *(output for output, does in zip(outputs, learns, strict=True) if not does)
+            *(output for output, needed in zip(outputs, trainable, strict=True) if not needed)
         )
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        """Sum over the lanes. A tensor that no lane used gets no gradient at all, not zeros."""
+        """Sum over the lanes. A tensor that no lane used gets no gradient, not zeros."""
         num_tensors = len(ctx.sources)
         groups = [
             [grad for grad in grads[position::num_tensors] if grad is not None]
@@ -153,34 +153,36 @@ class ReduceAdd(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        """Every summand has the gradient of the sum."""
+        """Give every summand the gradient of the sum."""
         return (None, *Broadcast.apply(ctx.devices, False, grad))
 
 
 def broadcast_first(devices: Sequence[torch.device], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Broadcast without copies on the tensors' own device, with a backward that waits for nobody.
+    """Broadcast without copies on the tensors' own device, with a backward that runs as early as it can.
 
-    Autograd runs what was recorded last first, and would put off the reduce-add of a broadcast at the
-    start of a forward to the very end. Moved to the front, it runs as soon as its gradients are there,
-    while the rest of the backward goes on.
+    Autograd runs first what was recorded last, so the reduce-add of a broadcast at the start of a forward
+    would run at the very end. With a higher sequence number it runs as soon as its gradients are there,
+    beside the rest of the backward.
     """
     outputs: tuple[Tensor, ...] = Broadcast.apply(devices, False, *tensors)
-    set_sequence_number(outputs[0].grad_fn, _AHEAD)
+    set_sequence_number(outputs[0].grad_fn, _EARLY)
     return outputs
 
 
-# Behind torch's own accumulation of gradients (2**64 - 1), ahead of everything in a forward.
-_AHEAD = 2**62
+# Below that of torch's own accumulation of gradients (2**64 - 1), above all that a forward records.
+_EARLY = 2**62
 
 
 def concatenate(shards: Sequence[Tensor], dim: int, device: torch.device) -> Tensor:
-    """What `Gather` does, for when no gradient will be asked for.
+    """Return what `Gather` returns, without recording it for a backward.
 
     Raises:
         GatherError: the sizes do not fit together.
     """
     try:
-        return _kernels.gather(shards, dim, device)
+        if device.type == "cuda":
+            return _kernels.gather(shards, dim, device)
+        return torch.cat([shard if shard.device == device else shard.to(device) for shard in shards], dim)
     except (RuntimeError, IndexError) as error:
         if _fit(shards, dim):
             raise
@@ -189,7 +191,7 @@ def concatenate(shards: Sequence[Tensor], dim: int, device: torch.device) -> Ten
 
 
 def _fit(shards: Sequence[Tensor], dim: int) -> bool:
-    """Whether the sizes of tensors differ along `dim` only, so that their gather failed by something else."""
+    """Return whether sizes differ along `dim` only, so that something else made their gather fail."""
     shapes = [list(shard.shape) for shard in shards]
     if not all(-len(shape) <= dim < len(shape) for shape in shapes):
         return False
@@ -209,7 +211,7 @@ def _sum_groups(
 ) -> list[Tensor | None]:
     """Sum each group on its destination; an empty group gives None.
 
-    Autograd has seen to it that every gradient has the size and dtype of its tensor.
+    Autograd has checked that every gradient has the size and dtype of its tensor.
     """
     sums: list[Tensor | None] = [None] * len(groups)
     to_reduce: dict[torch.device, list[int]] = {}

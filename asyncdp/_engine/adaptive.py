@@ -1,111 +1,87 @@
-"""Calls and training steps on as many lanes as pay, without ever changing what they mean."""
+"""The engine's side of `num_lanes="auto"`: as many lanes as pay, without ever changing what a call means."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .. import _tree
-from .._replicas.replica_set import ReplicaSet
 from .._replicas.snapshot import modules_of
 from .._training.lanes import Modes
-from .._training.trainer import count_rows
+from .._verbs.batch import Batch
 from .route import Route
 from .tuner import LaneChoice, Tuner, Workload
-
-_KIND = attrgetter("dtype", "shape")
 
 
 class Adaptive:
     """Chooses the number of lanes of every call of one module.
 
     Args:
-        module: whose calls these are.
         route: the lanes there are.
     """
 
-    def __init__(self, module: nn.Module, route: Route) -> None:
-        self._module = module
+    def __init__(self, route: Route) -> None:
         self._route = route
-        self._all = len(route.lanes)
-        self._tuner = Tuner(self._all)
-        self._latest: tuple[Any, Workload] | None = None  # what was asked for last, and its workload
+        self._num_lanes = len(route.lanes)
+        self._tuner = Tuner(self._num_lanes)
 
     def choices(self) -> tuple[LaneChoice, ...]:
-        """What was chosen so far, and why."""
+        """Return what was chosen so far, and why."""
         return self._tuner.choices()
 
-    async def call(self, replicas: ReplicaSet, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    async def call(self, batch: Batch) -> Any:
         """Run one batch."""
-        batch = args if not kwargs else (args, dict(kwargs))
-        tensors = tensors_of(batch)
-        workload = self._workload("call", tensors, modules_of(self._module))
+        tensors = batch.tensors
+        workload = self._workload("call", tensors, modules_of(self._route.module))
         is_trial = workload.is_learning
         num_lanes = workload.choose()
-        num_elements = sum(map(Tensor.numel, tensors))
         started = time.perf_counter()
-        result = await self._run(num_lanes, replicas, args, kwargs)
-        workload.record(num_lanes, time.perf_counter() - started, num_elements)
+        result = await self._run(batch, num_lanes)
+        seconds = time.perf_counter() - started
+        workload.record(num_lanes, seconds, sum(map(Tensor.numel, tensors)))
         if is_trial and not self._keeps_its_meaning(workload, result, batch):
             workload.fix("outputs are not made of rows of the batch")
-            if num_lanes != self._all:
-                return await self._run(self._all, replicas, args, kwargs)
+            if num_lanes != self._num_lanes:
+                return await self._run(batch, self._num_lanes)
         return result
 
-    def choose_for_step(self, batch: Any, modes: Modes) -> tuple[int, Callable[[float], None]]:
-        """The number of lanes for one training step, and what to tell the seconds it took."""
-        tensors = tensors_of(batch)
+    def choose_for_step(self, batch: Batch, modes: Modes) -> tuple[int, Callable[[float], None]]:
+        """Return the number of lanes for one training step, and a function that records its seconds."""
+        tensors = batch.tensors
         workload = self._workload("train_step", tensors, modes.modules)
         num_lanes = workload.choose()
-        size = sum(map(Tensor.numel, tensors))
-        return num_lanes, partial(workload.record, num_lanes, size=size)
+        return num_lanes, partial(workload.record, num_lanes, size=sum(map(Tensor.numel, tensors)))
 
-    async def _run(
-        self, num_lanes: int, replicas: ReplicaSet, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Any:
+    def _run(self, batch: Batch, num_lanes: int) -> Awaitable[Any]:
         if num_lanes == 1:
-            return await self._route.run_whole(self._module, replicas, args, kwargs)
-        return await self._route.run(self._module, replicas, args, kwargs, num_lanes)
+            return self._route.run_whole_with_all_threads(batch)
+        return self._route.run_split(batch, num_lanes)
 
     def _workload(self, kind: str, tensors: Sequence[Tensor], modules: Sequence[nn.Module]) -> Workload:
-        """The workload of a call; one that may not be tuned is fixed here."""
-        mode = "train" if self._module.training else "eval"
+        """Return the workload of a call; one that may not be tuned is fixed here."""
+        mode = "train" if self._route.module.training else "eval"
         reason = why_fixed(modules)
-        asked = (kind, mode, _torch_mode(), reason, [*map(_KIND, tensors)])
-        if self._latest is not None and asked == self._latest[0]:
-            return self._latest[1]  # most calls are as the one before, and spared the making of a key
-        key = Key((*asked[:3], *map(roughly, tensors), None if reason is None else f"({reason})"))
-        workload = self._tuner.workload(key)
+        shapes = [ShapeBucket(each.dtype, tuple(map(int.bit_length, each.shape))) for each in tensors]
+        workload = self._tuner.workload(WorkloadKey(kind, mode, _torch_mode(), tuple(shapes), reason))
         if reason is not None:
             workload.fix(reason)
-        self._latest = asked, workload
         return workload
 
-    def _keeps_its_meaning(self, workload: Workload, result: Any, batch: Any) -> bool:
-        num_rows = count_rows(batch, self._route.dim)
+    def _keeps_its_meaning(self, workload: Workload, result: Any, batch: Batch) -> bool:
+        num_rows = batch.num_rows
         found = None if num_rows is None else growth(result, num_rows, self._route.dim)
         return found is not None and workload.agrees(found)
 
 
-class Key(tuple[Any, ...]):
-    """Names a workload; calls of about the same sizes share one."""
-
-    __slots__ = ()
-
-    def __str__(self) -> str:
-        return " ".join(str(part) for part in self if part is not None)
-
-
-class Rough(NamedTuple):
+class ShapeBucket(NamedTuple):
     """The dtype of a tensor, and of each length its number of bits.
 
-    So lengths count in powers of two: batches of ever new lengths would otherwise never be done learning.
+    Lengths count in powers of two, lest batches of new lengths all the time never end learning.
     """
 
     dtype: torch.dtype
@@ -116,24 +92,22 @@ class Rough(NamedTuple):
         return f"{str(self.dtype).removeprefix('torch.')}[{lengths}]"
 
 
-def tensors_of(batch: Any) -> Sequence[Tensor]:
-    """All tensors of a batch."""
-    if type(batch) is tuple:  # of tensors alone, as most calls are: spared the detour over trees
-        for each in batch:
-            if not isinstance(each, Tensor):
-                break
-        else:
-            return batch
-    return [leaf for leaf in _tree.flatten(batch)[0] if isinstance(leaf, Tensor)]
+class WorkloadKey(NamedTuple):
+    """Names a workload; calls of about the same sizes share one."""
 
+    kind: str
+    mode: str
+    torch_mode: str
+    shapes: tuple[ShapeBucket, ...]
+    reason: str | None
 
-def roughly(tensor: Tensor) -> Rough:
-    """The dtype and rough shape of a tensor."""
-    return Rough(tensor.dtype, tuple(map(int.bit_length, tensor.shape)))
+    def __str__(self) -> str:
+        reason = () if self.reason is None else (f"({self.reason})",)
+        return " ".join(map(str, (self.kind, self.mode, self.torch_mode, *self.shapes, *reason)))
 
 
 def _torch_mode() -> str:
-    """What of torch's state in this thread makes calls quicker or slower."""
+    """Return what of torch's state in this thread makes calls quicker or slower."""
     records = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     mode = "grad" if records else "no_grad"
     is_mixed = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
@@ -141,7 +115,11 @@ def _torch_mode() -> str:
 
 
 def why_fixed(modules: Sequence[nn.Module]) -> str | None:
-    """Why the results of a module, given with all below it, may depend on how a batch is split, or None."""
+    """Return why results may depend on how a batch is split, or None.
+
+    Args:
+        modules: the module and all below it.
+    """
     if torch.are_deterministic_algorithms_enabled():
         return "torch's deterministic mode is on"
     for each in modules:
@@ -156,7 +134,7 @@ def why_fixed(modules: Sequence[nn.Module]) -> str | None:
 
 
 def growth(result: Any, num_rows: int, dim: int) -> tuple[int | None, ...] | None:
-    """How many rows of each output there are to a row of input; None if an output has no such ratio.
+    """Return how many rows each output has per row of input; None if an output has no such ratio.
 
     A result that has one, and the same on any number of lanes, does not depend on how many there were.
     """

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -16,16 +15,15 @@ from .._replicas.buckets import DEFAULT_BUCKET_BYTES
 from .._replicas.replica import check_module
 from .._replicas.replica_set import ReplicaSet, replica_set_of
 from .._runtime import Lane, Runtime, RuntimeStatistics, default_lanes, scheduler_of
+from .._runtime.lane_runner import LaneRunner
 from .._training.commit import StepOptions
 from .._training.trainer import Trainer
-from .._verbs.parallel_apply import arguments
+from .._verbs.batch import Batch, positional
 from ..errors import NotAModuleError
 from .adaptive import Adaptive
-from .route import Route
+from .map import BatchStream, map_batches
+from .route import EngineLanes, Route
 from .tuner import LaneChoice
-
-if TYPE_CHECKING:
-    from .map import BatchStream
 
 
 async def data_parallel(
@@ -39,7 +37,7 @@ async def data_parallel(
 ) -> Any:
     """Run a module on a batch split over several devices.
 
-    The module's replicas are kept for as long as the module lives, so that calling this in a loop
+    The module's replicas are cached for as long as the module lives, so that calling this in a loop
     copies nothing again.
 
     Args:
@@ -47,12 +45,12 @@ async def data_parallel(
         inputs: a tuple holds positional arguments, anything else is the only one; nested at will.
         devices: one lane per entry; see `parse_devices`.
         output_device: where the result goes; the first of `devices` if None.
-        dim: dimension of inputs and outputs that is split and put together again.
+        dim: dimension of inputs and outputs that is split and concatenated.
         module_kwargs: keyword arguments, split like the inputs.
 
     Returns:
-        What `module` would return for the whole batch, on `output_device`. With gradients enabled it
-        leads them back to inputs and parameters.
+        What `module` would return for the whole batch, on `output_device`, differentiable with
+        respect to inputs and parameters.
 
     Raises:
         NotAModuleError, LazyModuleError, UnsupportedModuleError: the module cannot be replicated.
@@ -67,28 +65,28 @@ async def data_parallel(
     output = targets[0] if output_device is None else parse_devices(output_device)[0]
     replicas = replica_set_of(module, targets)
     scheduler, lanes = default_lanes(targets)
-    route = Route(scheduler, tuple(lanes), output, dim)
-    args, kwargs = arguments(inputs), dict(module_kwargs or {})
-    if len(targets) == 1:
-        return await route.run_on_one_lane(module, replicas, args, kwargs)
-    return await route.run(module, replicas, args, kwargs)
+    route = Route(module, replicas, scheduler, lanes, output, dim)
+    batch = Batch(positional(inputs), module_kwargs or {}, dim)
+    if len(lanes) == 1:
+        return await route.run_whole(batch)
+    return await route.run_split(batch, len(lanes))
 
 
 @dataclass(frozen=True)
 class DataParallelStatistics:
-    """An engine at one moment."""
+    """Statistics of an engine at one moment."""
 
     num_passes: int
-    """Passes that ended well."""
+    """Passes that succeeded."""
     num_steps: int
-    """Optimizer steps taken, also those whose caller was cancelled while the optimizer ran."""
+    """Optimizer steps taken, including those whose caller was cancelled while the optimizer ran."""
     num_lanes: int
     choices: tuple[LaneChoice, ...]
     """With num_lanes="auto": how many lanes each kind of call takes, and why."""
     runtime: RuntimeStatistics
 
 
-# Engines whose steps only accumulate, in this task's context: other tasks' steps are not meant.
+# Engines whose steps only accumulate, in this task's context alone: other tasks may step meanwhile.
 _accumulating: ContextVar[tuple[object, ...]] = ContextVar("asyncdp_accumulating", default=())
 
 
@@ -102,11 +100,11 @@ class DataParallel:
         module: what to run.
         devices: one lane per entry; see `parse_devices`. With `runtime` given, which of its lanes.
         output_device: where results go; the first lane's device if None.
-        dim: dimension of inputs and outputs that is split and put together again.
+        dim: dimension of inputs and outputs that is split and concatenated.
         num_lanes: how many lanes a call is split over: "all", a number, or "auto", which learns from
-            the calls themselves how many are quickest; see `statistics`. What a result means never
-            depends on it: where it could (batch statistics in train mode, outputs that are not rows of
-            the batch, torch's deterministic mode), "auto" stays on all lanes.
+            the calls how many are quickest; see `statistics`. The meaning of a result never depends on
+            it: where it could (batch statistics in train mode, outputs that are not rows of the batch,
+            torch's deterministic mode), "auto" stays on all lanes.
         runtime: run on these lanes instead of on own ones. It is not closed with the engine.
         bucket_bytes: gradients that one reduce-add covers in a backward of the caller's own.
         checksum: read all weights at every pass that has copies of them on another device, so as to
@@ -137,15 +135,14 @@ class DataParallel:
         lanes = self._choose_lanes(devices)
         self.module = module
         self._num_lanes = _check_num_lanes(num_lanes, len(lanes))
-        self._route = Route(
-            scheduler_of(self.runtime), lanes, lanes[0].device if output is None else output, dim
-        )
-        self._replicas = ReplicaSet(module, [lane.device for lane in lanes], bucket_bytes, checksum)
-        self._trainer = Trainer(module, self._route.scheduler, lanes, self._route.output, dim)
-        adapts = num_lanes == "auto" and len(lanes) > 1
-        self._adaptive = Adaptive(module, self._route) if adapts else None
-        self._num_passes = 0
-        self._counting = threading.Lock()  # loops and lanes count, each on threads of their own
+        replicas = ReplicaSet(module, [lane.device for lane in lanes], bucket_bytes, checksum)
+        output = lanes[0].device if output is None else output
+        scheduler = scheduler_of(self.runtime)
+        self._route = Route(module, replicas, scheduler, lanes, output, dim)
+        self._runner = EngineLanes(self.runtime, self._route)
+        self._trainer = Trainer(module, scheduler, lanes, output)
+        is_adaptive = num_lanes == "auto" and len(lanes) > 1
+        self._adaptive = Adaptive(self._route) if is_adaptive else None
 
     def _choose_lanes(self, devices: Devices) -> tuple[Lane, ...]:
         if self._owns_runtime or devices is None:
@@ -159,7 +156,9 @@ class DataParallel:
 
     def __repr__(self) -> str:
         names = ", ".join(lane.name for lane in self._route.lanes)
-        return f"<DataParallel {type(self.module).__name__} on [{names}]: {self._num_passes} passes done>"
+        return (
+            f"<DataParallel {type(self.module).__name__} on [{names}]: {self._route.num_passes} passes done>"
+        )
 
     async def __aenter__(self) -> DataParallel:
         return self
@@ -177,13 +176,14 @@ class DataParallel:
 
         Returns, raises: as `asyncdp.data_parallel`.
         """
+        batch = Batch(args, kwargs, self._route.dim)
         if len(self._route.lanes) == 1:
-            result = await self._route.run_on_one_lane(self.module, None, args, kwargs)
+            result = await self._route.run_whole(batch)
         elif self._adaptive is not None:
-            result = await self._adaptive.call(self._replicas, args, kwargs)
+            result = await self._adaptive.call(batch)
         else:
-            result = await self._route.run(self.module, self._replicas, args, kwargs, self._num_lanes)
-        self._count_pass()
+            result = await self._route.run_split(batch, self._num_lanes)
+        self._route.count_pass()
         return result
 
     async def on_one_lane(self, *args: Any, **kwargs: Any) -> Any:
@@ -193,26 +193,13 @@ class DataParallel:
 
         Returns, raises: as `asyncdp.data_parallel`.
         """
-        result = await self._route.run_on_one_lane(self.module, self._replicas, args, kwargs)
-        self._count_pass()
+        result = await self._route.run_whole(Batch(args, kwargs, self._route.dim))
+        self._route.count_pass()
         return result
 
-    def run_here(self, position: int, *args: Any) -> Any:
-        """Run the module on one whole batch, on this thread: that of the lane at `position` of `lanes`.
-
-        For what schedules its own works, as `Batcher` does; call it by `engine.runtime.run`.
-        """
-        result = self._route.run_here(position, self.module, self._replicas, args, {})
-        self._count_pass()
-        return result
-
-    def pick_lane(self) -> int:
-        """The position in `lanes` of the one for a whole batch: the least busy, or 0 where buffers change."""
-        return self._route.pick(self.module)
-
-    def _count_pass(self) -> None:
-        with self._counting:
-            self._num_passes += 1
+    def __asyncdp_lane_runner__(self) -> LaneRunner:
+        """Return what schedulers of whole batches, such as `Batcher`, run them by."""
+        return self._runner
 
     def map(
         self,
@@ -227,8 +214,9 @@ class DataParallel:
         Grad and inference mode are those of this call, not of the loop over the results.
 
         Args:
-            batches: as single arguments of `on_one_lane`; a tuple holds several. Sequences are read
-                on the loop, other iterables on a thread, async iterables by awaiting.
+            batches: arguments of `on_one_lane`: a dict holds keyword arguments, a tuple positional
+                ones, anything else is the only argument. Sequences are read on the loop, other
+                iterables on a thread, async iterables by awaiting.
             ordered: give results in the order of `batches`; else as they complete.
             max_in_flight: batches read and not yet given back as results; two per lane if None.
             on_error: what a batch that raises does: "raise" ends the stream, "skip" leaves it out,
@@ -241,9 +229,9 @@ class DataParallel:
         Raises:
             TypeError, ValueError: an argument is none of the above.
         """
-        from .map import map_batches
-
-        return map_batches(self, batches, ordered=ordered, max_in_flight=max_in_flight, on_error=on_error)
+        return map_batches(
+            self._runner, batches, ordered=ordered, max_in_flight=max_in_flight, on_error=on_error
+        )
 
     async def train_step(
         self,
@@ -264,13 +252,13 @@ class DataParallel:
         are cleared to None.
 
         A step that fails or is cancelled changes no parameter, gradient, buffer or optimizer state.
-        Once the optimizer has begun it is let end: a cancellation then goes on after a whole step.
+        Once the optimizer has begun it runs to its end, and a cancellation goes on after a whole step.
         Only an error that the optimizer itself raises can leave a step half done, and says so.
         Steps of one engine run one after the other.
 
         Args:
             inputs: a tuple holds positional arguments, anything else is the only one. They are data:
-                no gradient leads back to them.
+                no gradient flows back to them.
             targets: what `loss_fn` compares with; split like the inputs. May be None.
             loss_fn: called on every lane with its outputs and its targets; returns one number.
             optimizer: of torch.optim, over the module's parameters. None only with `reduce_only`. On the
@@ -293,12 +281,12 @@ class DataParallel:
         options = StepOptions(loss_fn, optimizer, loss_reduction, before_step, scaler, reduce_only)
         options.check()
         modes = self._trainer.modes()
+        batch = Batch.of_step(inputs, targets, self._route.dim)
         num_lanes, record = self._num_lanes, None
         if self._adaptive is not None:
-            num_lanes, record = self._adaptive.choose_for_step((inputs, targets), modes)
-        accumulate = self in _accumulating.get()
+            num_lanes, record = self._adaptive.choose_for_step(batch, modes)
         return await self._trainer.step(
-            inputs, targets, options, num_lanes, modes, accumulate=accumulate, record=record
+            batch, options, num_lanes, modes, accumulate=self in _accumulating.get(), record=record
         )
 
     @contextmanager
@@ -315,7 +303,7 @@ class DataParallel:
             _accumulating.reset(token)
 
     def discard_accumulated(self) -> None:
-        """Forget the gradients of steps under `no_sync` that no later step has used."""
+        """Discard the gradients of steps under `no_sync` that no later step has used."""
         self._trainer.discard_accumulated()
 
     def refresh(self) -> None:
@@ -323,12 +311,12 @@ class DataParallel:
 
         Needed only for lanes on another device than the module's.
         """
-        self._replicas.refresh()
+        self._route.replicas.refresh()
 
     def statistics(self) -> DataParallelStatistics:
-        """A snapshot of the engine and its runtime."""
+        """Return a snapshot of the engine and its runtime."""
         return DataParallelStatistics(
-            num_passes=self._num_passes,
+            num_passes=self._route.num_passes,
             num_steps=self._trainer.num_steps,
             num_lanes=len(self._route.lanes),
             choices=() if self._adaptive is None else self._adaptive.choices(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,18 +15,17 @@ import torch
 from .. import _loops
 from .._loops import Completion, Waiter, ends_tasks, is_cancelled, wake
 from .._runtime import Task, scheduler_of
-from .._verbs.parallel_apply import arguments
+from .._runtime.lane_runner import LaneRunner
+from .._verbs.batch import arguments
 from .prefetch import Prefetcher
 
 if TYPE_CHECKING:
     from anyio.abc import TaskGroup
 
-    from .data_parallel import DataParallel
-
 ON_ERROR = ("raise", "skip", "return")
 
 _FATAL = (KeyboardInterrupt, SystemExit)
-"""What ends a stream whatever `on_error` says."""
+"""Errors that end a stream for every `on_error`."""
 
 _END = object()
 
@@ -37,10 +36,9 @@ class _Outcome(NamedTuple):
 
 
 class _Shared:
-    """What the reader of a stream and the task that fills it share; all on one event loop.
+    """State shared by the reader of a stream and the task that fills it, on one event loop.
 
-    The task must not refer to the reader: a reader that was dropped in mid-stream is noticed by
-    nobody else, and ends the task.
+    The task must not refer to the reader: only the reader's deletion in mid-stream ends the task.
     """
 
     def __init__(self, max_in_flight: int, ordered: bool) -> None:
@@ -94,7 +92,7 @@ class _Shared:
                 del failure
 
     async def get(self) -> _Outcome | None:
-        """The next outcome, or None at the end of the stream."""
+        """Return the next outcome, or None at the end of the stream."""
         while True:
             index = self._next if self._ordered else (self._order[0] if self._order else -1)
             if index in self._ready:
@@ -127,7 +125,7 @@ class _Source:
         self._error: BaseException | None = None
 
     async def next(self) -> Any:
-        """The next batch, or `_END`."""
+        """Return the next batch, or `_END`."""
         if self._is_async:
             if self._iterator is None:
                 self._iterator = aiter(self._batches)
@@ -175,7 +173,7 @@ class BatchStream:
 
     def __init__(
         self,
-        engine: DataParallel,
+        runner: LaneRunner,
         batches: Iterable[Any] | AsyncIterable[Any],
         ordered: bool,
         max_in_flight: int,
@@ -183,10 +181,10 @@ class BatchStream:
     ) -> None:
         self._shared = _Shared(max_in_flight, ordered)
         self._on_error = on_error
-        # Noted here: a mode that is held over an await would leak into other tasks.
+        # Read here, since a mode that is on during an await leaks into other tasks.
         modes = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
         self._source = _Source(batches)
-        self._fill = partial(_fill, self._shared, engine, self._source, modes)
+        self._fill = partial(_fill, self._shared, runner, self._source, modes)
         self._cancel: Callable[[], object] | None = None
         self._closed = False
 
@@ -197,7 +195,7 @@ class BatchStream:
         if self._closed:
             raise StopAsyncIteration
         if self._cancel is None:
-            # Cancels once: a second time would break off what closes the source.
+            # Cancels once: a second cancellation would interrupt the closing of the source.
             self._cancel = cancel = weakref.finalize(self, _loops.current().spawn(self._fill))
             cancel.atexit = False
         while (outcome := await self._shared.get()) is not None:
@@ -231,7 +229,7 @@ class BatchStream:
             Exception: what the source raised as it was closed.
         """
         self._closed = True
-        self._shared.failure = None  # came of reading ahead
+        self._shared.failure = None  # from reading ahead, which the caller has given up
         if self._shared.ended:
             return
         # Without the shield anyio would cancel the wait again and again on asyncio.
@@ -249,14 +247,14 @@ class BatchStream:
 
 
 def map_batches(
-    engine: DataParallel,
+    runner: LaneRunner,
     batches: Iterable[Any] | AsyncIterable[Any],
     *,
     ordered: bool,
     max_in_flight: int | None,
     on_error: str,
 ) -> BatchStream:
-    """Make the stream behind `DataParallel.map`, which tells the arguments.
+    """Make the stream behind `DataParallel.map`; the arguments are explained there.
 
     Raises:
         TypeError: `batches` is no iterable.
@@ -269,22 +267,22 @@ def map_batches(
         )
     if on_error not in ON_ERROR:
         raise ValueError(f"on_error must be one of {', '.join(ON_ERROR)}, but got {on_error!r}.")
-    # Two per lane: while one runs, the next is at hand.
-    limit = 2 * len(engine.lanes) if max_in_flight is None else max_in_flight
+    # Two per lane: while one runs, the next is ready.
+    limit = 2 * len(runner.lanes) if max_in_flight is None else max_in_flight
     if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
         raise ValueError(f"max_in_flight must be a whole number of 1 or more, but got {limit}.")
-    return BatchStream(engine, batches, ordered, limit, on_error)
+    return BatchStream(runner, batches, ordered, limit, on_error)
 
 
-async def _fill(shared: _Shared, engine: DataParallel, source: _Source, modes: tuple[bool, bool]) -> None:
+async def _fill(shared: _Shared, runner: LaneRunner, source: _Source, modes: tuple[bool, bool]) -> None:
     """Keep batches of the source in flight, until it ends or the task is cancelled."""
-    prefetcher = Prefetcher(engine.lanes)
+    prefetcher = Prefetcher(runner.lanes)
     try:
         async with anyio.create_task_group() as group:
             # In a task of the group, since the cancellation of this one would not wait for a thread
             # that reads; the group's does.
             group.start_soon(
-                _read_all, shared, group, partial(_run, shared, engine, prefetcher, modes), source
+                _read_all, shared, group, partial(_run, shared, runner, prefetcher, modes), source
             )
     except BaseException:
         if not shared.closing:
@@ -299,7 +297,7 @@ async def _fill(shared: _Shared, engine: DataParallel, source: _Source, modes: t
 
 
 async def _read_all(shared: _Shared, group: TaskGroup, run: Callable[..., Any], source: _Source) -> None:
-    """Start a task for each batch when there is room for it; keep what the source raises for the end."""
+    """Start a task for each batch once there is room; what the source raises comes at the end."""
     count = 0
     try:
         try:
@@ -322,19 +320,19 @@ async def _read_all(shared: _Shared, group: TaskGroup, run: Callable[..., Any], 
 
 async def _run(
     shared: _Shared,
-    engine: DataParallel,
+    runner: LaneRunner,
     prefetcher: Prefetcher,
     modes: tuple[bool, bool],
     index: int,
     batch: Any,
 ) -> None:
     try:
-        position = engine.pick_lane()
-        lane = engine.lanes[position]
-        scheduler = scheduler_of(engine.runtime)
-        num_threads = scheduler.thread_share(len(engine.lanes))
+        position = runner.pick()
+        lane = runner.lanes[position]
+        scheduler = scheduler_of(runner.runtime)
+        num_threads = scheduler.thread_share(len(runner.lanes))
         inputs = prefetcher.start(lane, arguments(batch))
-        task = Task(lane, partial(run_batch, modes, engine, position, inputs), "run")
+        task = Task(lane, partial(run_batch, modes, runner, position, inputs), "run")
         shared.put(index, _Outcome((await scheduler.run([task], num_threads=num_threads))[0]))
     except BaseException as error:
         if ends_tasks(error) and is_cancelled():
@@ -343,9 +341,13 @@ async def _run(
 
 
 def run_batch(
-    modes: tuple[bool, bool], engine: DataParallel, position: int, inputs: Callable[[], tuple[Any, ...]]
+    modes: tuple[bool, bool],
+    runner: LaneRunner,
+    position: int,
+    inputs: Callable[[], tuple[tuple[Any, ...], Mapping[str, Any]]],
 ) -> Any:
     """Run one batch of a stream on a lane, under the modes that were on when the stream was made."""
     grad, inference = modes
     with torch.inference_mode(inference), torch.set_grad_enabled(grad):
-        return engine.run_here(position, *inputs())
+        args, kwargs = inputs()
+        return runner.run_on(position, *args, **kwargs)

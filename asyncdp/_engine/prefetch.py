@@ -1,4 +1,4 @@
-"""Inputs of coming batches on their way to a device while it still computes the one before."""
+"""Copies the inputs of later batches to a device while it still computes earlier ones."""
 
 from __future__ import annotations
 
@@ -15,48 +15,47 @@ from .._runtime.task import driver_of
 
 
 class Prefetcher:
-    """Brings batches to lanes ahead of their turn, where the lanes' devices can copy and compute at once.
+    """Copies batches to lanes' devices ahead of their turn, where a device can copy while it computes.
 
     Memory is pinned and copies are issued on threads of its own, one per such lane: pinning may take
-    long, and neither the loop nor a lane that has work to issue should wait for it.
+    long, and neither the loop nor a lane with tasks to issue should wait for it.
     """
 
     def __init__(self, lanes: Sequence[Lane]) -> None:
         count = sum(driver_of(lane).prefetches for lane in lanes)
         self._threads = ThreadPoolExecutor(count, "asyncdp-prefetch") if count else None
 
-    def start(self, lane: Lane, inputs: tuple[Any, ...]) -> Callable[[], tuple[Any, ...]]:
-        """Begin to bring the inputs of a work; the work on `lane` gets them by calling the result once."""
+    def start(self, lane: Lane, batch: Any) -> Callable[[], Any]:
+        """Begin to copy a batch, any tree; the task on `lane` gets it by calling the result once."""
         if self._threads is None or not driver_of(lane).prefetches:
-            return lambda: inputs
-        under_way = [self._threads.submit(_bring, driver_of(lane), inputs)]
-        # Taken out, lest an error and the frames that it went through keep each other alive.
-        return lambda: under_way.pop().result()()
+            return lambda: batch
+        submitted = [self._threads.submit(_prefetch, driver_of(lane), batch)]
+        # Popped, lest an error and the frames that it went through keep each other alive.
+        return lambda: submitted.pop().result()()
 
     def close(self) -> None:
-        """Let the threads end; what no work has asked for is dropped."""
+        """Let the threads end; what no task has asked for is dropped."""
         if self._threads is not None:
             self._threads.shutdown(wait=False, cancel_futures=True)
 
 
-def _bring(driver: LaneDevice, inputs: tuple[Any, ...]) -> Callable[[], tuple[Any, ...]]:
-    leaves, spec = _tree.flatten(inputs)
-    places = [place for place, leaf in enumerate(leaves) if _is_prefetchable(leaf)]
-    if not places:
-        return lambda: inputs
-    take = driver.prefetch([leaves[place] for place in places])
+def _prefetch(driver: LaneDevice, batch: Any) -> Callable[[], Any]:
+    leaves, spec = _tree.flatten(batch)
+    positions = [position for position, leaf in enumerate(leaves) if _is_prefetchable(leaf)]
+    if not positions:
+        return lambda: batch
+    take = driver.prefetch([leaves[position] for position in positions])
 
-    def put_together() -> tuple[Any, ...]:
-        for place, copy in zip(places, take(), strict=True):
-            leaves[place] = copy
-        moved: tuple[Any, ...] = _tree.unflatten(spec, leaves)
-        return moved
+    def rebuild() -> Any:
+        for position, copy in zip(positions, take(), strict=True):
+            leaves[position] = copy
+        return _tree.unflatten(spec, leaves)
 
-    return put_together
+    return rebuild
 
 
 def _is_prefetchable(leaf: Any) -> bool:
-    """Tell whether a leaf is plain data of the host; the lane itself brings everything else."""
+    """Return whether a leaf is plain data of the host; the lane itself moves everything else."""
     return (
         isinstance(leaf, torch.Tensor)
         and leaf.device.type == "cpu"

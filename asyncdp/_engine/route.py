@@ -1,8 +1,9 @@
-"""The way of a pass over lanes: scatter, replicate, apply, gather."""
+"""How a call goes over lanes: scatter, replicate, apply, gather."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,141 +13,159 @@ from torch import nn
 
 from .._replicas.replica_set import LaneModule, ReplicaSet, updates_buffers
 from .._replicas.snapshot import is_on, moves_weights
-from .._runtime import Lane, Scheduler, Task
+from .._runtime import Lane, Runtime, Scheduler, Task
 from .._runtime.passes import NextStage, Stage
+from .._verbs.batch import Batch, move
 from .._verbs.gather import gather_to
-from .._verbs.inplace import Wholes
-from .._verbs.parallel_apply import apply, apply_and_move
-from .._verbs.scatter import split_arguments
+from .._verbs.inplace import SplitInputs
 
 
-@dataclass(frozen=True)
 class Route:
-    """Which lanes the passes of a module take, and where their results go."""
+    """The lanes that calls of one module go over.
 
-    scheduler: Scheduler
-    lanes: tuple[Lane, ...]
-    output: torch.device
-    dim: int
+    Args:
+        module: what to run.
+        replicas: its replicas, one per lane; a single lane uses none.
+        scheduler: the scheduler of the lanes.
+        lanes: where to run.
+        output: the device that results go to.
+        dim: the dimension that is split and concatenated.
+    """
 
-    async def run(
+    def __init__(
         self,
         module: nn.Module,
         replicas: ReplicaSet,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        num_lanes: int | None = None,
-    ) -> Any:
-        """Scatter, replicate, apply and gather on `num_lanes` lanes (all, if None).
+        scheduler: Scheduler,
+        lanes: Sequence[Lane],
+        output: torch.device,
+        dim: int,
+    ) -> None:
+        self.module = module
+        self.replicas = replicas
+        self.scheduler = scheduler
+        self.lanes = tuple(lanes)
+        self.output = output
+        self.dim = dim
+        self.num_passes = 0
+        self._counting = threading.Lock()  # loops and lanes count, each on a thread of its own
+
+    def count_pass(self) -> None:
+        """Count a pass that succeeded."""
+        with self._counting:
+            self.num_passes += 1
+
+    async def run_split(self, batch: Batch, num_lanes: int) -> Any:
+        """Scatter, replicate, apply and gather on at most `num_lanes` lanes.
 
         Only views are made on the calling thread; everything else happens on lanes.
         """
-        most = len(self.lanes) if num_lanes is None else num_lanes
-        wholes = Wholes()
-        shards = split_arguments(args, kwargs, most, self.dim, wholes)
-        positions = self._positions(len(shards), module)
+        split_inputs = SplitInputs()
+        shards = batch.split(num_lanes, split_inputs)
+        positions = self._positions(len(shards))
+        lanes = list(map(self.lanes.__getitem__, positions))
 
         def apply_stage(modules: Sequence[LaneModule]) -> Stage:
             return [
-                Task(
-                    self.lanes[position],
-                    partial(apply, each, shard[0], shard[1], self.lanes[position].device),
-                    "run",
-                    True,
-                )
-                for position, each, shard in zip(positions, modules, shards, strict=True)
+                Task(lane, partial(batch.apply, module, lane.device, shard), "run", is_replica=True)
+                for lane, module, shard in zip(lanes, modules, shards, strict=True)
             ]
 
         def gather_stage(outputs: Sequence[Any], last: Lane) -> Stage:
-            return [Task(self._gather_lane(last), partial(self.gather, outputs, wholes), "gather")]
+            return [Task(self._gather_lane(last), partial(self.gather, outputs, split_inputs), "gather")]
 
-        num_threads = self.scheduler.thread_share(len(positions))
         following: list[NextStage] = [gather_stage]
-        ready = replicas.prepare_nowait(module, positions)
+        ready = self.replicas.prepare_nowait(self.module, positions)
         if ready is not None:
             stage = apply_stage(ready)
         else:
-            stage = [Task(self.lanes[0], partial(replicas.prepare, module, positions), "replicate")]
+            prepare = partial(self.replicas.prepare, self.module, positions)
+            stage = [Task(self.lanes[0], prepare, "replicate")]
             following.insert(0, lambda results, _: apply_stage(results[0]))
-        outputs = await self.scheduler.run(stage, following, num_threads=num_threads, lanes=self.lanes)
-        return outputs[0]
+        num_threads = self.scheduler.thread_share(len(lanes))
+        results = await self.scheduler.run(stage, following, num_threads=num_threads, lanes=self.lanes)
+        return results[0]
 
-    async def run_on_one_lane(
-        self,
-        module: nn.Module,
-        replicas: ReplicaSet | None,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-    ) -> Any:
-        """Run a whole batch on the lane that `pick` picks; a lone lane needs no replicas."""
-        position = self.pick(module)
-        run = partial(self.run_here, position, module, replicas, args, kwargs)
-        return await self._run_task(Task(self.lanes[position], run, "run"), len(self.lanes))
-
-    def pick(self, module: nn.Module) -> int:
-        """The position of the lane for a whole batch: the least busy, or lane 0 where buffers change."""
-        return self._positions(1, module)[0]
-
-    def run_here(
-        self,
-        position: int,
-        module: nn.Module,
-        replicas: ReplicaSet | None,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-    ) -> Any:
-        """Run a whole batch on this thread, which is that of the lane at `position`.
-
-        A lone lane runs the module itself, which moves to its device.
-        """
-        device = self.lanes[position].device
-        each: Callable[..., Any]
-        if len(self.lanes) == 1:
-            each = module if is_on(module, device) else module.to(device)
-        else:
-            assert replicas is not None
-            each = replicas.prepare(module, [position])[0]
-        return apply_and_move(each, args, kwargs, device, self.output)
-
-    async def run_whole(
-        self, module: nn.Module, replicas: ReplicaSet, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Any:
-        """Run a whole batch on one lane with all the machine's intra-op threads.
-
-        The first lane runs the module itself where it can. While that lane is busy another one works,
-        with its own share of the threads: no lane's thread count ever changes.
-        """
-        lane = self.scheduler.least_busy(self.lanes)[0]
-        if lane is not self.lanes[0] and not updates_buffers(module):
-            return await self.run_on_one_lane(module, replicas, args, kwargs)
-        lane = self.lanes[0]
-
-        def whole() -> Any:
-            is_able = is_on(module, lane.device) and not moves_weights(module, lane.device)
-            runner = module if is_able else replicas.prepare(module, [0])[0]
-            return gather_to([apply(runner, args, kwargs, lane.device)], self.output, self.dim)
-
-        return await self._run_task(Task(lane, whole, "run"), 1)
-
-    async def _run_task(self, task: Task, num_lanes: int) -> Any:
-        num_threads = self.scheduler.thread_share(num_lanes)
+    async def run_whole(self, batch: Batch) -> Any:
+        """Run a whole batch on the lane that `pick` picks."""
+        position = self.pick()
+        task = Task(self.lanes[position], partial(self.run_batch, position, batch), "run")
+        num_threads = self.scheduler.thread_share(len(self.lanes))
         return (await self.scheduler.run([task], num_threads=num_threads))[0]
 
-    def _positions(self, count: int, module: nn.Module) -> list[int]:
-        """Which lanes run `count` shards. Where buffers change, lane 0 is needed: its own survive."""
-        if count == len(self.lanes) or updates_buffers(module):
-            return list(range(count))
-        chosen = self.scheduler.least_busy(self.lanes, count)
-        return [self.lanes.index(lane) for lane in chosen]
+    async def run_whole_with_all_threads(self, batch: Batch) -> Any:
+        """Run a whole batch on the first lane, with the intra-op threads of all lanes.
 
-    def gather(self, outputs: Sequence[Any], wholes: Wholes) -> Any:
-        """Put the outputs of a pass's shards together, and end its forward."""
-        whole = gather_to(outputs, self.output, self.dim)
-        wholes.end_forward(whole)
-        return whole
+        While that lane is busy another one runs it, with its own share of the threads: no lane's thread
+        count ever changes.
+        """
+        first = self.lanes[0]
+        if self.scheduler.least_busy(self.lanes)[0] is not first and not updates_buffers(self.module):
+            return await self.run_whole(batch)
+
+        def whole() -> Any:
+            is_ready = is_on(self.module, first.device) and not moves_weights(self.module, first.device)
+            module = self.module if is_ready else self.replicas.prepare(self.module, [0])[0]
+            output = batch.apply(module, first.device, batch.leaves)
+            return gather_to([output], self.output, self.dim)
+
+        num_threads = self.scheduler.thread_share(1)
+        return (await self.scheduler.run([Task(first, whole, "run")], num_threads=num_threads))[0]
+
+    def pick(self) -> int:
+        """Return the position of the lane for a whole batch: the least busy, or 0 if buffers change."""
+        if len(self.lanes) == 1 or updates_buffers(self.module):
+            return 0
+        return self.lanes.index(self.scheduler.least_busy(self.lanes)[0])
+
+    def run_batch(self, position: int, batch: Batch) -> Any:
+        """Run one whole batch on this thread; a single lane runs the module itself, moved to its device."""
+        device = self.lanes[position].device
+        module: Callable[..., Any]
+        if len(self.lanes) == 1:
+            module = self.module if is_on(self.module, device) else self.module.to(device)
+        else:
+            module = self.replicas.prepare(self.module, [position])[0]
+        args, kwargs = batch.arguments_on(device, batch.leaves)
+        return move(module(*args, **kwargs), self.output)
+
+    def gather(self, outputs: Sequence[Any], split_inputs: SplitInputs) -> Any:
+        """Gather the outputs of a pass's shards, and end its forward."""
+        output = gather_to(outputs, self.output, self.dim)
+        split_inputs.end_forward(output)
+        return output
+
+    def _positions(self, count: int) -> list[int]:
+        """Return the lanes for `count` shards. If buffers change, lane 0 must run: its own survive."""
+        if count == len(self.lanes) or updates_buffers(self.module):
+            return list(range(count))
+        return [self.lanes.index(lane) for lane in self.scheduler.least_busy(self.lanes, count)]
 
     def _gather_lane(self, last: Lane) -> Lane:
-        """A lane on the output device, the one that is awake already if it is one."""
+        """Return a lane on the output device: the one that ended last, if it is there."""
         if last.device == self.output:
             return last
         return next((lane for lane in self.lanes if lane.device == self.output), last)
+
+
+@dataclass(frozen=True)
+class EngineLanes:
+    """The lanes of an engine for whole batches, as `LaneRunner` describes them."""
+
+    runtime: Runtime
+    route: Route
+
+    @property
+    def lanes(self) -> tuple[Lane, ...]:
+        """The lanes to choose from."""
+        return self.route.lanes
+
+    def pick(self) -> int:
+        """Return the position of the lane for the next batch: the least busy, or 0 if buffers change."""
+        return self.route.pick()
+
+    def run_on(self, position: int, /, *args: Any, **kwargs: Any) -> Any:
+        """Run one whole batch on this thread, that of the lane at `position`, and count it."""
+        result = self.route.run_batch(position, Batch(args, kwargs, self.route.dim))
+        self.route.count_pass()
+        return result

@@ -1,8 +1,8 @@
-"""How many lanes pay, learned from what calls take.
+"""How many lanes pay, learned from the durations of calls.
 
-Splitting a small batch costs more than it brings. For every workload the tuner times calls on each
-number of lanes in turns, so that whatever else the machine does hits all of them alike, and stays with
-the quickest. Now and then it asks again. It decides and counts; it reads no clock and runs nothing.
+Splitting a small batch costs more than it saves. For every workload the tuner tries each number of lanes
+in turns, so that other load on the machine affects all of them alike, and stays with the quickest. From
+time to time it learns again. It decides and counts; it reads no clock and runs nothing.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ TURN = 3
 
 MIN_TURNS = 2
 MAX_TURNS = 4
-"""Turns of each number of lanes: more than the least only as long as several are close."""
+"""Turns of each number of lanes: more than `MIN_TURNS` only while several are close."""
 
-# Above the best by more, a number of lanes gets no further turns.
+# A number of lanes that is slower than the best by this factor gets no further turns.
 _CLOSE = 1.2
 _MAX_WORKLOADS = 128
-# Fewer lanes leave room for other work and hold less memory: a tie goes to them.
+# Fewer lanes leave room for other passes and use less memory: a tie goes to them.
 _TIE = 1.03
-# Learned anew after this many calls in a row that took longer or shorter by the factor,
+# Learned again after this many calls in a row that took longer or shorter by this factor,
 _WINDOW = 16
 _DRIFT = 1.6
-# and after so many calls in any case: the first trials may have been unlucky. Each time that
-# either happens, it takes four times as many calls until it may again.
+# and after so many calls in any case: the first trials may have met a busy moment. After each of the
+# two, this times as many calls have to pass before the next.
 _RECHECK = 256
 _RARER = 4
 
@@ -42,18 +42,18 @@ class LaneChoice:
     """Lanes it takes now."""
     reason: str
     costs: dict[int, float]
-    """Seconds a call took, for each number of lanes tried: the lower quartile of the trials."""
+    """Seconds of a call for each number of lanes tried: the lower quartile of the trials."""
     num_probes: int
-    """Calls that were used for learning."""
+    """Calls used for learning."""
     num_calls: int
 
 
 @dataclass
 class Workload:
-    """What one kind of call has shown so far.
+    """What is known of one kind of call.
 
     Args:
-        name: how statistics call it.
+        name: its name in statistics.
         candidates: numbers of lanes to choose from, the most first.
     """
 
@@ -62,7 +62,7 @@ class Workload:
     trials: dict[int, list[float]] = field(default_factory=dict)
     num_turns: int = 0
     chosen: int | None = None
-    expected: float = 0.0  # seconds of a call on that many, as the trials had it
+    expected: float = 0.0  # seconds of a call on that many, by the trials
     reason: str = "still learning"
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
     num_probes: int = 0
@@ -79,13 +79,13 @@ class Workload:
         return self.chosen is None
 
     def choose(self) -> int:
-        """The number of lanes for the next call."""
+        """Return the number of lanes for the next call."""
         if self.chosen is not None:
             return self.chosen
         return next(count for count in self._in_the_running() if self._is_due(count))
 
     def costs(self) -> dict[int, float]:
-        """Seconds that a call takes on each number of lanes tried."""
+        """Return the seconds of a call on each number of lanes tried."""
         counted = {
             count: sorted(time for place, time in enumerate(times) if place % TURN)
             for count, times in self.trials.items()
@@ -99,15 +99,15 @@ class Workload:
         self.trials = {}
 
     def agrees(self, shape: Hashable) -> bool:
-        """Whether a result looks as that of the first call, which sets what they look like."""
+        """Return whether a result has the shape of the first call's."""
         if self.shape is None:
             self.shape = shape
         return self.shape == shape
 
     def record(self, num_lanes: int, seconds: float, size: int = 1) -> None:
-        """Note what a call of `size` elements took."""
+        """Record the duration of a call of `size` elements."""
         self.num_calls += 1
-        # Calls of one workload differ a little in size: all are told as if they had the first one's.
+        # Calls of one workload differ a little in size: durations are scaled to the size of the first.
         self.size = self.size or size
         seconds *= self.size / max(1, size)
         if self.chosen is None:
@@ -119,7 +119,7 @@ class Workload:
         return len(self.trials.get(count, ())) < TURN * (self.num_turns + 1)
 
     def _in_the_running(self) -> list[int]:
-        """Whose times are still asked for."""
+        """Return the numbers of lanes that get further turns."""
         if self.num_turns < MIN_TURNS:
             return self.candidates
         costs = self.costs()
@@ -145,7 +145,7 @@ class Workload:
         self.calls_since_choice = 0
 
     def _watch(self, seconds: float) -> None:
-        """Notice that calls have become slower or quicker than the choice was based on, or doubt it."""
+        """Learn again if calls have become slower or quicker than in the trials, or many have passed."""
         assert self.chosen is not None
         self.recent.append(seconds)
         self.calls_since_choice += 1
@@ -155,7 +155,7 @@ class Workload:
         elif len(self.recent) == _WINDOW and self.calls_since_choice >= self.patience:
             expected = self.expected
             if min(self.recent) > expected * _DRIFT or max(self.recent) < expected / _DRIFT:
-                # Ever rarer, so that a workload that never settles costs ever fewer probes.
+                # Rarer each time, so that a workload that never settles costs fewer and fewer probes.
                 self.patience = min(self.patience * _RARER, 4096)
                 self._learn_again("calls take another time than before")
 
@@ -172,20 +172,20 @@ class Tuner:
     """
 
     def __init__(self, num_lanes: int) -> None:
-        # All first: only so does a call show what its results look like when split.
+        # The most first: the first call has to show the shape of its results when split.
         powers = [2**exponent for exponent in range(num_lanes.bit_length()) if 2**exponent < num_lanes]
         self._candidates = [num_lanes, *powers]
         self._workloads: OrderedDict[Hashable, Workload] = OrderedDict()
 
     def choices(self) -> tuple[LaneChoice, ...]:
-        """What was chosen so far, the latest workload last."""
+        """Return what was chosen so far, the latest workload last."""
         return tuple(
             LaneChoice(each.name, each.choose(), each.reason, each.costs(), each.num_probes, each.num_calls)
             for each in self._workloads.values()
         )
 
     def workload(self, key: Hashable) -> Workload:
-        """What is known of one kind of call; the kinds that were not asked for longest are forgotten."""
+        """Return what is known of one kind of call; the least recently used kinds are dropped."""
         found = self._workloads.get(key)
         if found is None:
             found = self._workloads[key] = Workload(str(key), self._candidates)

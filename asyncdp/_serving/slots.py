@@ -17,7 +17,7 @@ from .._loops import ends_tasks, is_cancelled
 from .._runtime import Lane, Runtime, Scheduler, Task, default_runtime, scheduler_of
 from .._runtime.schedule import PassState
 from .._runtime.task import is_lost, last_seconds
-from .._verbs.parallel_apply import arguments
+from .._verbs.batch import positional
 from ..errors import NotServableError, SplitError
 from .collate import Collate, Split
 
@@ -87,7 +87,7 @@ class _Steps:
 
     def arguments(self, samples: Sequence[Any]) -> tuple[Any, ...]:
         """What to call an engine with."""
-        return arguments(self.collate(samples))
+        return positional(self.collate(samples))
 
     def results(self, output: Any, samples: Sequence[Any]) -> Sequence[Any]:
         """One result for each sample."""
@@ -265,8 +265,9 @@ def open_slots(
 
 
 def _engine_slots(engine: DataParallel, steps: _Steps, max_in_flight: int | None) -> list[Slot]:
-    calls = {lane: partial(engine.run_here, position) for position, lane in enumerate(engine.lanes)}
-    return _lane_slots(scheduler_of(engine.runtime), engine.lanes, max_in_flight, steps, calls.__getitem__)
+    runner = engine.__asyncdp_lane_runner__()
+    calls = {lane: partial(runner.run_on, position) for position, lane in enumerate(runner.lanes)}
+    return _lane_slots(scheduler_of(runner.runtime), runner.lanes, max_in_flight, steps, calls.__getitem__)
 
 
 def _lane_slots(

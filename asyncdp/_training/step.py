@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .._replicas.replica_set import wait_issued
 from .._replicas.snapshot import Outline
 from .._runtime import Lane
-from .._verbs.scatter import bring
+from .._verbs.batch import positional
 from ..errors import LossNotScalarError
 from .commit import Accumulated, Held, StepOptions, commit, deliver, threads
 from .lanes import Modes, TrainingLane, TrainingLanes, trained_in_place
@@ -23,8 +23,8 @@ from .reducer import Gradients, Reducer, add_kept
 # Below this an optimizer's step takes less time than changing the thread count twice.
 _MIN_ELEMENTS_FOR_THREADS = 2**21
 
-Shard = tuple[tuple[Any, ...], Any]
-"""One lane's positional arguments and targets."""
+Shard = Callable[[torch.device], tuple[tuple[Any, ...], Mapping[str, Any]]]
+"""Gives inputs and targets of one lane, as the only positional arguments, moved to its device."""
 
 
 def recording() -> AbstractContextManager[None]:
@@ -62,7 +62,7 @@ class Step:
         replicas: its training replicas.
         kept: gradients that earlier steps held back.
         lanes: where to work, one shard on each.
-        shards: arguments and targets.
+        shards: inputs and targets.
         weights: each shard's part in the loss.
         options: what the user said.
         accumulate: hold the gradients back instead of stepping.
@@ -195,10 +195,8 @@ class Step:
 
     def _loss_of(self, index: int, module: nn.Module) -> Tensor:
         lane = self._lanes[index]
-        args, targets = self._shards[index]
-        args = tuple(bring(each, lane.device) for each in args)
-        targets = bring(targets, lane.device)
-        loss = self.options.loss_fn(module(*args), targets)
+        (inputs, targets), _ = self._shards[index](lane.device)
+        loss = self.options.loss_fn(module(*positional(inputs)), targets)
         loss = _checked(loss)
         weight = self._weights[index]
         return loss if weight == 1.0 else loss * weight

@@ -23,11 +23,11 @@ async def backward(
 
     Gradients are added to `.grad` of the leaves while it runs, so two backwards that share leaves
     must not run at the same time, and one that fails or is cancelled may have changed some of them.
-    A running backward is never broken off: a cancellation goes on once it has ended.
+    A running backward is never interrupted: a cancellation goes on once it has ended.
 
     Args:
-        tensors: where to begin.
-        grad_tensors: their gradients; may be left out for tensors of one element.
+        tensors: where to start.
+        grad_tensors: their gradients; not needed for tensors of one element.
         retain_graph: as in `torch.autograd.backward`.
         create_graph: as in `torch.autograd.backward`.
         inputs: as in `torch.autograd.backward`.
@@ -38,7 +38,7 @@ async def backward(
     """
     roots = (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
     if not roots:
-        raise ValueError("there are no tensors to begin a backward from. Pass a loss.")
+        raise ValueError("there are no tensors to start a backward from. Pass a loss.")
     scheduler = scheduler_of(default_runtime())
     device = roots[0].device
     scheduler.lanes_for([device])

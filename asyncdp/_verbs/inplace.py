@@ -1,10 +1,26 @@
-"""The tensors that a pass splits, whose shards are to be written and saved as they would be themselves."""
+"""Split inputs: shards that a forward may write into, as it may write into its input on one device.
+
+A shard shares the memory of the tensor that it was split from, its base tensor. As a view it would also
+share the base's version counter. Then a write of one lane would make another lane's backward fail, and
+torch forbids writes into views that a graph records. So shards are made by `unsafe_split`: autograd
+takes them for tensors of their own, each with its own version counter, and `SplitInputs` carries over
+what autograd then cannot know:
+
+- A forward has written into a shard: at the end of the forwards the base gets a new version, and the
+  base's gradient flows to the shards from then on (`MarkWritten`).
+- The caller writes into the base after the forwards: before the backward, the version counters of the
+  shards are raised, so that torch reports a shard that was saved for it and has changed since.
+
+Shards are views (`as_views=True`) where nobody could write on one device either (a leaf that requires
+gradients), where several split tensors share one storage, and for subclasses of `Tensor`.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -12,83 +28,70 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from .. import _tree
-from .._autograd import Scatter, Written
+from .._autograd import MarkWritten, Scatter
+
+_VERSION = attrgetter("_version")
 
 
-class _Whole(NamedTuple):
-    tensor: Tensor
+class _SplitInput(NamedTuple):
+    base: Tensor
     dim: int
     shards: Sequence[Tensor]
 
 
-class Wholes:
+class SplitInputs:
     """The tensors that one pass has split.
 
-    Shards share their whole's memory. As views they would share its count of versions too: no lane could
-    write into its shard, or another lane's backward would miss what that lane had saved. So autograd takes
-    them for tensors of their own, and what it then cannot know is told it here: to the whole, that it was
-    written; to the shards, that the whole was.
-
     Args:
-        as_views: give views, of which torch lets nobody write any where a graph records it.
+        as_views: make all shards views, which nobody may write into while a graph is recorded.
     """
 
     def __init__(self, *, as_views: bool = False) -> None:
         self._as_views = as_views
-        self._wholes: list[_Whole] = []
+        self._split: list[_SplitInput] = []
 
     def split(self, tensors: Sequence[Tensor], sizes: Sequence[int], dim: int) -> list[Sequence[Tensor]]:
         """Split each tensor into shards of these lengths along `dim`; the same tensor into the same."""
-        distinct = {id(tensor): tensor for tensor in tensors}
+        distinct = dict(zip(map(id, tensors), tensors, strict=True))
         storages = Counter(map(_storage_of, distinct.values())) if len(distinct) > 1 else None
-        found = {
-            # Nobody could tell what else is changed by writing into one of several that share memory.
-            key: self.split_one(tensor, sizes, dim, storages is None or storages[_storage_of(tensor)] == 1)
-            for key, tensor in distinct.items()
-        }
-        return [found[id(tensor)] for tensor in tensors]
-
-    def split_one(
-        self, tensor: Tensor, sizes: Sequence[int], dim: int, is_alone: bool = True
-    ) -> Sequence[Tensor]:
-        """As `split`, for one tensor, and whether it is the only one that is split with its memory."""
-        if self._as_views or not is_alone or not _is_ordinary(tensor):
-            return _split(tensor, sizes, dim, apart=False)
-        if len(sizes) == 1:
-            return (tensor,)
-        shards = _split(tensor, sizes, dim, apart=True)
-        self._wholes.append(_Whole(tensor, dim, shards))
-        return shards
+        shards: dict[int, Sequence[Tensor]] = {}
+        for key, base in distinct.items():
+            # A write into one of several tensors that share memory would go unnoticed in the others.
+            shares_memory = storages is not None and storages[_storage_of(base)] > 1
+            as_views = self._as_views or shares_memory or not _is_writable(base)
+            if len(sizes) == 1 and not as_views:
+                shards[key] = (base,)
+                continue
+            shards[key] = _split(base, sizes, dim, as_views)
+            if not as_views and not base.is_inference():
+                self._split.append(_SplitInput(base, dim, shards[key]))
+        return [shards[id(tensor)] for tensor in tensors]
 
     def end_forward(self, outputs: Any) -> None:
-        """After all forwards: what they wrote into shards has been written into the wholes.
+        """Mark the base tensors of written shards as written, after all forwards.
 
         Args:
-            outputs: of the whole pass. What the caller writes into a whole from now on makes a backward from
-                them fail if it needs what was there, as it would on one device.
+            outputs: of the whole pass. If the caller writes into a base tensor later, a backward from
+                them fails where it needs the old values, as on one device.
         """
-        if not self._wholes:
-            return
-        wholes = [each for each in self._wholes if not each.tensor.is_inference()]
-        for tensor, dim, shards in wholes:
-            if not any(shard._version for shard in shards):
+        for base, dim, shards in self._split:
+            if not any(map(_VERSION, shards)):
                 continue
             if torch.is_grad_enabled() and any(shard.requires_grad for shard in shards):
-                Written.apply(dim, tensor, *shards)
+                MarkWritten.apply(dim, base, *shards)
             else:
-                increment_version(tensor)
-        if wholes and torch.is_grad_enabled():
-            _watch(wholes, outputs)
+                increment_version(base)
+        if self._split and torch.is_grad_enabled():
+            _watch(self._split, outputs)
 
 
-def _split(tensor: Tensor, sizes: Sequence[int], dim: int, apart: bool) -> Sequence[Tensor]:
+def _split(tensor: Tensor, sizes: Sequence[int], dim: int, as_views: bool) -> Sequence[Tensor]:
     if tensor.requires_grad and torch.is_grad_enabled():
-        return Scatter.apply(dim, sizes, tensor, apart)  # type: ignore[no-any-return]
-    return tensor.unsafe_split_with_sizes(sizes, dim) if apart else tensor.split_with_sizes(sizes, dim)
+        return Scatter.apply(dim, sizes, tensor, as_views)  # type: ignore[no-any-return]
+    return tensor.split_with_sizes(sizes, dim) if as_views else tensor.unsafe_split_with_sizes(sizes, dim)
 
 
-def _is_ordinary(tensor: Tensor) -> bool:
-    """Whether a forward could write into a tensor, and splits of it are what torch makes them."""
+def _is_writable(tensor: Tensor) -> bool:
     return type(tensor) is Tensor and not (tensor.requires_grad and tensor.is_leaf)
 
 
@@ -96,26 +99,26 @@ def _storage_of(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def _watch(wholes: Sequence[_Whole], outputs: Any) -> None:
-    leaves = [outputs] if isinstance(outputs, Tensor) else _tree.flatten(outputs)[0]
+def _watch(split: Sequence[_SplitInput], outputs: Any) -> None:
+    """Let every backward from `outputs` first compare the versions of base tensors with those of now."""
+    leaves, _ = _tree.flatten(outputs)
     nodes = {leaf.grad_fn for leaf in leaves if isinstance(leaf, Tensor) and leaf.grad_fn}
     if nodes:
-        pass_on = partial(_pass_on, [(each.tensor._version, _counts(each)) for each in wholes])
+        counters = [(each.base._version, _version_counters(each)) for each in split]
         for node in nodes:
-            node.register_prehook(pass_on)
+            node.register_prehook(partial(_raise_versions, counters))
 
 
-def _counts(whole: _Whole) -> list[Tensor]:
-    """Empty tensors that count versions together with a whole and its shards, and keep none of the memory."""
-    counts = [whole.tensor.detach(), *(shard.detach() for shard in whole.shards)]
-    nothing = whole.tensor.new_empty(0)
-    for count in counts:
-        count.data = nothing
-    return counts
+def _version_counters(split: _SplitInput) -> list[Tensor]:
+    """Return empty tensors that share version counters with a base tensor and its shards, but no memory."""
+    counters = [split.base.detach(), *(shard.detach() for shard in split.shards)]
+    nothing = split.base.new_empty(0)
+    for counter in counters:
+        counter.data = nothing
+    return counters
 
 
-def _pass_on(counts: Sequence[tuple[int, list[Tensor]]], _grads: Any) -> None:
-    """Before a backward: saved shards of a whole that has been written since are no longer what they were."""
-    for version, (whole, *shards) in counts:
-        if whole._version != version:
+def _raise_versions(counters: Sequence[tuple[int, list[Tensor]]], _grads: Any) -> None:
+    for version, (base, *shards) in counters:
+        if base._version != version:
             increment_version(shards)

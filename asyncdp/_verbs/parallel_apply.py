@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from .. import _tree
 from .._devices import Devices, parse_devices
 from .._runtime import Lane, Scheduler, Task, default_lanes, default_runtime, scheduler_of
 from ..errors import CountMismatchError, NotAModuleError
-from .scatter import bring, move
+from .batch import Batch, move, positional
 
 
 async def parallel_apply(
@@ -47,39 +47,19 @@ async def parallel_apply(
     targets = named if named is not None else [_device_of(each) for each in inputs]
     scheduler, lanes = default_lanes(named) if named is not None else _lanes_in_turn(targets)
     every_kwargs = kwargs if kwargs is not None else [{}] * len(modules)
+    batches = [
+        Batch(positional(each), keywords, dim=0) for each, keywords in zip(inputs, every_kwargs, strict=True)
+    ]
     stage = [
-        Task(lane, partial(apply_and_move, module, arguments(one), keywords, device, device), "run", True)
-        for lane, module, one, keywords, device in zip(
-            lanes, modules, inputs, every_kwargs, targets, strict=True
-        )
+        Task(lane, partial(apply_and_move, batch, module, device), "run", is_replica=True)
+        for lane, module, batch, device in zip(lanes, modules, batches, targets, strict=True)
     ]
     return await scheduler.run(stage, num_threads=scheduler.thread_share(len(set(lanes))))
 
 
-def arguments(inputs: Any) -> tuple[Any, ...]:
-    """The positional arguments that one entry of inputs means."""
-    return inputs if type(inputs) is tuple else (inputs,)
-
-
-def apply(
-    module: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], device: torch.device
-) -> Any:
-    """Call a module on a lane, with its inputs on the lane's device; the output stays where it is."""
-    if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
-        return module(bring(args[0], device))
-    args, kwargs = bring((args, dict(kwargs)), device)
-    return module(*args, **kwargs)
-
-
-def apply_and_move(
-    module: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    device: torch.device,
-    output: torch.device,
-) -> Any:
-    """As `apply`, with the output moved to another device."""
-    return move(apply(module, args, kwargs, device), output)
+def apply_and_move(batch: Batch, module: nn.Module, device: torch.device) -> Any:
+    """Call a module on a lane, and move the output to the lane's device, wherever it was made."""
+    return move(batch.apply(module, device, batch.leaves), device)
 
 
 def _check_counts(
@@ -104,7 +84,7 @@ def _device_of(inputs: Any) -> torch.device:
 
 
 def _lanes_in_turn(targets: Sequence[torch.device]) -> tuple[Scheduler, list[Lane]]:
-    """One lane per target; on the CPU the default lanes in turn, however many modules there are."""
+    """Return one lane per target; on the CPU the default lanes in turn, for any number of modules."""
     scheduler = scheduler_of(default_runtime())
     lanes = []
     for position, device in enumerate(targets):

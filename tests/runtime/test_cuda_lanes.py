@@ -117,7 +117,7 @@ async def test_a_loss_under_a_gather_is_a_loss(cuda_stub: CudaStub, monkeypatch:
         cuda_stub.lost = True
         raise RuntimeError(WORDS)
 
-    monkeypatch.setattr("asyncdp._kernels.gather", lose)
+    monkeypatch.setattr(torch, "cat", lose)
     async with Runtime([cuda_stub.lane()]) as runtime:
         from asyncdp import gather
 

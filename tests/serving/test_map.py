@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -59,6 +60,27 @@ async def test_results_come_in_order(kind: str) -> None:
     async with DataParallel(Double(), "cpu*2") as engine:
         results = [result.item() async for result in engine.map(source)]
     assert results == [2.0 * n for n in range(20)]
+
+
+async def test_a_batch_holds_arguments() -> None:
+    """A dict holds keyword arguments, a tuple positional ones, anything else is the only argument."""
+
+    class Arguments(nn.Module):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return args, kwargs
+
+    batches = [{"position": 1, "y": 2}, OrderedDict(y=2), (1, 2), [1, 2], (), 3]
+    async with DataParallel(Arguments(), "cpu*2") as engine:
+        assert [result async for result in engine.map(batches)] == [
+            ((), {"position": 1, "y": 2}),
+            ((OrderedDict(y=2),), {}),
+            ((1, 2), {}),
+            (([1, 2],), {}),
+            ((), {}),
+            ((3,), {}),
+        ]
+        with pytest.raises(TypeError, match=r"key 1 is no string. Put the dict into a tuple"):
+            await anext(engine.map([{1: 2}]))
 
 
 async def test_unordered_gives_what_is_ready() -> None:

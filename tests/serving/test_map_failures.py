@@ -138,16 +138,13 @@ async def test_batches_that_cannot_begin_are_failures_too() -> None:
         assert [type(result) for result in kept] == [DeviceLostError, DeviceLostError]
 
 
-async def test_errors_on_the_way_to_a_lane_are_failures_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A batch whose work cannot even be made has its error, by the policy."""
+async def test_errors_on_the_way_to_a_lane_are_failures_too() -> None:
+    """A batch whose task cannot even be made has its error, by the policy."""
     async with DataParallel(Raising(), "cpu") as engine:
-
-        def pick_lane() -> int:
-            raise Bang
-
-        monkeypatch.setattr(engine, "pick_lane", pick_lane)
-        with pytest.raises(Bang):
-            await anext(engine.map(batches(1.0)))
+        kept = [result async for result in engine.map([{1: 2}, *batches(1.0)], on_error="return")]
+        assert [type(result) for result in kept] == [TypeError, torch.Tensor]
+        with pytest.raises(TypeError, match="key 1 is no string"):
+            await anext(engine.map([{1: 2}]))
 
 
 @kinds

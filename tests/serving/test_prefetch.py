@@ -1,4 +1,4 @@
-"""Inputs of `DataParallel.map` come to CUDA lanes ahead of their turn, and to others as ever."""
+"""Inputs of `DataParallel.map` are copied to CUDA lanes ahead of their turn, and not to others."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ import torch
 from torch import nn
 
 from asyncdp import DataParallel, Runtime
-from asyncdp._devices.base import LaneDevice
-from asyncdp._engine import prefetch
 from asyncdp.testing.fake import FakeDevice
 from tests.cuda_stub import CudaStub, cuda_stub
 
@@ -30,11 +28,10 @@ class Watched(nn.Module):
         self.may_end = threading.Event()
         self.may_end.set()
 
-    def forward(self, batch: dict[str, Any]) -> torch.Tensor:
-        self.stub.log.append(f"{self.stub.current_stream()} computes {batch['x'].tolist()}")
+    def forward(self, x: torch.Tensor, name: str = "") -> torch.Tensor:
+        self.stub.log.append(f"{self.stub.current_stream()} computes {x.tolist()}")
         assert self.may_end.wait(30)
-        result: torch.Tensor = batch["x"] * 2
-        return result
+        return x * 2
 
 
 def batches(count: int) -> list[dict[str, Any]]:
@@ -96,10 +93,10 @@ async def test_prefetching_keeps_to_the_limit(cuda_stub: CudaStub, monkeypatch: 
     assert order == ["copies", "computes"] * 6
 
 
-async def test_what_cannot_be_prefetched_comes_with_the_work(
+async def test_what_cannot_be_prefetched_comes_with_the_task(
     cuda_stub: CudaStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Inputs that learn, sparse ones and such without tensors go the lane's own way, gradients included."""
+    """Inputs that require gradients, sparse ones and such without tensors are moved by the lane itself."""
     cuda_stub.watch_copies(monkeypatch)
     x = torch.ones(1, requires_grad=True)
     sparse = torch.eye(2).to_sparse()
@@ -133,23 +130,24 @@ async def test_a_failing_copy_fails_its_batch_alone(
     assert [found[0].item(), found[2].item()] == [0.0, 4.0]
 
 
-async def test_other_lanes_have_no_threads_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_other_lanes_have_no_threads_for_it() -> None:
     """A CPU lane takes its inputs as they are, and a stream over such lanes makes no thread."""
-    monkeypatch.setattr(prefetch, "ThreadPoolExecutor", None)  # not to be called
     batch = torch.ones(2)
     seen: list[torch.Tensor] = []
+    threads: list[str] = []
 
     class Keep(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             seen.append(x)
+            threads.extend(each.name for each in threading.enumerate())
             return x
 
-    devices: list[LaneDevice] = [FakeDevice()]
-    async with Runtime(devices) as runtime, DataParallel(Keep(), runtime=runtime) as engine:
+    async with Runtime([FakeDevice()]) as runtime, DataParallel(Keep(), runtime=runtime) as engine:
         assert [result.tolist() async for result in engine.map([batch])] == [[1.0, 1.0]]
     async with DataParallel(Keep(), "cpu*2") as engine:
         assert [result.tolist() async for result in engine.map([batch])] == [[1.0, 1.0]]
     assert seen[1] is batch
+    assert not any("prefetch" in name for name in threads)
 
 
 async def test_threads_end_with_the_stream(cuda_stub: CudaStub, monkeypatch: pytest.MonkeyPatch) -> None:

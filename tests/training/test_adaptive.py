@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import asyncdp
-from asyncdp._engine.tuner import MAX_TURNS, TURN
 
 from .helpers import batch, distance, mlp, serial_step
 
 pytestmark = pytest.mark.anyio
 
-# On three lanes: all, one and two of them are tried.
-MOST_TRIALS = 3 * TURN * MAX_TURNS
+# On three lanes all, one and two of them are tried, three calls in a row each, for four rounds at most.
+ROUND = 3 * 3
+MOST_TRIALS = 4 * ROUND
 
 
 class Counting(nn.Module):
@@ -152,7 +152,7 @@ async def test_training_adapts_and_stays_equal() -> None:
             x, y = batch(10)
             await one.train_step(x, y, functional.cross_entropy, optimizer)
             serial_step(serial, serial_optimizer, x, y, functional.cross_entropy)
-            if number == 3 * TURN - 1:  # later it may have chosen, and begun to learn again
+            if number == ROUND - 1:  # later it may have chosen, and begun to learn again
                 assert len(one.statistics().choices[0].costs) == 3
     assert distance(module, serial) < 1e-10
 
@@ -165,7 +165,7 @@ async def test_gradients_on_any_number_of_lanes() -> None:
     module(x).square().mean().backward()
     expected = [each.grad for each in module.parameters()]
     async with adaptive(module) as one:
-        for _ in range(3 * TURN + 1):
+        for _ in range(ROUND + 1):
             module.zero_grad()
             await asyncdp.backward((await one(x)).square().mean())
             torch.testing.assert_close([each.grad for each in module.parameters()], expected)

@@ -89,6 +89,19 @@ async def test_accumulated_gradients_can_be_dropped() -> None:
     assert distance(module, serial) < 1e-12
 
 
+@pytest.mark.parametrize("num_lanes", [1, 2])
+async def test_lengths_must_agree(num_lanes: int) -> None:
+    """Inputs and targets of unlike length are refused by their names, and nothing has changed."""
+    module = mlp()
+    optimizer = sgd(module)
+    x, y = batch(4)
+    before = snapshot(module, optimizer)
+    async with engine(module, num_lanes) as one:
+        with pytest.raises(ValueError, match=r"inputs has 4 and targets\['labels'\] has 3"):
+            await one.train_step(x, {"labels": y[:3]}, functional.cross_entropy, optimizer)
+    assert same(before, snapshot(module, optimizer))
+
+
 async def test_gradients_there_are_added_to() -> None:
     """A step takes gradients of an earlier backward along and then clears all of them."""
     module, serial = pair()

@@ -6,6 +6,7 @@ import asyncio
 import contextvars
 import copy
 from collections.abc import Awaitable, Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +15,6 @@ from torch import Tensor, nn
 
 import asyncdp
 from asyncdp._devices import LaneDevice
-from asyncdp._engine.route import Route
-from asyncdp._replicas.replica_set import ReplicaSet
-from asyncdp._runtime import scheduler_of
 from asyncdp.testing import FakeDevice, fake_devices
 
 from .models import MODULES, Fn, numbered
@@ -132,15 +130,17 @@ async def test_a_lone_lane_moves_the_module_itself() -> None:
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("num_lanes", [1, 2])
-async def test_outputs_go_to_the_output_device(num_lanes: int) -> None:
+async def test_outputs_go_to_the_output_device(num_lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Contract 11, 12: on one lane as on several, all of a result is on the output device."""
     module = Fn(lambda m, x: {"rows": x, "more": [x.sum(), "text"]})
-    async with asyncdp.Runtime(f"cpu*{num_lanes}") as runtime:
-        route = Route(scheduler_of(runtime), runtime.lanes, META, 0)
-        found = await route.run_on_one_lane(module, ReplicaSet(module, [CPU] * num_lanes), (numbered(4),), {})
+    # So that the engine takes "meta", where nothing computes, for a device to put results on.
+    monkeypatch.setattr(torch, "meta", SimpleNamespace(is_available=lambda: True), raising=False)
+    devices = f"cpu*{num_lanes}"
+    async with asyncdp.DataParallel(module, devices, "meta") as engine:
+        found = await engine.on_one_lane(numbered(4))
         assert found["more"][1] == "text"
         assert {found["rows"].device, found["more"][0].device} == {META}
-        plain = nn.Identity()
-        moved: Tensor = await route.run(plain, ReplicaSet(plain, [CPU] * num_lanes), (numbered(4),), {})
+    async with asyncdp.DataParallel(nn.Identity(), devices, "meta", num_lanes="all") as engine:
+        moved = await engine(numbered(4))
         assert moved.device == META
         assert moved.shape == (4, 1)

@@ -43,10 +43,12 @@ def test_rows_are_split_over_lanes(dp: Passes, num_rows: int, sizes: list[int]) 
 
 
 def test_lengths_are_checked_before_anything_runs(dp: Passes) -> None:
-    """Contract 2: inputs of unlike length, among them keyword arguments, run nothing at all."""
+    """Contract 2: inputs of unlike length run nothing at all, and the error names them as the caller does."""
     module = Shards()
-    with pytest.raises(ValueError, match=r"has 4 and .* has 3"):
+    with pytest.raises(ValueError, match="argument 0 has 4 and keyword 'y' has 3"):
         dp(module, numbered(4), y=numbered(3))
+    with pytest.raises(ValueError, match=r"argument 1\['mask'\] has 4 and keyword 'y'\[1\] has 3"):
+        dp(module, None, {"mask": numbered(4)}, y=["text", numbered(3)])
     assert not module.got
 
 

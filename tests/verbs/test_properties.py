@@ -14,8 +14,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import asyncdp
-from asyncdp._replicas.buckets import buckets
-from asyncdp._runtime.schedule import split_sizes
 
 from .test_scatter import Frozen, Point, Sub, same
 
@@ -76,21 +74,10 @@ def test_gather_undoes_scatter(batch: tuple[Any, int, int]) -> None:
 @given(st.integers(0, 1000), st.integers(1, 20))
 def test_split_sizes_are_balanced(num_rows: int, num_lanes: int) -> None:
     """Sizes add up, differ by one at most, and only a batch without rows has an empty shard."""
-    sizes = split_sizes(num_rows, num_lanes)
+    sizes = [len(shard) for shard in asyncdp.scatter(torch.empty(num_rows), f"cpu*{num_lanes}")]
     assert sum(sizes) == num_rows
     assert max(sizes) - min(sizes) <= 1
     assert len(sizes) == max(1, min(num_rows, num_lanes))
-
-
-@quick
-@given(st.lists(st.integers(1, 40), max_size=20), st.integers(4, 400))
-def test_buckets_hold_everything_once(lengths: list[int], max_bytes: int) -> None:
-    """Buckets keep the reverse order, lose nothing, and are over their size only with a lone tensor."""
-    parameters = [torch.empty(length) for length in lengths]
-    found = buckets(parameters, max_bytes)
-    assert [id(each) for bucket in found for each in bucket] == [id(each) for each in reversed(parameters)]
-    for bucket in found:
-        assert len(bucket) == 1 or sum(each.numel() * 4 for each in bucket) <= max_bytes
 
 
 @settings(quick, max_examples=25)

@@ -146,8 +146,11 @@ def test_nothing_to_split_is_repeated(tree: Any) -> None:
 @pytest.mark.parametrize(
     ("tree", "words"),
     [
-        ((torch.zeros(4), torch.zeros(3)), ["[0] has 4", "[1] has 3", "dim 0"]),
-        ({"ids": torch.zeros(4), "mask": [torch.zeros(5, 2)]}, ["['ids'] has 4", "['mask'][0] has 5"]),
+        ((torch.zeros(4), torch.zeros(3)), ["inputs[0] has 4", "inputs[1] has 3", "dim 0"]),
+        (
+            {"ids": torch.zeros(4), "mask": [torch.zeros(5, 2)]},
+            ["inputs['ids'] has 4", "inputs['mask'][0] has 5"],
+        ),
     ],
 )
 def test_lengths_must_agree(tree: Any, words: list[str]) -> None:
