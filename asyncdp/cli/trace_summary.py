@@ -13,7 +13,7 @@ _ROW = "{:<14} {:<16} {:>8} {:>11} {:>9} {:>9} {:>9} {:>6}"
 
 
 def summarize(path: Path) -> str:
-    """Make a table of a trace: per lane and kind of work its count, milliseconds and share of the time.
+    """Format a table of a trace: per lane and kind of task its count, milliseconds and share of the time.
 
     Raises:
         TraceFileError: the file cannot be read, or is no trace that asyncdp wrote.
@@ -44,7 +44,7 @@ def _line(lane: str, kind: str, durations: list[float], whole: float) -> str:
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The spans of a trace, and how many more there were."""
+    """Return the spans of a trace, and how many more there were."""
     try:
         loaded = json.loads(path.read_text())
         spans = [

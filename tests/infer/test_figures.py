@@ -9,10 +9,10 @@ import time
 import anyio
 import pytest
 import torch
-from standin import StandIn
+from standin import StandIn, options
 
 from asyncdp.infer.batching import cut_windows
-from asyncdp.infer.pipeline import ErrorPolicy, Limits, Pipeline
+from asyncdp.infer.pipeline import Pipeline
 from asyncdp.infer.records import Record
 from asyncdp.infer.report import monitor as monitor_module
 from asyncdp.infer.report.monitor import Monitor, Sample
@@ -23,9 +23,8 @@ STEPS = Steps(EachValue(same), default_collate, same, length_of)
 
 
 def run_pipeline(engine, monitor, steps=STEPS, values=((1.0,),) * 8, batch_size=2):
-    pipeline = Pipeline(
-        engine, steps, Limits(batch_size, num_lanes=1), ErrorPolicy(), lambda *_: None, monitor
-    )
+    chosen = options(batch_size=batch_size, shard_size=8)
+    pipeline = Pipeline(engine, steps, chosen, lambda *_: None, monitor)
     records = (Record(index, index, value, "") for index, value in enumerate(values))
     windows = cut_windows(records, block_size=8, window=8, wanted=lambda block: True)
     anyio.run(pipeline.run, windows)

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 from asyncdp.errors import ResumeRefusedError
-from asyncdp.infer.output import files
+from asyncdp.infer import fingerprint
 from asyncdp.infer.output.merge import merge_parts
 
 SHAPE = {"shard_size": 5, "window": 5, "batch_size": 5}
@@ -19,7 +19,7 @@ SHAPE = {"shard_size": 5, "window": 5, "batch_size": 5}
 @pytest.fixture
 def large(monkeypatch):
     """Takes every file for a large one, of which samples are read."""
-    monkeypatch.setattr(files, "WHOLE_BELOW", 1)
+    monkeypatch.setattr(fingerprint, "WHOLE_BELOW", 1)
 
 
 def copied(path, folder):

@@ -10,7 +10,8 @@ import os
 import pytest
 
 from asyncdp.errors import OutputError
-from asyncdp.infer.output import files, journal
+from asyncdp.infer import files
+from asyncdp.infer.output import journal
 
 SHAPE = {"shard_size": 10, "window": 5, "batch_size": 2}
 FULL = r"No space left on device. Free some space"

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from standin import StandIn
+from standin import StandIn, options
 
 from asyncdp.errors import DamagedInputError
 from asyncdp.infer.batching import cut_windows
-from asyncdp.infer.pipeline import ErrorPolicy, Limits, Pipeline
+from asyncdp.infer.pipeline import Pipeline
 from asyncdp.infer.readers import Selection, decode_image, open_inputs
 from asyncdp.infer.report.monitor import Monitor
 from asyncdp.infer.steps import EachValue, Steps, default_collate, length_of, same
@@ -112,8 +112,7 @@ def test_damaged_images(tmp_path, monkeypatch, name, damage):
     pipeline = Pipeline(
         StandIn(lambda sizes: sizes),
         Steps(EachValue(size_of), default_collate, same, length_of),
-        Limits(batch_size=4),
-        ErrorPolicy("record"),
+        options(batch_size=4, shard_size=8, on_error="record"),
         lambda index, num_records, rows, failures: written.append((num_records, rows.finish()[0], failures)),
         Monitor(),
     )

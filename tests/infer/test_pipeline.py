@@ -6,17 +6,19 @@ import anyio
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from standin import StandIn
+from standin import StandIn, options
 
 from asyncdp.errors import AsyncDPError, RecordError
 from asyncdp.infer.batching import cut_windows, padding, plan_batches
 from asyncdp.infer.job import count_in_part
-from asyncdp.infer.pipeline import ErrorPolicy, Limits, Pipeline
+from asyncdp.infer.pipeline import Pipeline
 from asyncdp.infer.records import Record
 from asyncdp.infer.report.monitor import Monitor
 from asyncdp.infer.steps import EachValue, Steps, default_collate, length_of, same
 
 STEPS = Steps(EachValue(same), default_collate, same, length_of)
+OPTIONS = options(batch_size=2, shard_size=8)
+SKIPPING = options(batch_size=2, shard_size=8, on_error="skip")
 
 
 def records(count):
@@ -27,11 +29,11 @@ def windows(count, block_size=8, window=4):
     return cut_windows(records(count), block_size=block_size, window=window, wanted=lambda block: True)
 
 
-def pipeline(engine, written, policy=ErrorPolicy(), batch_size=2):  # noqa: B008
+def pipeline(engine, written, chosen=OPTIONS):
     def write(index, num_records, rows, failures):
         written[index] = (num_records, sorted(rows.finish()[0]), failures)
 
-    return Pipeline(engine, STEPS, Limits(batch_size, num_lanes=2), policy, write, Monitor())
+    return Pipeline(engine, STEPS, chosen, write, Monitor())
 
 
 @pytest.mark.anyio
@@ -83,7 +85,7 @@ async def test_a_lost_lane_is_no_bad_record():
             raise AsyncDPError("the lane is closed")
 
     with pytest.raises(AsyncDPError, match="lane is closed"):
-        await pipeline(Lost(None), {}, ErrorPolicy("skip")).run(windows(8))
+        await pipeline(Lost(None), {}, SKIPPING).run(windows(8))
 
 
 @pytest.mark.anyio
@@ -126,6 +128,6 @@ def test_parts_cover_the_input_once(count, block_size, window, num_parts):
         cut = list(cut_windows(records(count), **sizes, wanted=lambda b, p=part: b % num_parts == p))
         own = [(record.position, window.block) for window in cut for record in window.records]
         assert len(own) == count_in_part(count, block_size, (part, num_parts))
-        assert sum(window.closes or 0 for window in cut) == len(own)
+        assert sum(window.block_size or 0 for window in cut) == len(own)
         seen += own
     assert sorted(seen) == [(index, index // block_size) for index in range(count)]

@@ -45,7 +45,7 @@ def test_lines_are_paced_and_warnings_are_not(monitor, monkeypatch):
     monitor.warn_once("out of memory")
     monitor.warn_once("out of memory")
     reporter.progressed(110, monitor)
-    monkeypatch.setattr(reporter._paced, "_last", -1e9)
+    monkeypatch.setattr(reporter, "_last", -1e9)
     reporter.progressed(110, monitor)
     reporter.finished()
     assert out.getvalue().splitlines() == [
@@ -61,7 +61,7 @@ def test_json_events(monitor, monkeypatch):
     reporter = JsonReporter(out)
     reporter.started(None, monitor, ("cpu:0",))
     monitor.warn_once("careful")
-    monkeypatch.setattr(reporter._paced, "_last", -1e9)
+    monkeypatch.setattr(reporter, "_last", -1e9)
     reporter.progressed(110, monitor)
     events = [json.loads(line) for line in out.getvalue().splitlines()]
     assert [event["event"] for event in events] == ["started", "warning", "progress"]
@@ -73,7 +73,7 @@ def test_bad_records_of_earlier_runs_count(monitor, monkeypatch):
     monitor.num_earlier_bad = 3
     lines, events = io.StringIO(), io.StringIO()
     for reporter in (LineReporter(lines), JsonReporter(events)):
-        monkeypatch.setattr(reporter._paced, "_last", -1e9)
+        monkeypatch.setattr(reporter, "_last", -1e9)
         reporter.progressed(110, monitor)
     assert lines.getvalue().strip().endswith(" 5 bad")
     assert json.loads(events.getvalue())["num_bad"] == 5

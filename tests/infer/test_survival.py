@@ -13,7 +13,7 @@ import pyarrow.dataset
 import pytest
 
 from asyncdp.errors import JobUsageError, OutputError, ResumeRefusedError
-from asyncdp.infer.output import files
+from asyncdp.infer import files
 from asyncdp.infer.output.merge import merge_parts
 
 SHAPE = {"shard_size": 10, "window": 5, "batch_size": 2}

@@ -8,12 +8,12 @@ import threading
 import anyio
 import pytest
 from models_for_tests import Lengths
-from standin import StandIn
+from standin import StandIn, options
 
 from asyncdp.errors import TooManyBadRecordsError
 from asyncdp.infer import pipeline as pipeline_module
 from asyncdp.infer.batching import Window
-from asyncdp.infer.pipeline import ErrorPolicy, Limits, Pipeline
+from asyncdp.infer.pipeline import Pipeline
 from asyncdp.infer.records import Record
 from asyncdp.infer.report.monitor import Monitor
 from asyncdp.infer.steps import EachValue, Steps, default_collate, length_of, same
@@ -61,9 +61,8 @@ def test_a_block_that_waits_for_the_writer_is_not_forgotten(anyio_backend, monke
     records = [Record(position, position, "x", "here", broken if position else None) for position in range(5)]
     windows = (Window(record.position, [record], 1) for record in records)
     steps = Steps(EachValue(same), default_collate, same, length_of)
-    policy = ErrorPolicy("record", max_errors=3)
-    limits = Limits(1, block_size=1, num_workers=5)
-    pipeline = Pipeline(StandIn(Lengths()), steps, limits, policy, write, Monitor())
+    chosen = options(batch_size=1, shard_size=1, workers=5, on_error="record", max_errors=3)
+    pipeline = Pipeline(StandIn(Lengths(), num_lanes=1), steps, chosen, write, Monitor())
     with pytest.raises(TooManyBadRecordsError):
         anyio.run(pipeline.run, windows, backend=anyio_backend)
     assert sorted({*written, *(failure.position for failure in pipeline.failures_left())}) == [1, 2, 3, 4]

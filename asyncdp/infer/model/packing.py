@@ -26,7 +26,7 @@ class Packing:
     takes the texts of one length at a time.
 
     Args:
-        encoder: One that `find_packing` has tried. The attention it gets does as before with a padded batch.
+        encoder: one that `find_packing` has tried. The attention it gets does as before with a padded batch.
     """
 
     def __init__(self, encoder: Any) -> None:
@@ -35,10 +35,10 @@ class Packing:
         encoder.set_attn_implementation(_ATTENTION)
 
     def mean_states(self, encoder: nn.Module, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Averages the states of every text's tokens.
+        """Average the states of every text's tokens.
 
         Args:
-            encoder: The one this was made for, or a copy of it.
+            encoder: the one this was made for, or a copy of it.
             input_ids: [batch, length], padding last.
             mask: [batch, length], 0 at padding, else 1.
 
@@ -67,7 +67,7 @@ class Packing:
 
 @torch.inference_mode()
 def find_packing(encoder: Any) -> Packing | None:
-    """Returns how to run an encoder of transformers without padding; None if that gives other states."""
+    """Return how to run an encoder of transformers without padding; None if that gives other states."""
     if encoder.config.model_type not in _MODEL_TYPES:
         return None
     if not hasattr(importlib.import_module("transformers"), "AttentionMaskInterface"):
@@ -116,6 +116,6 @@ def _register_attention() -> None:
 
 
 def _split(row: torch.Tensor, runs: Sequence[_Run]) -> list[torch.Tensor]:
-    """Cuts [tokens, ...] into [texts, length, ...], one for every run."""
+    """Cut [tokens, ...] into [texts, length, ...], one for every run."""
     parts = row.split([number * length for number, length in runs])
     return [part.unflatten(0, run) for part, run in zip(parts, runs, strict=True)]
