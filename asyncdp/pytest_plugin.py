@@ -26,7 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "multi_device: needs two CUDA devices; skipped where torch sees fewer")
     config.addinivalue_line(
         "markers",
-        "asyncdp_faults(faults): what goes wrong on the fake devices, by (lane, number of the work)",
+        "asyncdp_faults(faults): what goes wrong on the fake devices, by (lane, number of the task)",
     )
 
 
@@ -39,7 +39,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture
 def asyncdp_clock() -> VirtualClock:
-    """The virtual time of `asyncdp_devices`."""
+    """Return the virtual clock of `asyncdp_devices`."""
     from asyncdp.testing import VirtualClock
 
     return VirtualClock()
@@ -47,7 +47,7 @@ def asyncdp_clock() -> VirtualClock:
 
 @pytest.fixture
 def asyncdp_devices(request: pytest.FixtureRequest, asyncdp_clock: VirtualClock) -> list[FakeDevice]:
-    """Two fake devices, one lane each, with the faults of the marker `asyncdp_faults`.
+    """Make two fake devices, one lane each, with the faults of the marker `asyncdp_faults`.
 
     Parametrize it indirectly for another number of devices.
     """
@@ -60,13 +60,13 @@ def asyncdp_devices(request: pytest.FixtureRequest, asyncdp_clock: VirtualClock)
 
 
 def asyncdp_faults(faults: Mapping[tuple[int, int], Fault]) -> Mapping[tuple[int, int], Fault]:
-    """What the marker of this name takes."""
+    """Return the argument of the marker of this name."""
     return faults
 
 
 @pytest.fixture
 def asyncdp_runtime(asyncdp_devices: list[FakeDevice], asyncdp_clock: VirtualClock) -> Iterator[Runtime]:
-    """A runtime over `asyncdp_devices`; works that are still held or delayed at the end are let end.
+    """Make a runtime over `asyncdp_devices`; tasks that are still held or delayed at the end are released.
 
     A plain fixture, not an async one, so that it works under pytest-asyncio, anyio and trio alike.
     """

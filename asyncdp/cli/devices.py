@@ -13,7 +13,7 @@ def describe_devices(spec: str | None) -> str:
     """Return a few lines on every lane, peer access, and kernels with the reason where there are none.
 
     Raises:
-        JobUsageError: when the machine has no such device.
+        JobUsageError: the machine has no such device.
     """
     try:
         lanes = parse_devices(spec)

@@ -71,7 +71,7 @@ def _run(job: Callable[[], Awaitable[T]], options: InferOptions, going_on: str) 
         return anyio.run(run_until_signal, job)
     except Interrupted:
         if reads_stdin:
-            going_on = "standard input cannot be read again, so start anew"
+            going_on = "standard input cannot be read again, so start again"
         raise Interrupted(f"interrupted; {going_on}") from None
     except AsyncDPError as error:
         if reads_stdin:
@@ -80,7 +80,7 @@ def _run(job: Callable[[], Awaitable[T]], options: InferOptions, going_on: str) 
 
 
 async def run_until_signal(job: Callable[[], Awaitable[T]]) -> T:
-    """Run a job; SIGINT and SIGTERM stop it after the batches at hand.
+    """Run a job; SIGINT and SIGTERM stop it after the batches in flight.
 
     Raises:
         Interrupted: when a signal came first.

@@ -36,7 +36,7 @@ def cut_windows(
         records: in order of position, from the first of some block on.
         block_size: positions per block.
         window: most records per window.
-        wanted: returns whether a block is to be done; records of others are read and dropped.
+        wanted: returns whether a block is to be done; records of others are read and skipped.
     """
     for block, group in itertools.groupby(records, lambda record: record.position // block_size):
         if wanted(block):

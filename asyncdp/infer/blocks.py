@@ -41,8 +41,7 @@ class BlockRows:
         self.schema: dict[str, str] = {}
         self._first = first
         self._num_rows = 0
-        self._ids: list[str | int | None] = []
-        self._columns: Columns = {}
+        self._columns: Columns = {"id": []}
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -63,20 +62,19 @@ class BlockRows:
             self._check_schema(columns, f"the batch with record {min(positions)}")
             places = self._places(positions)
             self._grow(max(places) + 1)
-            _put(self._ids, places, [record.id for record in records])
-            for name, values in columns.items():
+            for name, values in {"id": [record.id for record in records], **columns}.items():
                 _put(self._columns[name], places, values)
             self._num_rows += len(places)
 
     def finish(self) -> tuple[list[Any], Columns]:
         """Return ids and columns without the places of records that were refused."""
-        places = [place for place, identity in enumerate(self._ids) if identity is not None]
-        if places and places[-1] == len(places) - 1:
-            whole = slice(len(places))  # a view, where indices would copy
-            return self._ids[whole], {name: values[whole] for name, values in self._columns.items()}
-        return _picked(self._ids, places), {
-            name: _picked(values, places) for name, values in self._columns.items()
-        }
+        places = [place for place, identity in enumerate(self._columns["id"]) if identity is not None]
+        picked: dict[str, Any]
+        if places and places[-1] == len(places) - 1:  # views, where indices would copy
+            picked = {name: values[: len(places)] for name, values in self._columns.items()}
+        else:
+            picked = {name: _pick(values, places) for name, values in self._columns.items()}
+        return picked.pop("id"), picked
 
     def _places(self, positions: Sequence[int]) -> list[int]:
         if self._first is None:
@@ -87,21 +85,19 @@ class BlockRows:
         schema = schema_of(columns)
         if not self.schema:
             self.schema = schema
-            self._columns = {
-                name: values[:0].copy() if isinstance(values, np.ndarray) else []
-                for name, values in columns.items()
-            }
+            for name, values in columns.items():
+                self._columns[name] = values[:0].copy() if isinstance(values, np.ndarray) else []
         check_same_schema(self.schema, schema, where)
 
     def _grow(self, size: int) -> None:
-        if size <= len(self._ids):
+        if size <= len(self._columns["id"]):
             return
         size = -(-size // _GROWTH) * _GROWTH
-        for values in (self._ids, *self._columns.values()):
+        for values in self._columns.values():
             if isinstance(values, list):
                 values.extend([None] * (size - len(values)))
             else:
-                # In place, which for large arrays moves no bytes; nobody else has seen the array yet.
+                # In place, which for large arrays moves no bytes; no other code refers to the array yet.
                 values.resize((size, *values.shape[1:]), refcheck=False)
 
 
@@ -155,5 +151,5 @@ def _put(column: Any, places: Sequence[int], values: Any) -> None:
         column[places] = values
 
 
-def _picked(column: Any, places: list[int]) -> Any:
+def _pick(column: Any, places: list[int]) -> Any:
     return [column[place] for place in places] if isinstance(column, list) else column[places]

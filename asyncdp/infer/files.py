@@ -26,12 +26,12 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
         path: the file to make; one that exists is replaced.
 
     Raises:
-        OutputError: the disk is full, read-only or gone.
+        OutputError: the disk is full, read-only or lost.
     """
     temporary = path.with_name(TEMPORARY_PREFIX + path.name)
     try:
         temporary.unlink(missing_ok=True)
-        # "x" never follows a link that somebody put in the place of the temporary file.
+        # "x" never follows a link that was put in the place of the temporary file.
         with open(temporary, "xb") as file:
             yield file
             file.flush()

@@ -20,7 +20,7 @@ def make_steps(options: InferOptions, input_format: str) -> Steps:
     """Put together the functions around the model.
 
     Raises:
-        JobUsageError: when a function that was named cannot be imported.
+        JobUsageError: a function that was named cannot be imported.
     """
     if options.task == "embed":
         from .model.embed import embed_steps
@@ -63,7 +63,7 @@ def find_devices(spec: str | None) -> list[torch.device]:
     """Return the device of every lane.
 
     Raises:
-        JobUsageError: when this machine has no such device.
+        JobUsageError: this machine has no such device.
     """
     try:
         return parse_devices(spec)

@@ -84,8 +84,8 @@ def default_collate(items: Sequence[Any]) -> Any:
 def to_tensor(item: Any) -> torch.Tensor:
     """Return numbers as a tensor, of a dtype that does not depend on the rest of the batch.
 
-    A tensor keeps its dtype, since somebody chose it. Everything else keeps its dtype, too, but for doubles:
-    Python's numbers and NumPy's arrays are double without anybody's choice, and get torch's default dtype.
+    A tensor keeps its dtype. So does everything else, except doubles, which become torch's default dtype:
+    numbers of Python and arrays of NumPy are double unless another dtype was chosen.
     """
     tensor = torch.as_tensor(item)
     if isinstance(item, torch.Tensor) or tensor.dtype != torch.float64:
@@ -112,7 +112,7 @@ def to_columns(output: Any, num_records: int) -> Columns:
         num_records: number of records in the batch.
 
     Raises:
-        JobError: when an entry does not have one row per record, or is named `id`.
+        JobError: an entry does not have one row per record, or is named `id`.
     """
     columns = {str(name): _column(values) for name, values in _named(output).items()}
     for name, values in columns.items():

@@ -20,7 +20,7 @@ def batch(positions):
 
 @given(st.permutations(range(100, 130)), st.integers(1, 9), st.sets(st.integers(100, 129), max_size=29))
 def test_rows_go_to_their_places(order, batch_size, refused):
-    """Whatever order batches end in, rows stand in input order, and refused records leave no gap."""
+    """Whatever order batches end in, rows are in input order, and refused records leave no gap."""
     rows = BlockRows(100)
     kept = [position for position in order if position not in refused]
     for start in range(0, len(kept), batch_size):
@@ -45,7 +45,7 @@ def test_rows_may_stay_as_they_come():
     "columns", [{"x": np.zeros((1, 3), np.int64), "t": [1]}, {"x": np.zeros((1, 2)), "t": [1]}, {"t": [1]}]
 )
 def test_batches_must_have_one_schema(columns):
-    """Another shape, type or name of a column is an error that tells both."""
+    """Another shape, type or name of a column is an error that names both."""
     rows = BlockRows(0)
     rows.add(*batch([0]))
     with pytest.raises(JobError, match=r"differ between batches: .*int64\[2\].*, then "):

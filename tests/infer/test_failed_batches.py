@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from standin import StandIn, options
+from fake_engine import FakeEngine, options
 from torch import nn
 
 from asyncdp import DataParallel
@@ -68,7 +68,7 @@ async def run(engine, written, on_error, count=16):
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), KeyError("no such word")])
-async def test_a_failed_batch_is_gone_before_its_halves_run(without_collector, error):
+async def test_a_failed_batch_is_freed_before_its_halves_run(without_collector, error):
     """What a failing forward had allocated is free again when the next batch starts, so halves can fit."""
     model, written = Failing(2, error), []
     async with DataParallel(model, ["cpu"]) as engine:
@@ -80,7 +80,7 @@ async def test_a_failed_batch_is_gone_before_its_halves_run(without_collector, e
 
 
 @pytest.mark.anyio
-async def test_a_refused_record_is_gone_but_told(without_collector):
+async def test_a_refused_record_is_freed_but_reported(without_collector):
     """A record that fails alone holds no memory either, and its traceback reaches into the model's code."""
     model, written = Failing(0, KeyError("no such word")), []
     async with DataParallel(model, ["cpu"]) as engine:
@@ -105,13 +105,13 @@ def test_running_out_of_memory_is_recognised_on_the_cpu():
 
 @pytest.mark.anyio
 async def test_the_cpu_running_out_of_memory_lowers_the_batch_size():
-    """On a CPU, too, later batches keep the smaller size, and the warning blames no record."""
+    """On a CPU, too, later batches keep the smaller size, and the warning names no record."""
 
     def forward(x):
         return torch.empty(10**15) if len(x) > 4 else x
 
     written = []
-    monitor = await run(StandIn(forward), written, "skip", count=64)
+    monitor = await run(FakeEngine(forward), written, "skip", count=64)
     assert [num_good for _, num_good, _ in written] == [16] * 4
     assert monitor.warnings == [
         "out of memory with 16 records: going on with 8 per batch",

@@ -23,7 +23,7 @@ def contents(folder):
 
 @contextlib.contextmanager
 def disk_of(monkeypatch, num_bytes, name=""):
-    """A disk that takes so many bytes for the files with ``name`` in theirs; gives how many were written.
+    """A disk that takes so many bytes for the files with `name` in theirs; yields how many were written.
 
     As on a real one, what fits is written before the write fails.
     """

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import anyio
 import pytest
+from fake_engine import FakeEngine, options
 from hypothesis import given
 from hypothesis import strategies as st
-from standin import StandIn, options
 
 from asyncdp.errors import AsyncDPError, RecordError
 from asyncdp.infer.batching import cut_windows, padding, plan_batches
@@ -41,7 +41,7 @@ async def test_a_stuck_lane_stops_the_reading():
     """While no batch ends, only a few windows are read, however long the input: memory stays flat."""
     release, all_stuck, read, stuck = anyio.Event(), anyio.Event(), [], []
 
-    class Stuck(StandIn):
+    class Stuck(FakeEngine):
         async def on_one_lane(self, *args, **kwargs):
             stuck.append(args)
             if len(stuck) == 4:
@@ -68,7 +68,7 @@ async def test_a_stuck_lane_stops_the_reading():
 async def test_every_position_is_written_once():
     """Blocks hold exactly their own records, the last one the rest."""
     written: dict[int, object] = {}
-    await pipeline(StandIn(lambda x: x * 2), written).run(windows(21))
+    await pipeline(FakeEngine(lambda x: x * 2), written).run(windows(21))
     assert {index: positions for index, (_, positions, _) in written.items()} == {
         0: list(range(8)),
         1: list(range(8, 16)),
@@ -80,7 +80,7 @@ async def test_every_position_is_written_once():
 async def test_a_lost_lane_is_no_bad_record():
     """Errors of the engine itself fail the job at once, whatever is done about bad records."""
 
-    class Lost(StandIn):
+    class Lost(FakeEngine):
         async def on_one_lane(self, *args, **kwargs):
             raise AsyncDPError("the lane is closed")
 
@@ -96,7 +96,7 @@ async def test_the_first_failure_is_raised_itself():
         raise ZeroDivisionError("no")
 
     with pytest.raises(RecordError) as caught:
-        await pipeline(StandIn(refuse), {}).run(windows(40))
+        await pipeline(FakeEngine(refuse), {}).run(windows(40))
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 

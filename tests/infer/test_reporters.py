@@ -38,7 +38,7 @@ def test_lane_load_is_a_part_of_the_time(monitor):
 
 
 def test_lines_are_paced_and_warnings_are_not(monitor, monkeypatch):
-    """A log gets a line every few seconds, but a warning at once and once."""
+    """A log gets a line every few seconds, but each warning at once, and only once."""
     out = io.StringIO()
     reporter = LineReporter(out)
     reporter.started(110, monitor, ("cpu:0",))
@@ -69,7 +69,7 @@ def test_json_events(monitor, monkeypatch):
 
 
 def test_bad_records_of_earlier_runs_count(monitor, monkeypatch):
-    """Whoever reads progress sees bad records of the same records that are done: earlier ones included."""
+    """Progress counts the bad records of earlier runs, as it counts their records."""
     monitor.num_earlier_bad = 3
     lines, events = io.StringIO(), io.StringIO()
     for reporter in (LineReporter(lines), JsonReporter(events)):

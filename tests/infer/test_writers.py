@@ -65,7 +65,7 @@ def test_what_each_format_holds():
     ],
 )
 def test_arrays_of_texts_may_differ_in_width(first, second):
-    """Numpy's text types carry the longest text of a batch, which must not make batches unlike."""
+    """NumPy's text types depend on the longest text of a batch, and must not make two schemas of it."""
     rows = BlockRows(0)
     for start, output in ((0, first), (2, second)):
         records = [Record(position, position, None, "") for position in (start, start + 1)]

@@ -71,8 +71,8 @@ def load_embedder(folder: Path) -> tuple[Embedder, dict[str, Path]]:
         The encoder, and the files of the folder that the vectors depend on, by what they are.
 
     Raises:
-        MissingExtraError: when transformers is not installed.
-        ModelLoadError: when the folder is no complete encoder, or pools in another way.
+        MissingExtraError: transformers is not installed.
+        ModelLoadError: the folder is no complete encoder, or pools in another way.
     """
     transformers = _transformers()
     _check_modules(folder)
@@ -112,7 +112,7 @@ def load_tokenizer(folder: Path) -> Any:
     """Load the tokenizer of a folder.
 
     Raises:
-        ModelLoadError: when the folder has none.
+        ModelLoadError: the folder has none.
     """
     try:
         return _transformers().AutoTokenizer.from_pretrained(

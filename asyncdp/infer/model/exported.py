@@ -23,7 +23,7 @@ def load_exported(path: Path, *, allow_pickle: bool) -> nn.Module:
     """Load a program saved by `torch.export.save`.
 
     Raises:
-        ModelLoadError: when it is damaged, or holds Python, native code or pickles that were not allowed.
+        ModelLoadError: it is damaged, or holds Python, native code or pickles that were not allowed.
     """
     try:
         if not allow_pickle:
@@ -42,7 +42,7 @@ def load_exported(path: Path, *, allow_pickle: bool) -> nn.Module:
         ) from error
 
 
-_ALLOW_OR_EXPORT = "Export the model again, or give --allow-unsafe-pickle if you trust whoever made it."
+_ALLOW_OR_EXPORT = "Export the model again, or give --allow-unsafe-pickle if you trust its author."
 
 # What torch.export.save writes when nothing in it needs a pickle, apart from the example inputs, which
 # load with weights_only.

@@ -36,7 +36,7 @@ _ATTRIBUTES_IN_GUARDS = {
     None: re.compile(r"size|stride|storage_offset"),
 }
 
-# Operators that read or write a file whose name stands in the program.
+# Operators that read or write a file that the program names.
 _USES_FILES = re.compile(r"torch\.ops\.(aten\.(save|from_file)|debugprims)\b.*")
 _OPERATOR = re.compile(r"torch\.ops(\.(?!__)\w+){2,3}")
 

@@ -58,7 +58,7 @@ class InferenceModule(nn.Module):
 
     def _compiled(self, *args: Any, **kwargs: Any) -> Any:
         if self.module._compiled_call_impl is None:
-            # Once per replica, in its lane; copies of a module lose a compilation.
+            # Once per replica, in its lane: a copy of a compiled module is not compiled.
             self.module.compile(dynamic=True)
         from torch._dynamo.exc import TorchDynamoException
 
@@ -173,7 +173,7 @@ def load_weights(module: nn.Module, path: Path, *, allow_pickle: bool) -> None:
     """Load weights into `module`: safetensors, or a pickle when that was allowed by name.
 
     Raises:
-        ModelLoadError: when the file is damaged, is a pickle, or names other parameters.
+        ModelLoadError: the file is damaged, is a pickle, or names other parameters.
     """
     import safetensors.torch
 
@@ -185,7 +185,7 @@ def load_weights(module: nn.Module, path: Path, *, allow_pickle: bool) -> None:
         else:
             raise ModelLoadError(
                 f"{path} is not a .safetensors file, and a pickle can run any code while it loads",
-                "Convert it to safetensors, or give --allow-unsafe-pickle if you trust whoever made it.",
+                "Convert it to safetensors, or give --allow-unsafe-pickle if you trust its author.",
             )
     except ModelLoadError:
         raise

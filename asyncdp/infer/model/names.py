@@ -22,7 +22,7 @@ def load_name(spec: str, option: str) -> Any:
         option: the option it came from, for the error.
 
     Raises:
-        JobUsageError: when the module or the name in it cannot be had.
+        JobUsageError: the module or the name in it cannot be had.
     """
     module = import_module_of(spec, option)
     name = spec.partition(":")[2]

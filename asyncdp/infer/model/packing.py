@@ -1,4 +1,4 @@
-"""Runs texts of unlike length back to back, so that nothing is computed for padding."""
+"""Texts of different length run back to back, so that nothing is computed for padding."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 
 _ATTENTION = "asyncdp_packed"
 
-# Encoders whose tokens meet nowhere but in attention, and that can be told the position of every token.
+# Encoders whose tokens affect each other in attention only, and that take the position of every token.
 _MODEL_TYPES = ("bert", "roberta", "xlm-roberta")
 
 _Run = tuple[int, int]  # how many texts, and of how many tokens each
@@ -72,10 +72,10 @@ def find_packing(encoder: Any) -> Packing | None:
         return None
     if not hasattr(importlib.import_module("transformers"), "AttentionMaskInterface"):
         return None
-    # Tried, since not every version of transformers hands on to attention what it needs to be told.
+    # Tried, since not every version of transformers passes the further arguments on to attention.
     mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 1, 0]])
     input_ids = torch.arange(mask.numel()).view_as(mask) % encoder.config.vocab_size
-    texts = [ids[kept].unsqueeze(0) for ids, kept in zip(input_ids, mask.bool(), strict=True)]
+    texts = [ids[real].unsqueeze(0) for ids, real in zip(input_ids, mask.bool(), strict=True)]
     expected = torch.cat([encoder(input_ids=text).last_hidden_state.mean(1) for text in texts])
     usual = encoder.config._attn_implementation
     packing = Packing(encoder)

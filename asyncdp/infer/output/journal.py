@@ -136,7 +136,7 @@ def load_journal(folder: Path) -> JournalState:
     """Read the journal of a folder; entries that do not pass their checksum are left out.
 
     Raises:
-        ResumeRefusedError: when not even the fingerprint can be read.
+        ResumeRefusedError: not even the fingerprint can be read.
     """
     path = folder / JOURNAL_NAME
     if not folder.is_dir():

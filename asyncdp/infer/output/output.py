@@ -155,7 +155,7 @@ def check_output_free(path: Path, *, resume: bool) -> None:
         raise OutputExistsError(path)
     parent = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise _unwritable(path, f"{parent} is read-only or belongs to somebody else")
+        raise _unwritable(path, f"{parent} is read-only or belongs to another user")
 
 
 def explain_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Shards of every output format; the id stands first in every row."""
+"""Shards of every output format; the id is first in every row."""
 
 from __future__ import annotations
 

@@ -52,11 +52,11 @@ def open_inputs(
         output: a folder whose files are passed over: a resumed job must not read its own shards.
 
     Raises:
-        InputError: when a file is missing or a pipe, its format is unknown, or formats are mixed.
+        InputError: a file is missing or a pipe, its format is unknown, or formats are mixed.
     """
     paths = [path for spec in specs for path in _expand(spec)]
     files = [InputFile(path) for path in (paths if output is None else _outside(output, paths))]
-    names = {format_name or _format_of(file.path) for file in files}
+    names = {format_name or _format_of(file) for file in files}
     if len(names) != 1:
         raise InputError(
             f"The inputs are of several formats ({', '.join(sorted(names))})",
@@ -80,7 +80,7 @@ class Inputs:
         """Yield the records from position `start` on; whole files before it are not opened.
 
         Raises:
-            DamagedInputError: when a file turns out to be damaged.
+            DamagedInputError: a file turns out to be damaged.
         """
         position = 0
         for file, count in zip(self.files, self._counts, strict=True):
@@ -131,38 +131,33 @@ class Inputs:
 
 def _outside(folder: Path, paths: list[Path]) -> list[Path]:
     inside = folder.resolve()
-    kept = [path for path in paths if not path.resolve().is_relative_to(inside)]
-    if not kept:
+    outside = [path for path in paths if not path.resolve().is_relative_to(inside)]
+    if not outside:
         raise InputError(
             f"All of the input lies in the output folder {folder}", "Name another folder for the output."
         )
-    return kept
+    return outside
 
 
 def _expand(spec: str) -> list[Path]:
-    if spec == "-":
-        return [STDIN]
-    found = _find(spec)
+    path = Path(spec)
+    if path == STDIN or path.is_file():
+        return [path]
+    if path.is_dir():
+        found = sorted(p for p in path.rglob("*") if p.is_file() and _is_data(p))
+    elif not path.exists():
+        found = sorted(Path(p) for p in glob.glob(spec, recursive=True) if Path(p).is_file())
+    else:
+        # The fingerprint would drain a pipe before the job reads it.
+        raise InputError(
+            f"{spec} is no file on disk, and its contents can be read only once",
+            "Send it to standard input, which is named -, or save it to a file.",
+        )
     if not found:
         raise InputError(
             f"There is no input at {spec}", "Name a file, a folder of known files, a pattern, or -."
         )
     return found
-
-
-def _find(spec: str) -> list[Path]:
-    path = Path(spec)
-    if path.is_dir():
-        return sorted(p for p in path.rglob("*") if p.is_file() and _is_data(p))
-    if not path.exists():
-        return sorted(Path(p) for p in glob.glob(spec, recursive=True) if Path(p).is_file())
-    if not path.is_file():
-        # The fingerprint would drain a pipe before the job reads it.
-        raise InputError(
-            f"{spec} is no file on disk, and what it gives can be read only once",
-            "Send it to standard input, which is named -, or save it to a file.",
-        )
-    return [path]
 
 
 def _is_data(path: Path) -> bool:
@@ -171,17 +166,15 @@ def _is_data(path: Path) -> bool:
 
 
 def _known_format(path: Path) -> str | None:
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in COMPRESSIONS:
-        suffixes.pop()
-    return _SUFFIXES.get(suffixes[-1]) if suffixes else None
+    plain = path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path
+    return _SUFFIXES.get(plain.suffix.lower())
 
 
-def _format_of(path: Path) -> str:
-    known = _known_format(path)
+def _format_of(file: InputFile) -> str:
+    known = _known_format(file.path)
     if known is None:
         raise InputError(
-            f"The format of {'standard input' if path == STDIN else path} is unknown",
+            f"The format of {file.name} is unknown",
             f"Name it with --input-format ({', '.join(FORMATS)}).",
         )
     return known

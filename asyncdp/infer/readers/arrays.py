@@ -68,7 +68,7 @@ def _read(file: InputFile, arrays: _Arrays, begin: int, end: int) -> dict[str, A
         parts = {name: array[begin:end] for name, array in arrays.items()}
     except Exception as error:  # the end of a compressed array may be the first to be damaged
         raise file.broken(error) from error
-    # A copy, so that no record keeps a memory map alive.
+    # A copy, so that no record refers to a memory map.
     return {name: np.array(part) if isinstance(part, np.memmap) else part for name, part in parts.items()}
 
 
@@ -85,7 +85,7 @@ def _num_rows(shapes: dict[str, Sequence[int]]) -> int:
             raise ValueError(f"array {name!r} has no dimension to take rows from")
     lengths = {name: shape[0] for name, shape in shapes.items()}
     if len(set(lengths.values())) != 1:
-        raise ValueError(f"its arrays must have one same first dimension, but have {lengths or 'none'}")
+        raise ValueError(f"its arrays must have the same first dimension, but have {lengths or 'none'}")
     return next(iter(lengths.values()))
 
 
@@ -107,7 +107,7 @@ def _npz(path: Path) -> Iterator[tuple[_Arrays, int]]:
 
 
 class _StoredArray:
-    """One array of an archive, compressed or not, of which only the rows at hand are in memory."""
+    """One array of an archive, compressed or not, of which only the rows being read are in memory."""
 
     def __init__(self, archive: zipfile.ZipFile, name: str) -> None:
         with archive.open(name) as stream:

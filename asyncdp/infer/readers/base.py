@@ -131,7 +131,7 @@ class InputFile:
         """Open the file for reading.
 
         Raises:
-            DamagedInputError: when a compressed file is cut short or damaged.
+            DamagedInputError: a compressed file is cut short or damaged.
         """
         if self.path == STDIN:
             yield sys.stdin.buffer

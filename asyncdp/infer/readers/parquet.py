@@ -42,7 +42,7 @@ def _open(file: InputFile) -> Any:
     import pyarrow.parquet
 
     try:
-        # Without pre-buffering only the pages at hand are in memory.
+        # Without pre-buffering only the pages being read are in memory.
         return pyarrow.parquet.ParquetFile(file.path, pre_buffer=False)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise file.broken(error) from error

@@ -12,11 +12,11 @@ from asyncdp.infer import InferOptions
 
 
 def options(**chosen):
-    """Options of a job whose input, model and output the test gives to the pipeline itself."""
+    """Make the options of a job whose input, model and output the test gives to the pipeline itself."""
     return InferOptions(("-",), "no:model", Path("nowhere"), **chosen)
 
 
-class StandIn:
+class FakeEngine:
     """Runs a module in worker threads, as many at once as it has lanes."""
 
     def __init__(self, module, num_lanes=2):
