@@ -42,9 +42,7 @@ def infer(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the shards.")],
     weights: Annotated[str | None, typer.Option(help="A .safetensors file for the factory's model.")] = None,
     task: Annotated[str | None, typer.Option(help="embed: text to vectors, --model is a HF folder.")] = None,
-    input_format: Annotated[
-        str | None, typer.Option(help="jsonl csv tsv lines parquet npz images ...")
-    ] = None,
+    input_format: Annotated[str | None, typer.Option(help="jsonl csv lines parquet npz images ...")] = None,
     output_format: Annotated[str, typer.Option(help="parquet jsonl npy safetensors")] = "parquet",
     column: Annotated[list[str] | None, typer.Option(help="Column for the model; repeatable.")] = None,
     id_column: Annotated[str | None, typer.Option(help="Column with the id; else the row index.")] = None,

@@ -71,7 +71,7 @@ def _run(job: Callable[[], Awaitable[T]], options: InferOptions, going_on: str) 
         return anyio.run(run_until_signal, job)
     except Interrupted:
         if reads_stdin:
-            going_on = "standard input cannot be read again, so start again"
+            going_on = "start again, since standard input cannot be read twice"
         raise Interrupted(f"interrupted; {going_on}") from None
     except AsyncDPError as error:
         if reads_stdin:

@@ -40,6 +40,7 @@ class Engine(Protocol):
         """Run one batch on one lane."""
 
 
+_Refused = tuple[Record, Exception]
 Windows = Generator[Window, None, None]
 WriteBlock = Callable[[int, int, BlockRows, list[Failure]], None]
 
@@ -132,37 +133,40 @@ class Pipeline:
         in_order = self._options.order == "input"
         return OpenBlock(index, BlockRows(index * self._options.shard_size if in_order else None))
 
-    async def _prepare_window(self, window: Window) -> tuple[list[Batch], list[tuple[Record, Exception]]]:
-        failures = [(record, record.error) for record in window.records if record.error is not None]
-        good = [record for record in window.records if record.error is None]
+    async def _prepare_window(self, window: Window) -> tuple[list[Batch], list[_Refused]]:
+        unreadable = [(record, record.error) for record in window.records if record.error is not None]
+        readable = [record for record in window.records if record.error is None]
         with self._monitor.timed("preprocess"):
-            items, refused = await self._preprocess([record.value for record in good])
-        failures += [(good[index], error) for index, error in refused.items()]
-        prepared = [record for index, record in enumerate(good) if index not in refused]
+            records, items, failures = await self._preprocess(readable)
         costs = [self._steps.cost(item) for item in items]
-        whole = Batch(window.block, prepared, items, costs)
+        whole = Batch(window.block, records, items, costs)
         plan = plan_batches(costs, self._batch_size, self._options.max_batch_cost)
-        return [whole.pick(indices) for indices in plan], failures
+        return [whole.pick(indices) for indices in plan], unreadable + failures
 
-    async def _preprocess(self, values: list[Any]) -> tuple[list[Any], dict[int, Exception]]:
-        """Prepare all values at once, or one by one when that fails, to find the culprits."""
-        if not values:
-            return [], {}
+    async def _preprocess(self, records: list[Record]) -> tuple[list[Record], list[Any], list[_Refused]]:
+        """Prepare all records at once, or one by one when that fails, to find those at fault.
+
+        Returns:
+            The records that were not refused, their items, and the refused ones.
+        """
         try:
-            return await self._call_preprocess(values), {}
+            return records, await self._call_preprocess([record.value for record in records]), []
         except Exception as error:
-            if len(values) == 1:
-                return [], {0: error}
+            if len(records) == 1:
+                return [], [], [(records[0], error)]
+        good: list[Record] = []
         items: list[Any] = []
-        refused: dict[int, Exception] = {}
-        for index, value in enumerate(values):
-            try:
-                items += await self._call_preprocess([value])
-            except Exception as error:
-                refused[index] = error
-        return items, refused
+        failures: list[_Refused] = []
+        for record in records:
+            done, made, failed = await self._preprocess([record])
+            good += done
+            items += made
+            failures += failed
+        return good, items, failures
 
     async def _call_preprocess(self, values: list[Any]) -> list[Any]:
+        if not values:
+            return []
         workers = anyio.to_process if self._options.worker_processes else anyio.to_thread
         items: list[Any] = await workers.run_sync(self._steps.preprocess, values)
         if len(items) != len(values):

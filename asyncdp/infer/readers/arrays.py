@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -99,31 +98,22 @@ def _npy(path: Path) -> Iterator[tuple[_Arrays, int]]:
 @contextlib.contextmanager
 def _npz(path: Path) -> Iterator[tuple[_Arrays, int]]:
     with zipfile.ZipFile(path) as archive, contextlib.ExitStack() as stack:
-        arrays = {
-            name.removesuffix(".npy"): stack.enter_context(_StoredArray(archive, name))
-            for name in archive.namelist()
-        }
+        names = archive.namelist()
+        arrays = {name.removesuffix(".npy"): _StoredArray(archive, name, stack) for name in names}
         yield arrays, _num_rows({name: array.shape for name, array in arrays.items()})
 
 
 class _StoredArray:
     """One array of an archive, compressed or not, of which only the rows being read are in memory."""
 
-    def __init__(self, archive: zipfile.ZipFile, name: str) -> None:
+    def __init__(self, archive: zipfile.ZipFile, name: str, stack: contextlib.ExitStack) -> None:
         with archive.open(name) as stream:
             self.shape, by_columns, self._dtype = _header(stream, name)
             self._start = stream.tell()
         self._order: Literal["C", "F"] = "F" if by_columns else "C"
-        self._open = functools.partial(archive.open, name)
+        self._open = lambda: stack.enter_context(archive.open(name))
         self._stream: IO[bytes] | None = None
         self._whole: np.ndarray[Any, Any] | None = None
-
-    def __enter__(self) -> _StoredArray:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._stream is not None:
-            self._stream.close()
 
     def __getitem__(self, rows: slice) -> np.ndarray[Any, Any]:
         """Return rows; those before them are read again only when they are asked for out of order."""

@@ -99,11 +99,12 @@ class Contents(NamedTuple):
 class Reader(Protocol):
     """Turns files of one format into rows, a few at a time."""
 
-    binary: bool
+    binary: bool = False
     """Whether the file must be seekable and uncompressed."""
 
     def inspect(self, path: Path) -> Contents:
-        """Return what is cheap to know of a file."""
+        """Return what is cheap to know of a file; by default nothing."""
+        return Contents()
 
     def rows(self, file: InputFile, selection: Selection, start: int) -> Iterator[Row]:
         """Yield rows from number `start` on (always 0 where their number is unknown)."""

@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from ..records import Row
-from .base import Contents, InputFile, Selection
+from .base import Contents, InputFile, Reader, Selection
 
 _MAX_FIELD = 16 << 20
 
 
-class LinesReader:
+class LinesReader(Reader):
     """Every line is one record; blank lines too, so that positions are line numbers."""
-
-    binary = False
 
     def inspect(self, path: Path) -> Contents:
         """Return that a line has no columns."""
@@ -34,14 +32,8 @@ class LinesReader:
                 yield Row(None, None, where, error)
 
 
-class JsonlReader:
+class JsonlReader(Reader):
     """Every line that is not blank is one JSON value."""
-
-    binary = False
-
-    def inspect(self, path: Path) -> Contents:
-        """Return nothing: each entry has columns of its own."""
-        return Contents()
 
     def rows(self, file: InputFile, selection: Selection, start: int) -> Iterator[Row]:
         """Yield the parsed values."""
@@ -57,10 +49,8 @@ class JsonlReader:
                 yield selection.row(entry, where)
 
 
-class CsvReader:
+class CsvReader(Reader):
     """A header line, then one record per row; quoted fields may hold line ends."""
-
-    binary = False
 
     def __init__(self, delimiter: str) -> None:
         self._delimiter = delimiter
