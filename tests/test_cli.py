@@ -54,7 +54,7 @@ def infer(*args, model="models_for_tests:Sums"):
     )
 
 
-def told(parameter):
+def described(parameter):
     is_option = parameter.param_type_name == "option"
     names = [name.lstrip("-") for name in parameter.opts] if is_option else []
     names = sorted(names, key=len, reverse=True) or [parameter.name]
@@ -76,7 +76,7 @@ def test_the_command_line_is_frozen():
     commands = flattened(typer.main.get_command(app).commands)
     assert list(commands) == list(FROZEN)
     for name, expected in FROZEN.items():
-        found = [told(parameter) for parameter in commands[name].params]
+        found = [described(parameter) for parameter in commands[name].params]
         assert found == expected.split()
 
 
@@ -141,7 +141,7 @@ def test_exit_code_2_before_anything_runs(work, args):
     ],
 )
 def test_exit_codes_of_inputs_that_cannot_be_read(work, name, code, begins):
-    """A damaged file is a failure, whenever it is found; one that was not asked for rightly is usage."""
+    """A damaged file is a failure, whenever it is found; one that was asked for in a wrong way is usage."""
     pyarrow.parquet.write_table(pyarrow.table({"x": [1.0] * 9}), work / "whole.parquet")
     (work / "cut.parquet").write_bytes((work / "whole.parquet").read_bytes()[:-9])
     (work / "cut.csv.gz").write_bytes(gzip.compress(b"x\n1\n")[:-9])
@@ -165,10 +165,10 @@ LONG = ["in.jsonl", "--model", "models_for_tests:Slow", "--column", "x", "--batc
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 @pytest.mark.parametrize(
-    ("number", "args", "told"),
-    [(signal.SIGINT, SILENT, "start anew"), (signal.SIGTERM, LONG, "--resume continues")],
+    ("number", "args", "message"),
+    [(signal.SIGINT, SILENT, "start again"), (signal.SIGTERM, LONG, "--resume continues")],
 )
-def test_exit_code_130_when_interrupted(work, number, args, told):
+def test_exit_code_130_when_interrupted(work, number, args, message):
     """A signal ends the job soon, with 130 and the way to go on, even while standard input is silent."""
     command = [sys.executable, "-m", "asyncdp.cli", "infer", *args, "--devices", "cpu", "-o", "out", "--json"]
     environment = {**os.environ, "PYTHONPATH": str(MODELS)}
@@ -178,11 +178,11 @@ def test_exit_code_130_when_interrupted(work, number, args, told):
         job.send_signal(number)
         _, errors = job.communicate(timeout=20)
     assert job.returncode == 130
-    assert told in errors
+    assert message in errors
 
 
 def test_an_error_does_not_wait_for_standard_input(work):
-    """A job that fails ends at once, though whoever writes its input neither writes nor closes it."""
+    """A job that fails ends at once, though the writer of its input neither writes nor closes it."""
     command = [sys.executable, "-m", "asyncdp.cli", "infer", *SILENT, "--devices", "cpu", "-o", "out"]
     command += ["--json", "--preprocess", "models_for_tests:refuse_b", "--window", "1", "--batch-size", "1"]
     environment = {**os.environ, "PYTHONPATH": str(MODELS)}
@@ -296,7 +296,7 @@ def test_merge(work):
 
 
 def test_devices_says_what_there_is():
-    """Lanes, memory, kernels with a reason, and peer access are told."""
+    """Lanes, memory, kernels with a reason, and peer access are shown."""
     result = invoke("devices", "cpu*3")
     assert result.exit_code == 0
     assert "cpu: 3 lanes" in result.output

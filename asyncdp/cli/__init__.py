@@ -13,11 +13,10 @@ _M_ARENA_MAX = -8  # of malloc.h
 
 
 def _keep_memory_flat() -> None:
-    """Lets all threads share one heap: freed memory of one is then used by the next.
+    """Let all threads share one heap: freed memory of one is then used by the next.
 
-    With a heap per thread a job over 150,000 records peaked at 476 MiB instead of 353, and kept growing;
-    the rate was the same. Arrow's own heap takes some 40 MiB more. oneDNN's cache holds a kernel for every
-    shape of batch, 70 MiB after 4,000 sentences; making them anew each time did not lower the rate.
+    With a heap per thread, or one of Arrow's own, memory keeps growing. oneDNN's cache holds a kernel for
+    every shape of batch, and making them anew each time costs nothing that can be measured.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "0")
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
@@ -28,13 +27,13 @@ def _keep_memory_flat() -> None:
 
 
 def main() -> None:
-    """Runs the command line; says what to install when its packages are missing."""
+    """Run the command line, or say what to install when its packages are missing."""
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         sys.exit(f"The command line needs {', '.join(missing)}. Install it: pip install 'asyncdp[cli]'")
     _keep_memory_flat()
     from .app import app
 
-    # Until a job waits for signals itself, SIGTERM ends the command as Ctrl-C does.
+    # Until a job handles signals itself, SIGTERM ends the command as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     app(prog_name="asyncdp")

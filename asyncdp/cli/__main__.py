@@ -1,4 +1,4 @@
-"""Lets ``python -m asyncdp.cli`` do what ``asyncdp`` does."""
+"""The command `python -m asyncdp.cli`, which does what `asyncdp` does."""
 
 # Not relative: worker processes import this file as no part of a package.
 from asyncdp.cli import main

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -15,7 +16,7 @@ import typer
 
 from ..errors import AsyncDPError
 from ..infer import InferOptions
-from .running import EXIT_INTERRUPTED, Abandoned, Interrupted, exit_code_of
+from .running import EXIT_INTERRUPTED, Abandoned, Interrupted, exit_code_of, run_infer
 
 _WIDTH = 100
 
@@ -34,10 +35,6 @@ Exit codes: 0 all done, 1 failed, 2 usage, 3 done with bad records, 130 interrup
 after 1 and 130 the same command with --resume continues."""
 
 
-def _option(text: str, *names: str) -> typer.models.OptionInfo:
-    return typer.Option(*names, help=text, show_default=True)  # type: ignore[no-any-return]
-
-
 @app.command(epilog=_EXAMPLE)
 def infer(
     inputs: Annotated[list[str], typer.Argument(help="Files, folders, patterns, - for stdin.")],
@@ -45,9 +42,7 @@ def infer(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the shards.")],
     weights: Annotated[str | None, typer.Option(help="A .safetensors file for the factory's model.")] = None,
     task: Annotated[str | None, typer.Option(help="embed: text to vectors, --model is a HF folder.")] = None,
-    input_format: Annotated[
-        str | None, typer.Option(help="jsonl csv tsv lines parquet npz images ...")
-    ] = None,
+    input_format: Annotated[str | None, typer.Option(help="jsonl csv lines parquet npz images ...")] = None,
     output_format: Annotated[str, typer.Option(help="parquet jsonl npy safetensors")] = "parquet",
     column: Annotated[list[str] | None, typer.Option(help="Column for the model; repeatable.")] = None,
     id_column: Annotated[str | None, typer.Option(help="Column with the id; else the row index.")] = None,
@@ -77,17 +72,12 @@ def infer(
     ] = False,
 ) -> None:
     """Run a model over all records of some files."""
-    given = dict(locals())
-    fields = {field.name for field in dataclasses.fields(InferOptions)}
-
-    def run() -> int:
-        from .running import run_infer
-
-        chosen = {name: value for name, value in given.items() if name in fields}
-        options = InferOptions(**{**chosen, "inputs": tuple(inputs), "columns": tuple(column or ())})
-        return run_infer(options, dry_run=dry_run, plot=plot, as_json=as_json)
-
-    _exit_with(run, as_json=as_json)
+    given = {**locals(), "inputs": tuple(inputs), "columns": tuple(column or ())}
+    with _exit_codes(as_json=as_json):
+        options = InferOptions(
+            **{field.name: given[field.name] for field in dataclasses.fields(InferOptions)}
+        )
+        raise typer.Exit(run_infer(options, dry_run=dry_run, plot=plot, as_json=as_json))
 
 
 @app.command()
@@ -96,15 +86,12 @@ def merge(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the whole.")],
 ) -> None:
     """Join the outputs of infer --shard i/n, and check that nothing is missing."""
-
-    def run() -> int:
+    with _exit_codes():
         from ..infer.output.merge import merge_parts
 
         merged = merge_parts(parts, output)
         print(f"{merged.num_records:,} records, {merged.num_bad:,} of them bad, in {output}")
-        return exit_code_of(merged.num_bad)
-
-    _exit_with(run)
+        raise typer.Exit(exit_code_of(merged.num_bad))
 
 
 @app.command()
@@ -112,14 +99,10 @@ def devices(
     spec: Annotated[str | None, typer.Argument(help="As for infer --devices; else the default.")] = None,
 ) -> None:
     """Show the lanes, their memory, peer access and kernels."""
-
-    def run() -> int:
+    with _exit_codes():
         from .devices import describe_devices
 
         print(describe_devices(spec))
-        return 0
-
-    _exit_with(run)
 
 
 trace_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at recorded traces.")
@@ -130,38 +113,34 @@ app.add_typer(trace_app, name="trace")
 def trace_summary(
     file: Annotated[Path, typer.Argument(help="A file that asyncdp.TraceRecorder wrote.")],
 ) -> None:
-    """Show, per lane and kind of work, counts, times and shares of a trace."""
-
-    def run() -> int:
-        from asyncdp.cli.trace_summary import summarize
+    """Show, per lane and kind of task, counts, times and shares of a trace."""
+    with _exit_codes():
+        from .trace_summary import summarize
 
         print(summarize(file))
-        return 0
-
-    _exit_with(run)
 
 
-def _exit_with(run: Callable[[], int], *, as_json: bool = False) -> None:
-    """Ends the process with the code of a command; errors of ours are told in one line."""
+@contextlib.contextmanager
+def _exit_codes(*, as_json: bool = False) -> Iterator[None]:
+    """End the process with the code of what was raised; print an error of asyncdp in one line."""
     # Raised by torch itself when it copies an exported program.
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
     try:
-        code = run()
+        yield
     except Interrupted as interrupted:
         print(interrupted, file=sys.stderr)
         _leave_at_once(EXIT_INTERRUPTED)
     except Abandoned as abandoned:
-        _leave_at_once(_tell(abandoned.error, as_json=as_json))
+        _leave_at_once(_print_error(abandoned.error, as_json=as_json))
     except KeyboardInterrupt:  # before the job began, or after its end
         print("interrupted", file=sys.stderr)
-        code = EXIT_INTERRUPTED
+        raise typer.Exit(EXIT_INTERRUPTED) from None
     except AsyncDPError as error:
-        code = _tell(error, as_json=as_json)
-    raise typer.Exit(code)
+        raise typer.Exit(_print_error(error, as_json=as_json)) from None
 
 
-def _tell(error: AsyncDPError, *, as_json: bool) -> int:
-    """Prints an error; gives the exit code for it."""
+def _print_error(error: AsyncDPError, *, as_json: bool) -> int:
+    """Print an error; return the exit code for it."""
     code = exit_code_of(0, error)
     print(f"error: {error}", file=sys.stderr)
     if as_json:
@@ -170,7 +149,7 @@ def _tell(error: AsyncDPError, *, as_json: bool) -> int:
 
 
 def _leave_at_once(code: int) -> NoReturn:
-    """Waits for no thread: one may read standard input for ever, and all worth keeping is on the disk."""
+    """End without waiting for threads: one may read standard input for ever. All output is on the disk."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

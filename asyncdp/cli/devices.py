@@ -1,4 +1,4 @@
-"""What this machine offers, for ``asyncdp devices``."""
+"""What this machine offers, for `asyncdp devices`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from ..errors import JobUsageError
 
 
 def describe_devices(spec: str | None) -> str:
-    """Returns a few lines on every lane, peer access, and kernels with the reason where there are none.
+    """Return a few lines on every lane, peer access, and kernels with the reason where there are none.
 
     Raises:
-        JobUsageError: When the machine has no such device.
+        JobUsageError: the machine has no such device.
     """
     try:
         lanes = parse_devices(spec)

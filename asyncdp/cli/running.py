@@ -26,7 +26,7 @@ EXIT_INTERRUPTED = 130
 
 
 class Interrupted(Exception):
-    """A person or the system asked the job to stop; the text says how to go on."""
+    """A signal asked the job to stop; the text says how to go on."""
 
 
 class Abandoned(Exception):
@@ -38,40 +38,41 @@ class Abandoned(Exception):
 
 
 def exit_code_of(num_bad: int, error: Exception | None = None) -> int:
-    """Returns the exit code for a job that ended with an error, or with some bad records."""
+    """Return the exit code for a job that ended with an error, or with some bad records."""
     if error is not None:
         return EXIT_USAGE if isinstance(error, JobUsageError | MissingExtraError) else EXIT_FAILED
     return EXIT_BAD_RECORDS if num_bad else 0
 
 
 def run_infer(options: InferOptions, *, dry_run: bool, plot: Path | None, as_json: bool) -> int:
-    """Runs ``asyncdp infer`` and returns its exit code."""
+    """Run `asyncdp infer` and return its exit code."""
     from ..infer.report.plot import check_plot, draw_plot
-    from ..infer.report.reporters import make_reporter, tell_plan, tell_summary
+    from ..infer.report.reporters import format_plan, format_summary, make_reporter
 
     if plot is not None:
         check_plot(plot)
     job = Job(options)
     if dry_run:
-        print(tell_plan(_run(job.plan, options, "nothing was written"), as_json=as_json))
+        print(format_plan(_run(job.plan, options, "nothing was written"), as_json=as_json))
         return 0
     monitor = Monitor()
     run = functools.partial(job.run, make_reporter(as_json=as_json), monitor)
     summary = _run(run, options, "the same command with --resume continues")
-    print(tell_summary(summary, as_json=as_json))
+    print(format_summary(summary, as_json=as_json))
     if plot is not None:
         draw_plot(plot, monitor.samples)
     return exit_code_of(summary.num_bad)
 
 
 def _run(job: Callable[[], Awaitable[T]], options: InferOptions, going_on: str) -> T:
-    """Runs a job to its end, or until a signal comes; then the person is told how it goes on."""
+    """Run a job to its end, or until a signal comes; the error then says how to go on."""
     reads_stdin = str(STDIN) in options.inputs
     try:
         return anyio.run(run_until_signal, job)
     except Interrupted:
-        told = "standard input cannot be read again, so start anew" if reads_stdin else going_on
-        raise Interrupted(f"interrupted; {told}") from None
+        if reads_stdin:
+            going_on = "start again, since standard input cannot be read twice"
+        raise Interrupted(f"interrupted; {going_on}") from None
     except AsyncDPError as error:
         if reads_stdin:
             raise Abandoned(error) from error
@@ -79,10 +80,10 @@ def _run(job: Callable[[], Awaitable[T]], options: InferOptions, going_on: str) 
 
 
 async def run_until_signal(job: Callable[[], Awaitable[T]]) -> T:
-    """Runs a job; SIGINT and SIGTERM stop it after the batches at hand.
+    """Run a job; SIGINT and SIGTERM stop it after the batches in flight.
 
     Raises:
-        Interrupted: When a signal came first.
+        Interrupted: when a signal came first.
     """
     async with plain_task_group() as group:
         if os.name != "nt":
@@ -95,5 +96,5 @@ async def run_until_signal(job: Callable[[], Awaitable[T]]) -> T:
 async def _raise_on_signal() -> None:
     with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async for _ in signals:
-            # A second signal meets the default handlers again, for people in a hurry.
+            # The handlers that were there before take the second signal, and end the process at once.
             raise Interrupted

@@ -13,7 +13,7 @@ _ROW = "{:<14} {:<16} {:>8} {:>11} {:>9} {:>9} {:>9} {:>6}"
 
 
 def summarize(path: Path) -> str:
-    """Make a table of a trace: per lane and kind of work its count, milliseconds and share of the time.
+    """Format a table of a trace: per lane and kind of task its count, milliseconds and share of the time.
 
     Raises:
         TraceFileError: the file cannot be read, or is no trace that asyncdp wrote.
@@ -21,7 +21,7 @@ def summarize(path: Path) -> str:
     spans, num_dropped = _read(path)
     dropped = f"; {num_dropped} more spans were dropped, for more than max_events" if num_dropped else ""
     if not spans:
-        return f"{path}: no works were recorded{dropped}"
+        return f"{path}: no tasks were recorded{dropped}"
     begin = min(span["ts"] for span in spans)
     whole = max(span["ts"] + span["dur"] for span in spans) - begin
     passes = len({span["args"]["pass"] for span in spans})
@@ -30,7 +30,7 @@ def summarize(path: Path) -> str:
         kind = span["name"] if span["cat"] == "on lane" else f"{span['name']} ({span['cat']})"
         groups[span["args"]["lane"], kind].append(span["dur"] / 1000)
     lines = [f"{path}: {passes} passes in {whole / 1000:.1f} ms{dropped}", ""]
-    lines.append(_ROW.format("lane", "work", "count", "total ms", "mean", "p50", "p99", "share"))
+    lines.append(_ROW.format("lane", "task", "count", "total ms", "mean", "p50", "p99", "share"))
     for (lane, kind), durations in sorted(groups.items()):
         lines.append(_line(lane, kind, sorted(durations), whole / 1000))
     return "\n".join(lines)
@@ -44,7 +44,7 @@ def _line(lane: str, kind: str, durations: list[float], whole: float) -> str:
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The spans of a trace, and how many more there were."""
+    """Return the spans of a trace, and how many more there were."""
     try:
         loaded = json.loads(path.read_text())
         spans = [

@@ -1,8 +1,9 @@
-"""Pure: which records go together. No threads, no clock, no torch."""
+"""Which records go together; no threads, no clock, no torch."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Generator, Iterator, Sequence
 
 from .records import Record
@@ -13,57 +14,46 @@ class Window:
     """Neighbouring records of one block, which are sorted by length together.
 
     Attributes:
-        block: Number of the block.
-        records: Its records in order of position.
-        closes: Number of records of the whole block when this is its last window, else None.
+        block: number of the block.
+        records: its records in order of position.
+        block_size: number of records of the whole block when this is its last window, else None.
     """
 
     block: int
     records: list[Record]
-    closes: int | None
+    block_size: int | None
 
 
 def cut_windows(
     records: Iterator[Record], *, block_size: int, window: int, wanted: Callable[[int], bool]
 ) -> Generator[Window, None, None]:
-    """Cuts records into windows that never cross a block's edge.
+    """Cut records into windows that never cross a block's edge.
 
     The same record meets the same neighbours in every run, whatever was done before: that makes a resumed
     job's output equal to an uninterrupted one's.
 
     Args:
-        records: In order of position, from the first of some block on.
-        block_size: Positions per block.
-        window: Most records per window.
-        wanted: Tells whether a block is to be done; records of others are read and dropped.
+        records: in order of position, from the first of some block on.
+        block_size: positions per block.
+        window: most records per window.
+        wanted: returns whether a block is to be done; records of others are read and skipped.
     """
-    held: list[Record] = []
-    block, size = 0, 0
-    for record in records:
-        if record.position // block_size != block and size:
-            if held:
-                yield Window(block, held, None)
+    for block, group in itertools.groupby(records, lambda record: record.position // block_size):
+        if wanted(block):
+            size = 0
+            while neighbours := list(itertools.islice(group, window)):
+                size += len(neighbours)
+                yield Window(block, neighbours, None)
             yield Window(block, [], size)
-            held, size = [], 0
-        block = record.position // block_size
-        if not wanted(block):
-            continue
-        size += 1
-        held.append(record)
-        if len(held) == window:
-            yield Window(block, held, None)
-            held = []
-    if size:
-        yield Window(block, held, size)
 
 
 def plan_batches(costs: Sequence[int], max_records: int, max_cost: int | None) -> list[list[int]]:
-    """Groups items of like length.
+    """Group items of similar length.
 
     Args:
-        costs: Length of every item.
-        max_records: Most items per batch.
-        max_cost: Most items times longest item per batch, None for no limit.
+        costs: length of every item.
+        max_records: most items per batch.
+        max_cost: most items times longest item per batch, None for no limit.
 
     Returns:
         Batches of indices, the longest items first, so that memory runs out early if it does.
@@ -81,11 +71,10 @@ def plan_batches(costs: Sequence[int], max_records: int, max_cost: int | None) -
 def _fits(cost: int, longest: int, size: int, max_records: int, max_cost: int | None) -> bool:
     if size >= max_records or (max_cost is not None and longest * (size + 1) > max_cost):
         return False
-    # A batch that is not tiny ends early rather than pad: on English sentences, batches of 32 from
-    # windows of 1024, this takes the padding from 14% of the work to 5% for a fifth more batches.
+    # A batch that is not tiny ends early rather than pad: fewer padded entries for somewhat more batches.
     return size < max_records // 4 or cost >= 0.9 * longest
 
 
 def padding(costs: Sequence[int]) -> int:
-    """Returns how many entries padding to the longest adds."""
+    """Return how many entries are added when all are padded to the longest."""
     return max(costs, default=0) * len(costs) - sum(costs)

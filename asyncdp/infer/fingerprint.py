@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
+from .files import digest_file, new_digest
 from .model.models import LoadedModel
 from .model.names import source_of
-from .options import TIMES, InferOptions
-from .output.files import digest_large_file, digest_weights, times_of_large_files
+from .options import InferOptions
+from .output.journal import TIMES
 from .readers import STDIN, InputFile, Inputs
+
+WHOLE_BELOW = 256 << 20
+"""Bytes from which on a file is compared by samples, and by its time where that stays the same."""
+
+_SAMPLE = 1 << 20
 
 # These change which rows come out or how they are grouped into batches, which changes the last bits.
 _FINGERPRINTED = (
@@ -20,29 +31,29 @@ _FINGERPRINTED = (
 
 
 def fingerprint(options: InferOptions, inputs: Inputs, model: LoadedModel) -> dict[str, Any]:
-    """Returns all that the outputs depend on, as plain JSON: options, code, weights and input.
+    """Return all that the outputs depend on, as plain JSON: options, code, weights and input.
 
     Devices, workers and the handling of errors are left out: a job may continue with others.
     """
     chosen = {name: getattr(options, name) for name in _FINGERPRINTED}
     chosen["input_format"] = inputs.format_name
-    chosen["shard"] = list(options.part)
+    chosen["shard"] = options.part
     if model.made_by_code:
         # Weights that the factory read from somewhere, or that it drew at random.
-        chosen["model weights"] = digest_weights(model.module)
+        chosen["model weights"] = _digest_weights(model.module)
     else:
-        chosen["model"] = None  # its files tell which one it is, wherever they lie
+        chosen["model"] = None  # its files identify it, wherever they lie
     files = {**model.files, **_sources(options)}
-    chosen |= {name: digest_large_file(path) for name, path in files.items()}
+    chosen |= {name: _digest_samples(path) for name, path in files.items()}
     chosen["input"] = [_input_entry(file) for file in inputs.files]
     on_disk = [file.path for file in inputs.files if file.path != STDIN]
-    chosen[TIMES] = times_of_large_files([*files.values(), *on_disk])
+    chosen[TIMES] = _times_of_large_files([*files.values(), *on_disk])
     plain: dict[str, Any] = json.loads(json.dumps(chosen))
     return plain
 
 
 def _sources(options: InferOptions) -> dict[str, Path]:
-    """Returns the files with the functions around the model."""
+    """Return the files with the functions around the model."""
     named = {name: getattr(options, name) for name in ("preprocess", "collate", "postprocess")}
     found = {name: source_of(spec, f"--{name}") for name, spec in named.items() if spec}
     return {f"{name} file {source.name}": source for name, source in found.items() if source}
@@ -53,6 +64,36 @@ def _input_entry(file: InputFile) -> list[Any]:
         return ["-"]
     # By name and contents: the folder may move between machines and runs.
     try:
-        return [file.path.name, file.path.stat().st_size, digest_large_file(file.path)]
+        return [file.path.name, file.path.stat().st_size, _digest_samples(file.path)]
     except OSError as error:
         raise file.broken(error) from error
+
+
+def _digest_weights(module: nn.Module) -> str:
+    """Return a digest of all parameters and buffers, names included."""
+    digest = new_digest()
+    for name, tensor in sorted({**dict(module.named_parameters()), **dict(module.named_buffers())}.items()):
+        digest.update(f"{name} {tensor.dtype}".encode())
+        # What has no plain bytes (sparse, quantized, not yet initialized) counts by name and type only.
+        with contextlib.suppress(RuntimeError, TypeError, ValueError, NotImplementedError):
+            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _digest_samples(path: Path, *, num_samples: int = 64) -> str:
+    """Return a digest of a file: of all bytes, or of size and samples where that would take too long."""
+    size = path.stat().st_size
+    if size < WHOLE_BELOW:
+        return digest_file(path)
+    digest = new_digest(str(size).encode())
+    with open(path, "rb") as file:
+        for index in range(num_samples):
+            file.seek(max(size - _SAMPLE, 0) * index // (num_samples - 1))
+            digest.update(file.read(_SAMPLE))
+    return digest.hexdigest()
+
+
+def _times_of_large_files(paths: Iterable[Path]) -> list[tuple[str, int]]:
+    """Return name and time of change (ns) of each file whose digest covers samples only."""
+    found = [(path.name, path.stat()) for path in paths]
+    return [(name, status.st_mtime_ns) for name, status in found if status.st_size >= WHOLE_BELOW]

@@ -6,9 +6,8 @@ input.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, Protocol
 
 import anyio
@@ -20,9 +19,10 @@ from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStre
 from ..errors import AsyncDPError, RecordError, TooManyBadRecordsError
 from .batching import Window, padding, plan_batches
 from .blocks import Batch, BlockRows, OpenBlock
-from .records import Failure, Record, Rows
+from .options import InferOptions
+from .records import Failure, Record
 from .report.monitor import Monitor
-from .steps import Steps, to_columns
+from .steps import Steps, arguments, to_columns
 from .task_groups import plain_task_group
 
 # Two batches per lane: one runs while the next one waits right behind it.
@@ -32,39 +32,15 @@ _BATCHES_PER_LANE = 2
 class Engine(Protocol):
     """What the pipeline needs of `asyncdp.DataParallel`."""
 
+    @property
+    def runtime(self) -> Any:
+        """The runtime, whose lanes are counted."""
+
     async def on_one_lane(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs one batch on one lane."""
+        """Run one batch on one lane."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """How much goes together.
-
-    Attributes:
-        batch_size: Most records per batch.
-        max_batch_cost: Most records times longest record per batch, None for no limit.
-        num_lanes: Lanes of the engine.
-        num_workers: Workers that prepare windows.
-        worker_processes: Whether these are processes instead of threads.
-        block_size: Positions per block, by which rows are put in input order; None leaves them as they come.
-    """
-
-    batch_size: int
-    max_batch_cost: int | None = None
-    num_lanes: int = 1
-    num_workers: int = 1
-    worker_processes: bool = False
-    block_size: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class ErrorPolicy:
-    """What a refused record means: ``stop``, ``skip`` or ``record``, and how many are too many."""
-
-    on_error: str = "stop"
-    max_errors: int | None = None
-
-
+_Refused = tuple[Record, Exception]
 Windows = Generator[Window, None, None]
 WriteBlock = Callable[[int, int, BlockRows, list[Failure]], None]
 
@@ -73,57 +49,48 @@ class Pipeline:
     """Runs all windows of an input through an engine and hands finished blocks to a writer.
 
     Args:
-        engine: Runs the batches.
-        steps: The functions around the model.
-        limits: Sizes.
-        policy: What to do about records that are refused.
-        write_block: Called in a worker thread, one block at a time.
-        monitor: Counts what happens.
+        engine: runs the batches.
+        steps: the functions around the model.
+        options: sizes of batches and blocks, workers, and what to do with refused records.
+        write_block: called in a worker thread, one block at a time.
+        monitor: counts what happens.
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        steps: Steps,
-        limits: Limits,
-        policy: ErrorPolicy,
-        write_block: WriteBlock,
-        monitor: Monitor,
+        self, engine: Engine, steps: Steps, options: InferOptions, write_block: WriteBlock, monitor: Monitor
     ) -> None:
         self._engine = engine
         self._steps = steps
-        self._limits = limits
-        self._policy = policy
+        self._options = options
         self._write_block = write_block
         self._monitor = monitor
-        self._batch_size = limits.batch_size
+        self._batch_size = options.batch_size
         self._open: dict[int, OpenBlock] = {}
-        self._num_bad = monitor.num_earlier_bad
 
     async def run(self, windows: Windows, *, abandon_reads: bool = False) -> None:
-        """Processes all windows.
+        """Run all windows.
 
         Args:
-            windows: Advanced in a worker thread; closed at the end.
-            abandon_reads: Whether a cancellation leaves a read behind that may never end, as from a
+            windows: read in a worker thread; closed at the end.
+            abandon_reads: whether a cancellation leaves a read behind that may never end, as from a
                 terminal, instead of waiting for it.
 
         Raises:
-            RecordError: A record was refused and the policy is to stop.
-            TooManyBadRecordsError: More records were refused than allowed.
-            JobError: An input, the outputs' shape or the disk made going on impossible.
+            RecordError: a record was refused and the options say to stop.
+            TooManyBadRecordsError: more records were refused than allowed.
+            JobError: an input, the outputs' shape or the disk does not let the job go on.
         """
-        limits = self._limits
+        num_lanes = len(self._engine.runtime.lanes)
         to_prepare, windows_in = anyio.create_memory_object_stream[Window](1)
-        to_run, batches_in = anyio.create_memory_object_stream[Batch](limits.num_lanes)
+        to_run, batches_in = anyio.create_memory_object_stream[Batch](num_lanes)
         self._to_write, blocks_in = anyio.create_memory_object_stream[OpenBlock](0)
         async with plain_task_group() as group:
             group.start_soon(self._read, windows, to_prepare, abandon_reads)
             group.start_soon(self._write, blocks_in)
             async with self._to_write, anyio.create_task_group() as stages:
-                for _ in range(limits.num_workers):
+                for _ in range(self._options.workers):
                     stages.start_soon(self._prepare, windows_in.clone(), to_run.clone())
-                for _ in range(limits.num_lanes * _BATCHES_PER_LANE):
+                for _ in range(num_lanes * _BATCHES_PER_LANE):
                     stages.start_soon(self._run_batches, batches_in.clone())
                 # Only the clones are left, so each stage ends when the one before it has.
                 for stream in (windows_in, to_run, batches_in):
@@ -131,7 +98,7 @@ class Pipeline:
         assert not self._open, "every block that was read has been written"
 
     def failures_left(self) -> list[Failure]:
-        """Returns the refused records of the blocks that were not written, after a run that failed."""
+        """Return the refused records of the blocks that were not written, after a run that failed."""
         return [failure for block in self._open.values() for failure in block.failures]
 
     async def _read(self, windows: Windows, out: MemoryObjectSendStream[Window], abandon: bool) -> None:
@@ -155,7 +122,7 @@ class Pipeline:
             async for window in windows:
                 batches, failures = await self._prepare_window(window)
                 block = self._open.setdefault(window.block, self._new_block(window.block))
-                block.size = window.closes if window.closes is not None else block.size
+                block.size = window.block_size if window.block_size is not None else block.size
                 for record, error in failures:
                     self._refuse(block, record, error)
                 await self._finish_if_complete(block)
@@ -163,43 +130,45 @@ class Pipeline:
                     await out.send(batch)
 
     def _new_block(self, index: int) -> OpenBlock:
-        size = self._limits.block_size
-        return OpenBlock(index, BlockRows(None if size is None else index * size))
+        in_order = self._options.order == "input"
+        return OpenBlock(index, BlockRows(index * self._options.shard_size if in_order else None))
 
-    async def _prepare_window(self, window: Window) -> tuple[list[Batch], list[tuple[Record, Exception]]]:
-        failures = [(record, record.error) for record in window.records if record.error is not None]
-        good = [record for record in window.records if record.error is None]
+    async def _prepare_window(self, window: Window) -> tuple[list[Batch], list[_Refused]]:
+        unreadable = [(record, record.error) for record in window.records if record.error is not None]
+        readable = [record for record in window.records if record.error is None]
         with self._monitor.timed("preprocess"):
-            items, refused = await self._preprocess([record.value for record in good])
-        failures += [(good[index], error) for index, error in refused.items()]
-        kept = [record for index, record in enumerate(good) if index not in refused]
+            records, items, failures = await self._preprocess(readable)
         costs = [self._steps.cost(item) for item in items]
-        plan = plan_batches(costs, self._batch_size, self._limits.max_batch_cost)
-        return [Batch.of(window.block, kept, items, costs, indices) for indices in plan], failures
+        whole = Batch(window.block, records, items, costs)
+        plan = plan_batches(costs, self._batch_size, self._options.max_batch_cost)
+        return [whole.pick(indices) for indices in plan], unreadable + failures
 
-    async def _preprocess(self, values: list[Any]) -> tuple[list[Any], dict[int, Exception]]:
-        """Prepares all values at once, or one by one when that fails, to find the culprits."""
-        if not values:
-            return [], {}
+    async def _preprocess(self, records: list[Record]) -> tuple[list[Record], list[Any], list[_Refused]]:
+        """Prepare all records at once, or one by one when that fails, to find those at fault.
+
+        Returns:
+            The records that were not refused, their items, and the refused ones.
+        """
         try:
-            return await self._call_preprocess(values), {}
+            return records, await self._call_preprocess([record.value for record in records]), []
         except Exception as error:
-            if len(values) == 1:
-                return [], {0: error}
+            if len(records) == 1:
+                return [], [], [(records[0], error)]
+        good: list[Record] = []
         items: list[Any] = []
-        refused: dict[int, Exception] = {}
-        for index, value in enumerate(values):
-            try:
-                items += await self._call_preprocess([value])
-            except Exception as error:
-                refused[index] = error
-        return items, refused
+        failures: list[_Refused] = []
+        for record in records:
+            done, made, failed = await self._preprocess([record])
+            good += done
+            items += made
+            failures += failed
+        return good, items, failures
 
     async def _call_preprocess(self, values: list[Any]) -> list[Any]:
-        if self._limits.worker_processes:
-            items = await anyio.to_process.run_sync(self._steps.preprocess, values)
-        else:
-            items = await anyio.to_thread.run_sync(self._steps.preprocess, values)
+        if not values:
+            return []
+        workers = anyio.to_process if self._options.worker_processes else anyio.to_thread
+        items: list[Any] = await workers.run_sync(self._steps.preprocess, values)
         if len(items) != len(values):
             raise ValueError(f"preprocessing gave {len(items)} items for {len(values)} records")
         return items
@@ -210,37 +179,34 @@ class Pipeline:
                 await self._run_batch(batch)
 
     async def _run_batch(self, batch: Batch) -> None:
-        """Runs a batch; one that fails is halved until the record at fault is alone."""
-        if len(batch.items) > self._batch_size:
-            return await self._run_halves(batch)
-        if await self._succeeds(batch):
-            return await self._count(batch)
-        if len(batch.items) > 1:
-            return await self._run_halves(batch)
-        return await self._finish_if_complete(self._open[batch.block])
+        """Run a batch; one that fails is halved until the record at fault is alone."""
+        size = len(batch.items)
+        if size <= self._batch_size and (await self._succeeds(batch) or size == 1):
+            await self._finish_if_complete(self._open[batch.block])
+        else:
+            await self._run_batch(batch.pick(range(size // 2)))
+            await self._run_batch(batch.pick(range(size // 2, size)))
 
     async def _succeeds(self, batch: Batch) -> bool:
-        """Runs a batch; what a failure says is noted, and what it holds let go, before anything else runs."""
+        """Run and count a batch; a failure is recorded, and freed, before anything else runs."""
         try:
-            await self._forward(batch)
+            args, kwargs = await anyio.to_thread.run_sync(self._collate, batch.items)
+            output = await self._engine.on_one_lane(*args, **kwargs)
+            await anyio.to_thread.run_sync(self._store, output, batch)
         except AsyncDPError:
-            raise  # no record's fault: a lane is gone, or the outputs are no rows
+            raise  # no record is at fault: a lane is lost, or the outputs are no rows
         except Exception as error:
             if len(batch.items) == 1:
                 self._refuse(self._open[batch.block], batch.records[0], error)
             else:
-                self._learn(batch, error)
-            let_go(error)
+                self._adapt(len(batch.items), error)
+            drop_tracebacks(error)
             return False
+        self._count(batch)
         return True
 
-    async def _run_halves(self, batch: Batch) -> None:
-        middle = len(batch.items) // 2
-        await self._run_batch(batch.part(slice(None, middle)))
-        await self._run_batch(batch.part(slice(middle, None)))
-
-    def _learn(self, batch: Batch, error: Exception) -> None:
-        size = len(batch.items)
+    def _adapt(self, size: int, error: Exception) -> None:
+        """Warn that a batch will be halved; lower the batch size when memory was short."""
         if not is_out_of_memory(error):
             name = type(error).__name__
             self._monitor.warn_once(f"a batch failed with {name}: halving it to find the record at fault")
@@ -248,49 +214,36 @@ class Pipeline:
             self._batch_size = size // 2
             self._monitor.warn_once(f"out of memory with {size} records: going on with {size // 2} per batch")
 
-    async def _forward(self, batch: Batch) -> None:
-        args, kwargs = await anyio.to_thread.run_sync(self._collate, batch.items)
-        output = await self._engine.on_one_lane(*args, **kwargs)
-        await anyio.to_thread.run_sync(self._keep, output, batch)
-
-    def _collate(self, items: list[Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    def _collate(self, items: Sequence[Any]) -> Any:
         with self._monitor.timed("collate"):
-            collated = self._steps.collate(items)
-        if isinstance(collated, Mapping):
-            return (), collated
-        return (collated if isinstance(collated, tuple) else (collated,)), {}
+            return arguments(self._steps.collate(items))
 
-    def _keep(self, output: Any, batch: Batch) -> None:
-        """Puts the outputs of a batch into its block, in a worker thread."""
+    def _store(self, output: Any, batch: Batch) -> None:
+        """Put the outputs of a batch into its block, in a worker thread."""
         with self._monitor.timed("postprocess"):
             columns = to_columns(self._steps.postprocess(output), len(batch.items))
-            ids = [record.id for record in batch.records]
-            positions = [record.position for record in batch.records]
-            self._open[batch.block].rows.add(Rows(positions, ids, columns))
+            self._open[batch.block].rows.add(batch.records, columns)
 
-    async def _count(self, batch: Batch) -> None:
-        block = self._open[batch.block]
-        block.num_done += len(batch.records)
+    def _count(self, batch: Batch) -> None:
+        self._open[batch.block].num_done += len(batch.records)
         monitor = self._monitor
         monitor.num_done += len(batch.records)
         monitor.num_batches += 1
         monitor.cost += sum(batch.costs)
         monitor.padding += padding(batch.costs) if self._steps.pads else 0
-        await self._finish_if_complete(block)
 
     def _refuse(self, block: OpenBlock, record: Record, error: Exception) -> None:
-        if self._policy.on_error == "stop":
+        if self._options.on_error == "stop":
             raise RecordError(record.position, record.where, error) from error
         failure = Failure.of(record, error)
-        if self._policy.on_error == "record":
+        if self._options.on_error == "record":
             block.failures.append(failure)
         block.num_done += 1
-        self._num_bad += 1
-        self._monitor.num_done += 1
-        self._monitor.num_bad += 1
-        limit = self._policy.max_errors
-        if limit is not None and self._num_bad > limit:
-            raise TooManyBadRecordsError(self._num_bad, limit, failure.error)
+        monitor, limit = self._monitor, self._options.max_errors
+        monitor.num_done += 1
+        monitor.num_bad += 1
+        if limit is not None and monitor.num_all_bad > limit:
+            raise TooManyBadRecordsError(monitor.num_all_bad, limit, failure.error)
 
     async def _finish_if_complete(self, block: OpenBlock) -> None:
         if block.num_done == block.size and not block.complete:
@@ -300,9 +253,9 @@ class Pipeline:
     async def _write(self, blocks: MemoryObjectReceiveStream[OpenBlock]) -> None:
         async with blocks:
             async for block in blocks:
-                await anyio.to_thread.run_sync(self._write_one, block)
+                await anyio.to_thread.run_sync(self._finish, block)
 
-    def _write_one(self, block: OpenBlock) -> None:
+    def _finish(self, block: OpenBlock) -> None:
         with self._monitor.timed("write"):
             self._write_block(block.index, block.num_done, block.rows, block.failures)
             del self._open[block.index]
@@ -313,15 +266,15 @@ _NO_MEMORY = ("can't allocate memory", "not enough memory")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tells whether an exception means that a smaller batch may succeed."""
+    """Return whether an exception means that a smaller batch may succeed."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
     )
 
 
-def let_go(error: BaseException | None) -> None:
-    """Drops the tracebacks of an exception and of its causes, whose frames hold all of a batch's tensors."""
+def drop_tracebacks(error: BaseException | None) -> None:
+    """Drop the tracebacks of an exception and of its causes, whose frames hold all of a batch's tensors."""
     if error is not None and error.__traceback__ is not None:
         error.__traceback__ = None
-        let_go(error.__cause__)
-        let_go(error.__context__)
+        drop_tracebacks(error.__cause__)
+        drop_tracebacks(error.__context__)

@@ -26,11 +26,11 @@ class Record:
     """One row of the input.
 
     Attributes:
-        position: Row index over all inputs, from 0.
-        id: The entry of the id column as text, or the position.
-        value: What preprocessing gets.
-        where: File and line or row, for a person to find it.
-        error: Why the reader could not make it out, else None.
+        position: row index over all inputs, from 0.
+        id: the entry of the id column as text, or the position.
+        value: what preprocessing gets.
+        where: file and line or row, for a person to find it.
+        error: why the reader could not read it, else None.
     """
 
     position: int
@@ -42,7 +42,7 @@ class Record:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Failure:
-    """A record that was refused; told in words, since a traceback would hold its batch in memory."""
+    """A record that was refused, as text: a traceback would keep its batch in memory."""
 
     position: int
     id: str | int
@@ -52,15 +52,6 @@ class Failure:
 
     @classmethod
     def of(cls, record: Record, error: BaseException) -> Failure:
-        """Describes why a record was refused."""
-        told = "".join(traceback.format_exception(error))
-        return cls(record.position, record.id, record.where, f"{type(error).__name__}: {error}", told)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Rows:
-    """The outputs of the records of one batch."""
-
-    positions: list[int]
-    ids: list[str | int]
-    columns: Columns
+        """Describe why a record was refused."""
+        text = "".join(traceback.format_exception(error))
+        return cls(record.position, record.id, record.where, f"{type(error).__name__}: {error}", text)

@@ -1,4 +1,4 @@
-"""From options to what a job works with: functions and devices."""
+"""From options to the functions and devices of a job."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .steps import EachValue, Steps, default_collate, image_to_tensor, length_of
 
 
 def make_steps(options: InferOptions, input_format: str) -> Steps:
-    """Puts together the functions around the model.
+    """Put together the functions around the model.
 
     Raises:
-        JobUsageError: When a function that was named cannot be imported.
+        JobUsageError: a function that was named cannot be imported.
     """
     if options.task == "embed":
         from .model.embed import embed_steps
@@ -29,44 +29,41 @@ def make_steps(options: InferOptions, input_format: str) -> Steps:
     else:
         prepare = image_to_tensor if input_format == "images" else same
         steps = Steps(EachValue(prepare), default_collate, same, length_of)
-    own = {name: _function(options, name) for name in ("preprocess", "collate", "postprocess")}
-    if own["preprocess"]:
+    named = {name: getattr(options, name) for name in ("preprocess", "collate", "postprocess")}
+    own = {name: _load_function(spec, f"--{name}") for name, spec in named.items() if spec is not None}
+    if "preprocess" in own:
         inner = EachValue(own["preprocess"])
-        own["preprocess"] = Chained(inner, steps.preprocess) if options.task == "embed" else inner
-    steps = dataclasses.replace(steps, **{name: function for name, function in own.items() if function})
+        own["preprocess"] = _Chained(inner, steps.preprocess) if options.task == "embed" else inner
+    steps = dataclasses.replace(steps, **own)
     if input_format == "images":
-        steps = dataclasses.replace(steps, preprocess=Chained(EachValue(decode_image), steps.preprocess))
+        steps = dataclasses.replace(steps, preprocess=_Chained(EachValue(decode_image), steps.preprocess))
     return steps
 
 
 @dataclasses.dataclass(frozen=True)
-class Chained:
-    """Runs one function of many values after another."""
+class _Chained:
+    """One function of many values after another; worker processes can import it."""
 
     first: Any
     then: Any
 
-    def __call__(self, values: list[Any]) -> list[Any]:
-        """Applies both to the values."""
-        chained: list[Any] = self.then(self.first(values))
-        return chained
+    def __call__(self, values: Any) -> Any:
+        """Apply both to the values."""
+        return self.then(self.first(values))
 
 
-def _function(options: InferOptions, name: str) -> Any:
-    spec = getattr(options, name)
-    if spec is None:
-        return None
-    function = load_name(spec, f"--{name}")
+def _load_function(spec: str, flag: str) -> Any:
+    function = load_name(spec, flag)
     if not callable(function):
-        raise JobUsageError(f"--{name} {spec} is no function", "Name a function as package.module:name.")
+        raise JobUsageError(f"{flag} {spec} is no function", "Name a function as package.module:name.")
     return function
 
 
 def find_devices(spec: str | None) -> list[torch.device]:
-    """Returns the device of every lane.
+    """Return the device of every lane.
 
     Raises:
-        JobUsageError: When this machine has no such device.
+        JobUsageError: this machine has no such device.
     """
     try:
         return parse_devices(spec)

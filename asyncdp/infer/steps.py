@@ -12,23 +12,20 @@ import torch
 from ..errors import JobError
 from .records import Columns
 
-Collate = Callable[[list[Any]], Any]
-
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
     """The three functions around the model.
 
     Attributes:
-        preprocess: Values of some records -> one item each. Must be importable to run in processes.
-        collate: Items of one batch -> what the model is called with: a mapping becomes keyword
-            arguments, a tuple positional ones, anything else the only one.
-        postprocess: Output of one batch -> columns, or one entry per record.
-        cost: Item -> its length; batches are made of items of like length.
+        preprocess: values of some records -> one item each. Must be importable to run in processes.
+        collate: items of one batch -> what the model is called with, see `arguments`.
+        postprocess: output of one batch -> columns, or one entry per record.
+        cost: item -> its length; batches are made of items of similar length.
     """
 
-    preprocess: Callable[[list[Any]], list[Any]]
-    collate: Collate
+    preprocess: Callable[[Sequence[Any]], list[Any]]
+    collate: Callable[[Sequence[Any]], Any]
     postprocess: Callable[[Any], Any]
     cost: Callable[[Any], int]
 
@@ -40,54 +37,64 @@ class Steps:
 
 @dataclasses.dataclass(frozen=True)
 class EachValue:
-    """Runs a function of one value over many, in this thread or in a worker process."""
+    """A function of one value as a function of many; worker processes can import it."""
 
     function: Callable[[Any], Any]
 
-    def __call__(self, values: list[Any]) -> list[Any]:
-        """Applies the function to every value."""
+    def __call__(self, values: Sequence[Any]) -> list[Any]:
+        """Apply the function to every value."""
         return [self.function(value) for value in values]
 
 
 def same(value: Any) -> Any:
-    """Returns its argument: the step that does nothing."""
+    """Return the argument: the step that does nothing."""
     return value
 
 
 def image_to_tensor(image: Any) -> torch.Tensor:
-    """Turns a PIL image into a float tensor [3, height, width] with entries from 0 to 1."""
+    """Turn a PIL image into a float tensor [3, height, width] with entries from 0 to 1."""
     pixels = np.array(image, dtype=np.uint8)
     return torch.from_numpy(pixels).permute(2, 0, 1).float().div_(255)
 
 
-def default_collate(items: list[Any]) -> Any:
-    """Stacks numbers and arrays into one tensor, dicts entry by entry; texts stay a list.
+def arguments(batch: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """Return a batch as arguments: mappings by keyword, tuples by position, anything else as the only one."""
+    if isinstance(batch, Mapping):
+        return (), batch
+    return (batch if isinstance(batch, tuple) else (batch,)), {}
+
+
+def default_collate(items: Sequence[Any]) -> Any:
+    """Stack numbers and arrays into one tensor, dicts entry by entry; texts stay a list.
 
     Raises:
-        ValueError: When the items of a batch differ in shape.
+        ValueError: the items of a batch differ in shape, or are no numbers.
     """
     first = items[0]
     if isinstance(first, Mapping):
         return {name: default_collate([item[name] for item in items]) for name in first}
     if isinstance(first, str | bytes):
-        return (items,)
+        return (list(items),)
     try:
-        return torch.stack([_tensor(item) for item in items])
+        return torch.stack([to_tensor(item) for item in items])
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"the records of a batch do not stack into one tensor ({error})") from error
 
 
-def _tensor(item: Any) -> torch.Tensor:
-    if isinstance(item, float):
-        return torch.tensor(item, dtype=torch.get_default_dtype())
-    if isinstance(item, list):  # parsed JSON: floats there mean the default dtype
-        return torch.tensor(item)
+def to_tensor(item: Any) -> torch.Tensor:
+    """Return numbers as a tensor, of a dtype that does not depend on the rest of the batch.
+
+    A tensor keeps its dtype. So does everything else, except doubles, which become torch's default dtype:
+    numbers of Python and arrays of NumPy are double unless another dtype was chosen.
+    """
     tensor = torch.as_tensor(item)
-    return tensor.float() if tensor.dtype == torch.float64 else tensor
+    if isinstance(item, torch.Tensor) or tensor.dtype != torch.float64:
+        return tensor
+    return tensor.to(torch.get_default_dtype())
 
 
 def length_of(item: Any) -> int:
-    """Returns how long an item is: characters, tokens, or entries along the first dimension."""
+    """Return how long an item is: characters, tokens, or entries along the first dimension."""
     if isinstance(item, Mapping):
         return max((length_of(value) for value in item.values()), default=1)
     shape = getattr(item, "shape", None)
@@ -97,15 +104,15 @@ def length_of(item: Any) -> int:
 
 
 def to_columns(output: Any, num_records: int) -> Columns:
-    """Turns the output of one batch into named columns.
+    """Turn the output of one batch into named columns.
 
     Args:
-        output: A tensor or array, a mapping or named tuple of them, a tuple of them (``output_0``,
+        output: a tensor or array, a mapping or named tuple of them, a tuple of them (`output_0`,
             ...), or a list with an entry per record, where dicts give one column per key.
-        num_records: Number of records in the batch.
+        num_records: number of records in the batch.
 
     Raises:
-        JobError: When an entry does not have one row per record, or is named ``id``.
+        JobError: an entry does not have one row per record, or is named `id`.
     """
     columns = {str(name): _column(values) for name, values in _named(output).items()}
     for name, values in columns.items():
@@ -144,5 +151,5 @@ def _column(values: Any) -> Any:
     if isinstance(values, list):
         return values
     array = np.asarray(values)
-    # An array of texts is as wide as the longest of its batch; no two batches would be alike.
+    # An array of texts is as wide as the longest of its batch, so its dtype differs from batch to batch.
     return array.tolist() if array.ndim and array.dtype.kind in "OSTU" else array

@@ -1,9 +1,9 @@
-"""Task groups that raise what went wrong, not a group around it."""
+"""Task groups that raise the failure itself, not a group around it."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 
 import anyio
 from anyio.abc import TaskGroup
@@ -11,25 +11,15 @@ from anyio.abc import TaskGroup
 
 @contextlib.asynccontextmanager
 async def plain_task_group() -> AsyncIterator[TaskGroup]:
-    """A task group that raises the first failure itself: the others follow from it."""
+    """Run a task group that raises its first failure; the others follow from that one."""
     try:
         async with anyio.create_task_group() as group:
             yield group
     except BaseExceptionGroup as failures:
-        error = _first(failures)
+        # A queue whose other end has failed raises too, sometimes sooner than the failure arrives.
+        broken, causes = failures.split(anyio.BrokenResourceError)
+        error: BaseException | None = causes or broken
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        assert error is not None, "a group of exceptions is never empty"
         raise error from error.__cause__
-
-
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    leaves = list(_leaves(group))
-    # A queue whose other end has failed complains too, sometimes sooner than the failure arrives.
-    causes = [error for error in leaves if not isinstance(error, anyio.BrokenResourceError)]
-    return (causes or leaves)[0]
-
-
-def _leaves(error: BaseException) -> Iterator[BaseException]:
-    if isinstance(error, BaseExceptionGroup):
-        for inner in error.exceptions:
-            yield from _leaves(inner)
-    else:
-        yield error

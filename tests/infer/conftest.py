@@ -25,7 +25,7 @@ def work(tmp_path, monkeypatch):
 
 @pytest.fixture
 def numbers(work):
-    """Writes ``count`` records {"x": [i, 1, 0]} as JSONL and returns the file."""
+    """Write `count` records {"x": [i, 1, 0]} as JSONL and return the file."""
 
     def make(count=10, bad=(), name="numbers.jsonl"):
         path = work / name
@@ -40,7 +40,7 @@ def numbers(work):
 
 @pytest.fixture
 def run(work, anyio_backend):
-    """Runs a job over ``inputs`` into the folder ``out`` and returns its summary."""
+    """Run a job over `inputs` into the folder `out` and return its summary."""
 
     def run(inputs, model="models_for_tests:Sums", monitor=None, **options):
         options = {"columns": ("x",), "devices": "cpu*2", "output": work / "out", **options}

@@ -1,4 +1,4 @@
-"""Models and functions that the tests name as ``models_for_tests:name``."""
+"""Models and functions that the tests name as `models_for_tests:name`."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from asyncdp.cli.app import app
 
 TEXT = (Path(__file__).parents[2] / "docs" / "infer.md").read_text()
 COMMANDS = re.findall(r"^\$ asyncdp (.+)$", TEXT, re.MULTILINE)
-PYTHON = re.findall(r"```python\n(.+?)```", TEXT, re.DOTALL)
+PYTHON = re.findall(r"``python\n(.+?)``", TEXT, re.DOTALL)
 
 
 @pytest.fixture

@@ -44,7 +44,7 @@ def test_pooling_by_the_mean_is_embedded(run, work, folder, config):
 
 
 @pytest.mark.parametrize(
-    ("config", "told"),
+    ("config", "found"),
     [
         ({"pooling_mode": "cls"}, "cls"),
         ({"pooling_mode": ["mean", "max"]}, "mean, max"),
@@ -52,10 +52,10 @@ def test_pooling_by_the_mean_is_embedded(run, work, folder, config):
         ({"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True}, "mean_tokens, .*max_tokens"),
     ],
 )
-def test_other_pooling_is_refused(run, work, folder, config, told):
+def test_other_pooling_is_refused(run, work, folder, config, found):
     """A model that pools otherwise is never averaged silently, however its folder says so."""
     (folder / "pool" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelLoadError, match=rf"does not pool by the mean of its tokens, but by .*{told}"):
+    with pytest.raises(ModelLoadError, match=rf"does not pool by the mean of its tokens, but by .*{found}"):
         run(work / "t.txt", str(folder), **EMBED)
     assert not (work / "out").exists()
 
@@ -77,8 +77,8 @@ def test_a_module_behind_the_pooling_is_refused(run, work, folder):
         ("sentence_bert_config.json", '{"max_seq'),
     ],
 )
-def test_damaged_settings_are_told(run, work, folder, name, text):
-    """What says how to embed is never guessed when it cannot be read."""
+def test_damaged_settings_are_reported(run, work, folder, name, text):
+    """Settings of the embedding that cannot be read are an error, never guessed."""
     (folder / name).write_text(text)
     with pytest.raises(ModelLoadError, match=rf"{name} cannot be read"):
         run(work / "t.txt", str(folder), **EMBED)

@@ -102,7 +102,7 @@ def nested():
 
 
 def crafted(data, path, change):
-    """Writes an archive like ``data``, in whose program ``change`` has replaced something."""
+    """Write an archive like `data`, in whose program `change` has replaced something."""
     with zipfile.ZipFile(io.BytesIO(data)) as source, zipfile.ZipFile(path, "w") as target:
         for name in source.namelist():
             member = source.read(name)
@@ -115,7 +115,7 @@ def crafted(data, path, change):
 
 
 def replaced(key, *texts):
-    """Puts texts in the place of every one that stands under a key."""
+    """Replace every text under a key by others."""
 
     def change(value):
         if isinstance(value, dict):

@@ -7,17 +7,18 @@ import weakref
 
 import pytest
 import torch
-from standin import StandIn
+from fake_engine import FakeEngine, options
 from torch import nn
 
 from asyncdp import DataParallel
 from asyncdp.infer.batching import cut_windows
-from asyncdp.infer.pipeline import ErrorPolicy, Limits, Pipeline, is_out_of_memory
+from asyncdp.infer.pipeline import Pipeline, is_out_of_memory
 from asyncdp.infer.records import Record
 from asyncdp.infer.report.monitor import Monitor
 from asyncdp.infer.steps import EachValue, Steps, default_collate, length_of, same
 
 STEPS = Steps(EachValue(same), default_collate, same, length_of)
+OPTIONS = {name: options(batch_size=16, shard_size=16, on_error=name) for name in ("skip", "record")}
 
 
 class Failing(nn.Module):
@@ -51,13 +52,12 @@ def without_collector():
     gc.enable()
 
 
-async def run(engine, written, policy, count=16):
+async def run(engine, written, on_error, count=16):
     monitor = Monitor()
     pipeline = Pipeline(
         engine,
         STEPS,
-        Limits(batch_size=16),
-        policy,
+        OPTIONS[on_error],
         lambda index, num_records, rows, failures: written.append((num_records, len(rows), failures)),
         monitor,
     )
@@ -68,11 +68,11 @@ async def run(engine, written, policy, count=16):
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), KeyError("no such word")])
-async def test_a_failed_batch_is_gone_before_its_halves_run(without_collector, error):
+async def test_a_failed_batch_is_freed_before_its_halves_run(without_collector, error):
     """What a failing forward had allocated is free again when the next batch starts, so halves can fit."""
     model, written = Failing(2, error), []
     async with DataParallel(model, ["cpu"]) as engine:
-        monitor = await run(engine, written, ErrorPolicy("skip"))
+        monitor = await run(engine, written, "skip")
     assert written == [(16, 16, [])]
     assert len(model.failed) >= 3
     assert set(model.num_alive) == {0}
@@ -80,11 +80,11 @@ async def test_a_failed_batch_is_gone_before_its_halves_run(without_collector, e
 
 
 @pytest.mark.anyio
-async def test_a_refused_record_is_gone_but_told(without_collector):
+async def test_a_refused_record_is_freed_but_reported(without_collector):
     """A record that fails alone holds no memory either, and its traceback reaches into the model's code."""
     model, written = Failing(0, KeyError("no such word")), []
     async with DataParallel(model, ["cpu"]) as engine:
-        await run(engine, written, ErrorPolicy("record"), count=3)
+        await run(engine, written, "record", count=3)
     ((num_records, num_good, failures),) = written
     assert (num_records, num_good, len(failures)) == (3, 0, 3)
     assert set(model.num_alive) == {0}
@@ -105,13 +105,13 @@ def test_running_out_of_memory_is_recognised_on_the_cpu():
 
 @pytest.mark.anyio
 async def test_the_cpu_running_out_of_memory_lowers_the_batch_size():
-    """On a CPU, too, later batches keep the smaller size, and the warning blames no record."""
+    """On a CPU, too, later batches keep the smaller size, and the warning names no record."""
 
     def forward(x):
         return torch.empty(10**15) if len(x) > 4 else x
 
     written = []
-    monitor = await run(StandIn(forward), written, ErrorPolicy("skip"), count=64)
+    monitor = await run(FakeEngine(forward), written, "skip", count=64)
     assert [num_good for _, num_good, _ in written] == [16] * 4
     assert monitor.warnings == [
         "out of memory with 16 records: going on with 8 per batch",

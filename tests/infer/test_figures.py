@@ -1,4 +1,4 @@
-"""What a job says about itself: time by stage, load of the lanes, padding."""
+"""What a job reports about itself: time by stage, load of the lanes, padding."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import time
 import anyio
 import pytest
 import torch
-from standin import StandIn
+from fake_engine import FakeEngine, options
 
 from asyncdp.infer.batching import cut_windows
-from asyncdp.infer.pipeline import ErrorPolicy, Limits, Pipeline
+from asyncdp.infer.pipeline import Pipeline
 from asyncdp.infer.records import Record
 from asyncdp.infer.report import monitor as monitor_module
 from asyncdp.infer.report.monitor import Monitor, Sample
@@ -23,19 +23,18 @@ STEPS = Steps(EachValue(same), default_collate, same, length_of)
 
 
 def run_pipeline(engine, monitor, steps=STEPS, values=((1.0,),) * 8, batch_size=2):
-    pipeline = Pipeline(
-        engine, steps, Limits(batch_size, num_lanes=1), ErrorPolicy(), lambda *_: None, monitor
-    )
+    chosen = options(batch_size=batch_size, shard_size=8)
+    pipeline = Pipeline(engine, steps, chosen, lambda *_: None, monitor)
     records = (Record(index, index, value, "") for index, value in enumerate(values))
     windows = cut_windows(records, block_size=8, window=8, wanted=lambda block: True)
     anyio.run(pipeline.run, windows)
 
 
-def test_time_on_the_lanes_is_work_not_waiting():
+def test_time_on_the_lanes_excludes_waiting():
     """The stage "lanes" is what the lanes were busy, however long batches waited behind each other."""
     monitor = Monitor()
 
-    class Ticking(StandIn):
+    class Ticking(FakeEngine):
         def _run(self, args, kwargs):
             self.busy += 0.5  # as if every batch took half a second
             return args[0]
@@ -50,8 +49,8 @@ def test_time_on_the_lanes_is_work_not_waiting():
     assert list(stages) == ["read", "preprocess", "collate", "lanes", "postprocess", "write"]
 
 
-def test_nothing_ran_nothing_told():
-    """A job that found everything done has no stages to tell of."""
+def test_nothing_ran_nothing_is_reported():
+    """A job that found everything done has no stages to report."""
     assert Monitor().stage_seconds() == {}
 
 
@@ -73,12 +72,12 @@ def test_no_time_is_lost_between_threads(monkeypatch):
     monitor = Monitor(stages=Interrupted())
     monkeypatch.setattr(monitor_module.time, "perf_counter", tick)
 
-    def work():
+    def count():
         for _ in range(300):
             with monitor.timed("collate"):
                 pass
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
+    threads = [threading.Thread(target=count) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -91,8 +90,8 @@ def spans(busy):
     return list(itertools.pairwise(samples))
 
 
-def test_a_long_work_loads_all_the_time_it_took():
-    """A lane credits a work when it ends; the picture shows it over the spans in which it ran."""
+def test_a_long_task_loads_all_the_time_it_took():
+    """A lane counts a task when it ends; the picture shows it over the spans in which it ran."""
     assert lane_loads(spans([0.0, 0.0, 0.0, 0.0, 2.0]), "a") == [1.0, 1.0, 1.0, 1.0]
     assert lane_loads(spans([1.0, 1.0, 1.0, 2.0, 2.25]), "a") == [0.0, 1.0, 1.0, 0.5]
     assert lane_loads(spans([0.0, 0.25, 0.5]), "a") == [0.5, 0.5]
@@ -107,9 +106,9 @@ def test_a_long_work_loads_all_the_time_it_took():
         (["a", "four"], lambda texts: torch.zeros(len(texts), max(map(len, texts))), 3),
     ],
 )
-def test_padding_is_told_where_something_pads(values, collate, expected):
+def test_padding_is_reported_where_something_pads(values, collate, expected):
     """Lists of texts and stacked arrays hold no padding; a collate of one's own may pad."""
     monitor = Monitor()
     steps = Steps(EachValue(same), collate, same, length_of)
-    run_pipeline(StandIn(lambda batch: torch.zeros(len(batch))), monitor, steps, values, 8)
+    run_pipeline(FakeEngine(lambda batch: torch.zeros(len(batch))), monitor, steps, values, 8)
     assert (monitor.padding, monitor.num_done) == (expected, 2)

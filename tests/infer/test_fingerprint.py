@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 from asyncdp.errors import ResumeRefusedError
-from asyncdp.infer.output import files
+from asyncdp.infer import fingerprint
 from asyncdp.infer.output.merge import merge_parts
 
 SHAPE = {"shard_size": 5, "window": 5, "batch_size": 5}
@@ -18,12 +18,12 @@ SHAPE = {"shard_size": 5, "window": 5, "batch_size": 5}
 
 @pytest.fixture
 def large(monkeypatch):
-    """Takes every file for a large one, of which samples are read."""
-    monkeypatch.setattr(files, "WHOLE_BELOW", 1)
+    """Make every file count as a large one, of which samples are read."""
+    monkeypatch.setattr(fingerprint, "WHOLE_BELOW", 1)
 
 
 def copied(path, folder):
-    """Copies a file as scp does: the contents, with a time of its own."""
+    """Copy a file as scp does: the contents, with a time of its own."""
     folder.mkdir(exist_ok=True)
     shutil.copyfile(path, folder / path.name)
     os.utime(folder / path.name, ns=(1, 1))
@@ -70,7 +70,7 @@ def test_the_time_of_a_small_file_does_not_matter(run, numbers):
 
 
 def test_parts_of_other_inputs_do_not_merge(run, work, numbers, large):
-    """Large files with other contents still are another job."""
+    """Large files with other contents are still another job."""
     run(numbers(15), shard="1/2", output=work / "one", **SHAPE)
     run(numbers(16), shard="2/2", output=work / "two", **SHAPE)
     with pytest.raises(ResumeRefusedError, match="input was"):

@@ -10,7 +10,8 @@ import os
 import pytest
 
 from asyncdp.errors import OutputError
-from asyncdp.infer.output import files, journal
+from asyncdp.infer import files
+from asyncdp.infer.output import journal
 
 SHAPE = {"shard_size": 10, "window": 5, "batch_size": 2}
 FULL = r"No space left on device. Free some space"
@@ -22,7 +23,7 @@ def contents(folder):
 
 @contextlib.contextmanager
 def disk_of(monkeypatch, num_bytes, name=""):
-    """A disk that takes so many bytes for the files with ``name`` in theirs; gives how many were written.
+    """A disk that takes so many bytes for the files with `name` in theirs; yields how many were written.
 
     As on a real one, what fits is written before the write fails.
     """

@@ -11,14 +11,14 @@ import anyio
 import numpy as np
 import pyarrow as pa
 import pytest
+from fake_engine import FakeEngine, options
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from standin import StandIn
 
 from asyncdp.errors import DamagedInputError
 from asyncdp.infer.batching import cut_windows
-from asyncdp.infer.pipeline import ErrorPolicy, Limits, Pipeline
+from asyncdp.infer.pipeline import Pipeline
 from asyncdp.infer.readers import Selection, decode_image, open_inputs
 from asyncdp.infer.report.monitor import Monitor
 from asyncdp.infer.steps import EachValue, Steps, default_collate, length_of, same
@@ -75,7 +75,7 @@ def flipped(data, several):
 @settings(FUZZ, max_examples=150)
 @given(suffix=st.sampled_from(list(COMPRESS)), damage=damages)
 def test_damaged_compressed_text(tmp_path, suffix, damage):
-    """A compressed file that is damaged is an error that names it; none ends early without a word."""
+    """A compressed file that is damaged is an error that names it; none ends early without an error."""
     path = tmp_path / f"rows.txt{suffix}"
     path.write_bytes(damage(COMPRESSED[suffix]))
     try:
@@ -91,7 +91,7 @@ def test_damaged_compressed_text(tmp_path, suffix, damage):
 
 @pytest.mark.parametrize("suffix", COMPRESS)
 def test_an_empty_compressed_file_is_damaged(tmp_path, suffix):
-    """Nothing at all is no compressed file, but one whose writing never got far."""
+    """An empty file is no compressed file, but one whose writing was cut short."""
     path = tmp_path / f"rows.txt{suffix}"
     path.write_bytes(b"")
     with pytest.raises(DamagedInputError, match=r"cannot be read: EOFError: the file is empty"):
@@ -104,16 +104,15 @@ def test_an_empty_compressed_file_is_damaged(tmp_path, suffix):
 @given(name=st.sampled_from(list(PICTURES)), damage=damages)
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_damaged_images(tmp_path, monkeypatch, name, damage):
-    """A damaged image is a bad record told with its file, or decodes to something; the others are done."""
+    """A damaged image is a bad record with its file named, or decodes to something; the others are done."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)
     for other, data in PICTURES.items():
         (tmp_path / f"a.{other.lower()}").write_bytes(damage(data) if other == name else data)
     written = []
     pipeline = Pipeline(
-        StandIn(lambda sizes: sizes),
+        FakeEngine(lambda sizes: sizes),
         Steps(EachValue(size_of), default_collate, same, length_of),
-        Limits(batch_size=4),
-        ErrorPolicy("record"),
+        options(batch_size=4, shard_size=8, on_error="record"),
         lambda index, num_records, rows, failures: written.append((num_records, rows.finish()[0], failures)),
         Monitor(),
     )

@@ -19,7 +19,7 @@ def test_a_job_gives_what_the_cpu_gives(run, numbers, work, devices):
 
 @pytest.mark.parametrize("devices", DEVICES)
 def test_embeddings_are_those_of_one_lane(run, work, encoder_folder, devices):
-    """Texts of unlike lengths become the vectors that one CPU lane gives them."""
+    """Texts of different lengths become the vectors that one CPU lane gives them."""
     words = ["one", "two", "three", "four"]
     lines = [" ".join(words[: 1 + index % 4][:: 1 - 2 * (index % 2)]) for index in range(60)]
     (work / "t.txt").write_text("\n".join(lines) + "\n")

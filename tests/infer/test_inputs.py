@@ -14,7 +14,7 @@ needs_pipes = pytest.mark.skipif(os.name == "nt", reason="pipes with names are o
 
 @needs_pipes
 def test_a_pipe_with_a_name_is_refused(run, work):
-    """It could be read once only, by the fingerprint: refused before a byte of it is gone."""
+    """It could be read only once, by the fingerprint, so it is refused before a byte is read."""
     reader, writer = os.pipe()
     os.write(writer, b"a\nb\n")
     os.close(writer)
@@ -27,7 +27,7 @@ def test_a_pipe_with_a_name_is_refused(run, work):
     assert not (work / "out").exists()
 
 
-def test_a_file_that_cannot_be_read_is_told(run, work, monkeypatch):
+def test_a_file_that_cannot_be_read_is_reported(run, work, monkeypatch):
     """A disk that fails under an input ends the job with a sentence, also while it is fingerprinted."""
     (work / "a.txt").write_text("a\n")
     opened = open

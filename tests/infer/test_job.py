@@ -1,3 +1,5 @@
+"""Whole jobs: outputs, bad records, resumes, refusals, dry runs."""
+
 from __future__ import annotations
 
 import json
@@ -56,7 +58,7 @@ def test_models_run_in_inference_mode(run, work, numbers):
 
 
 @pytest.mark.parametrize("output_format", ["parquet", "safetensors"])
-def test_a_format_whose_library_is_missing_is_refused_before_any_work(
+def test_a_format_whose_library_is_missing_is_refused_before_any_record(
     run, work, numbers, monkeypatch, output_format
 ):
     """Not after the first shard's worth of batches: nothing was made, and the error says what to install."""
@@ -105,16 +107,18 @@ def test_stop_names_the_broken_line(run, work, numbers):
 
 
 def test_skip_and_record(run, work, numbers):
-    """With skip the bad are left out; with record they are told with position, id and traceback."""
+    """With skip the bad are left out; with record they are stored with position, id and traceback."""
     path = numbers(40, bad=[3])
     skipped = run(path, "models_for_tests:Picky", on_error="skip")
     assert skipped.num_bad == 2
     assert [row["id"] for row in rows(work)] == [i for i in range(40) if i not in (3, 13)]
-    run(path, "models_for_tests:Picky", on_error="record", output=work / "told")
-    told = [json.loads(line) for line in (work / "told" / "_errors-000000.jsonl").read_text().splitlines()]
-    assert [entry["position"] for entry in told] == [3, 13]
-    assert "thirteen brings bad luck" in told[1]["traceback"]
-    assert told[0]["where"].endswith("numbers.jsonl:4")
+    run(path, "models_for_tests:Picky", on_error="record", output=work / "stored")
+    stored = [
+        json.loads(line) for line in (work / "stored" / "_errors-000000.jsonl").read_text().splitlines()
+    ]
+    assert [entry["position"] for entry in stored] == [3, 13]
+    assert "thirteen brings bad luck" in stored[1]["traceback"]
+    assert stored[0]["where"].endswith("numbers.jsonl:4")
 
 
 def test_max_errors(run, work, numbers):
@@ -126,7 +130,7 @@ def test_max_errors(run, work, numbers):
 
 
 def test_out_of_memory_lowers_the_batch_size(run, work, numbers):
-    """A model that has no memory for a batch gets smaller ones, and a person is told."""
+    """A model that has no memory for a batch gets smaller ones, and a warning says so."""
     monitor = Monitor()
     summary = run(numbers(64), "models_for_tests:Hungry", monitor, batch_size=16, on_error="skip")
     assert (summary.num_records, summary.num_bad) == (64, 0)
@@ -220,19 +224,19 @@ def test_resume_refuses_a_changed_job(run, work, numbers):
 
 
 def test_a_changed_file_among_many_is_named(run, work, numbers):
-    """Of a long list of inputs only the changed one is told."""
+    """Of a long list of inputs only the changed one is named."""
     for index in range(30):
         numbers(2, name=f"n{index:02}.jsonl")
     run(str(work / "n*.jsonl"))
     numbers(3, name="n20.jsonl")
-    with pytest.raises(ResumeRefusedError) as told:
+    with pytest.raises(ResumeRefusedError) as caught:
         run(str(work / "n*.jsonl"), resume=True)
-    assert re.search(r'input was \[\["n20.jsonl", .* and is \[\["n20.jsonl"', str(told.value))
-    assert "n21" not in str(told.value)
+    assert re.search(r'input was \[\["n20.jsonl", .* and is \[\["n20.jsonl"', str(caught.value))
+    assert "n21" not in str(caught.value)
 
 
 def test_weights_that_a_factory_draws_are_part_of_the_job(run, work, numbers):
-    """A model that is another one at every start cannot finish what its first self began."""
+    """A model with other weights at every start cannot continue its job."""
     path = numbers(3)
     run(path, "models_for_tests:linear")
     assert run(path, "models_for_tests:linear", resume=True).num_earlier == 3
@@ -270,7 +274,7 @@ def test_a_truncated_journal_loses_no_record(run, work, numbers, num_kept):
 
 
 def test_a_journal_without_its_first_line_is_refused(run, work, numbers):
-    """Nobody knows whose folder it is then, and the error says so."""
+    """The error says that the folder's job cannot be known."""
     path = numbers(5)
     run(path)
     (work / "out" / "_journal.jsonl").write_bytes(b"12 {}\n")
@@ -311,7 +315,7 @@ def test_ids_and_names_cannot_leave_the_folder(run, work):
 
 
 def test_two_runs_cannot_share_an_output(run, work, numbers):
-    """While one process holds the folder, another is turned away."""
+    """While one process holds the folder, another is refused."""
     import filelock
 
     (work / "out").mkdir()
@@ -371,7 +375,7 @@ def test_output_inside_the_input_is_refused(run, work, numbers):
         ({"collate": "models_for_tests:NOT_CALLABLE"}, JobUsageError, "is no function"),
     ],
 )
-def test_mistakes_are_told_before_anything_runs(run, work, numbers, options, error, match):
+def test_mistakes_are_reported_before_anything_runs(run, work, numbers, options, error, match):
     """Each mistake has its own sentence, and no output folder is made."""
     with pytest.raises(error, match=match):
         run(numbers(3), **options)
@@ -392,7 +396,7 @@ def plan(anyio_backend, *inputs, model="models_for_tests:Sums", **options):
 
 
 def test_dry_run_checks_the_resume(run, work, numbers, anyio_backend):
-    """A dry run with resume tells what is done, and refuses what the run would refuse."""
+    """A dry run with resume reports what is done, and refuses what the run would refuse."""
     path, shape = numbers(30), {"output": work / "out", "shard_size": 10}
     run(path, shard_size=10)
     found = plan(anyio_backend, path, resume=True, **shape)
@@ -424,8 +428,8 @@ def test_weights_in_safetensors(run, work, numbers):
         run(numbers(2), weights=str(work / "w.safetensors"), output=work / "other")
 
 
-def test_freed_memory_is_given_back_while_a_job_runs(run, numbers, monkeypatch):
-    """A job that lasts longer than a tick trims the heap; a C library without that is no trouble."""
+def test_freed_memory_is_returned_while_a_job_runs(run, numbers, monkeypatch):
+    """A job that lasts longer than a tick trims the heap; a C library that cannot is no error."""
     trimmed = []
     monkeypatch.setattr(job_module, "_TICK_SECONDS", 0.001)
     monkeypatch.setattr(job_module, "release_memory", lambda: trimmed.append(True))

@@ -1,4 +1,4 @@
-"""The journal tells whole entries from damaged ones, whatever happened to the file."""
+"""The journal distinguishes whole entries from damaged ones, whatever happened to the file."""
 
 from __future__ import annotations
 
@@ -62,6 +62,6 @@ def test_names_in_a_journal_stay_in_the_folder():
 
 
 def test_a_folder_without_a_journal(tmp_path):
-    """A folder of somebody else's files is never continued in."""
+    """A folder with other files is never continued in."""
     with pytest.raises(ResumeRefusedError, match="no journal of a job"):
         load_journal(tmp_path)

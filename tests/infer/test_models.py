@@ -56,7 +56,7 @@ def test_exported_program(run, work, numbers, exported):
 
 
 def rewritten(path, change):
-    """Copies an archive; ``change`` may alter names and contents, or add members."""
+    """Copy an archive; `change` may alter names and contents, or add members."""
     target = path.with_name("crafted.pt2")
     with zipfile.ZipFile(path) as source, zipfile.ZipFile(target, "w") as crafted:
         for name in source.namelist():
@@ -127,12 +127,12 @@ def test_pickled_weights_need_the_flag_and_stay_weights_only(work):
 
 
 def test_compile_runs_the_compiled_model_on_every_lane(run, work, numbers, monkeypatch):
-    """Each lane compiles its own replica once, in its own thread, and runs what came out of it."""
+    """Each lane compiles its own replica once, in its own thread, and runs the result."""
     both, compiled = threading.Barrier(2, timeout=20), []
 
     def stand_in(call, **options):
         compiled.append((threading.current_thread().name, options))
-        both.wait()  # neither lane goes on before the other one has work too
+        both.wait()  # neither lane goes on before the other one has a task too
         return lambda *args, **kwargs: {"total": call(*args, **kwargs)["total"] + 1000}
 
     monkeypatch.setattr(torch, "compile", stand_in)
@@ -169,8 +169,8 @@ def test_a_model_that_does_not_compile_fails_the_job(run, numbers, monkeypatch):
     assert len(attempts) <= 2  # two batches per lane are under way
 
 
-def test_a_missing_compiler_is_told_before_the_job(run, work, numbers, monkeypatch):
-    """Without a C++ compiler torch.compile cannot make code for the CPU; the way out is named."""
+def test_a_missing_compiler_is_reported_before_the_job(run, work, numbers, monkeypatch):
+    """Without a C++ compiler torch.compile cannot make code for the CPU; the remedy is named."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("CXX", "/nowhere/g++")
     with pytest.raises(JobUsageError, match=r"no /nowhere/g\+\+. Install one, .*leave --compile out"):
@@ -214,7 +214,7 @@ def test_texts_are_asked_for(run, work, encoder_folder):
 
 
 def test_folders_that_are_no_encoder(run, work, numbers, encoder_folder):
-    """Missing weights, pickled weights only, and another pooling are told apart."""
+    """Missing weights, pickled weights only, and another pooling are distinguished."""
     broken = work / "broken"
     shutil.copytree(encoder_folder, broken)
     tensors = safetensors.torch.load_file(broken / "model.safetensors")

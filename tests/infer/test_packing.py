@@ -1,4 +1,4 @@
-"""Batches of texts of unlike length run without their padding where that is right, and only there."""
+"""Batches of texts of different length run without their padding where that is right, and only there."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def make_encoder(model_type="bert", **settings):
 
 
 def make_batch(lengths, pad=1):
-    """Texts of these lengths whose tokens differ; some of them hold the padding token themselves."""
+    """Text of these lengths whose tokens differ; some of them hold the padding token themselves."""
     texts = [
         [(7 * index + 3 * place) % 30 for place in range(length)] for index, length in enumerate(lengths)
     ]
@@ -67,7 +67,7 @@ def test_every_text_gets_the_vector_it_gets_alone(embedder, lengths):
 
 @pytest.mark.parametrize("lengths", [[3, 9, 1, 3, 5], [0, 3, 0, 2]])
 def test_padded_batches_give_the_same_vectors(embedder, lengths):
-    """The attention that takes texts back to back still takes a padded batch; an empty text is a zero."""
+    """The attention over texts back to back still takes a padded batch; an empty text is a zero."""
     _, batch = make_batch(lengths)
     padded = Embedder(embedder.encoder)
     torch.testing.assert_close(embedder(**batch), padded(**batch))
@@ -115,7 +115,7 @@ def test_a_decoder_does_not_look_ahead():
 
 
 def test_a_compiler_gets_padded_batches(embedder, monkeypatch):
-    """Compiled code would have to be made anew for all lengths of a batch."""
+    """Code would have to be compiled again for all lengths of a batch."""
     _, batch = make_batch([1, 6, 3])
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert num_tokens_seen(embedder, batch) == [18]
@@ -139,8 +139,8 @@ def test_an_unknown_encoder_is_left_as_it_is():
 
 
 @pytest.mark.parametrize("drop", [{"runs"}, {"position_ids"}])
-def test_an_encoder_that_hands_nothing_on_is_left_as_it_is(drop):
-    """What attention or embeddings would have to be told is not told: all texts would be taken for one."""
+def test_an_encoder_that_passes_nothing_on_is_left_as_it_is(drop):
+    """Attention or embeddings do not get the further arguments: all texts would be taken for one."""
     encoder = make_encoder()
     forward = encoder.forward
     encoder.forward = lambda **given: forward(**{name: given[name] for name in given.keys() - drop})
@@ -149,7 +149,7 @@ def test_an_encoder_that_hands_nothing_on_is_left_as_it_is(drop):
 
 
 def test_an_encoder_that_takes_nothing_more_is_left_as_it_is():
-    """One that refuses what attention would have to be told gets padded batches."""
+    """One that refuses the further arguments gets padded batches."""
     encoder = make_encoder()
     forward = encoder.forward
     encoder.forward = lambda input_ids, attention_mask=None, position_ids=None: forward(

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import anyio
 import pytest
+from fake_engine import FakeEngine, options
 from hypothesis import given
 from hypothesis import strategies as st
-from standin import StandIn
 
 from asyncdp.errors import AsyncDPError, RecordError
 from asyncdp.infer.batching import cut_windows, padding, plan_batches
 from asyncdp.infer.job import count_in_part
-from asyncdp.infer.pipeline import ErrorPolicy, Limits, Pipeline
+from asyncdp.infer.pipeline import Pipeline
 from asyncdp.infer.records import Record
 from asyncdp.infer.report.monitor import Monitor
 from asyncdp.infer.steps import EachValue, Steps, default_collate, length_of, same
 
 STEPS = Steps(EachValue(same), default_collate, same, length_of)
+OPTIONS = options(batch_size=2, shard_size=8)
+SKIPPING = options(batch_size=2, shard_size=8, on_error="skip")
 
 
 def records(count):
@@ -27,11 +29,11 @@ def windows(count, block_size=8, window=4):
     return cut_windows(records(count), block_size=block_size, window=window, wanted=lambda block: True)
 
 
-def pipeline(engine, written, policy=ErrorPolicy(), batch_size=2):  # noqa: B008
+def pipeline(engine, written, chosen=OPTIONS):
     def write(index, num_records, rows, failures):
         written[index] = (num_records, sorted(rows.finish()[0]), failures)
 
-    return Pipeline(engine, STEPS, Limits(batch_size, num_lanes=2), policy, write, Monitor())
+    return Pipeline(engine, STEPS, chosen, write, Monitor())
 
 
 @pytest.mark.anyio
@@ -39,7 +41,7 @@ async def test_a_stuck_lane_stops_the_reading():
     """While no batch ends, only a few windows are read, however long the input: memory stays flat."""
     release, all_stuck, read, stuck = anyio.Event(), anyio.Event(), [], []
 
-    class Stuck(StandIn):
+    class Stuck(FakeEngine):
         async def on_one_lane(self, *args, **kwargs):
             stuck.append(args)
             if len(stuck) == 4:
@@ -66,7 +68,7 @@ async def test_a_stuck_lane_stops_the_reading():
 async def test_every_position_is_written_once():
     """Blocks hold exactly their own records, the last one the rest."""
     written: dict[int, object] = {}
-    await pipeline(StandIn(lambda x: x * 2), written).run(windows(21))
+    await pipeline(FakeEngine(lambda x: x * 2), written).run(windows(21))
     assert {index: positions for index, (_, positions, _) in written.items()} == {
         0: list(range(8)),
         1: list(range(8, 16)),
@@ -78,12 +80,12 @@ async def test_every_position_is_written_once():
 async def test_a_lost_lane_is_no_bad_record():
     """Errors of the engine itself fail the job at once, whatever is done about bad records."""
 
-    class Lost(StandIn):
+    class Lost(FakeEngine):
         async def on_one_lane(self, *args, **kwargs):
             raise AsyncDPError("the lane is closed")
 
     with pytest.raises(AsyncDPError, match="lane is closed"):
-        await pipeline(Lost(None), {}, ErrorPolicy("skip")).run(windows(8))
+        await pipeline(Lost(None), {}, SKIPPING).run(windows(8))
 
 
 @pytest.mark.anyio
@@ -94,7 +96,7 @@ async def test_the_first_failure_is_raised_itself():
         raise ZeroDivisionError("no")
 
     with pytest.raises(RecordError) as caught:
-        await pipeline(StandIn(refuse), {}).run(windows(40))
+        await pipeline(FakeEngine(refuse), {}).run(windows(40))
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
@@ -126,6 +128,6 @@ def test_parts_cover_the_input_once(count, block_size, window, num_parts):
         cut = list(cut_windows(records(count), **sizes, wanted=lambda b, p=part: b % num_parts == p))
         own = [(record.position, window.block) for window in cut for record in window.records]
         assert len(own) == count_in_part(count, block_size, (part, num_parts))
-        assert sum(window.closes or 0 for window in cut) == len(own)
+        assert sum(window.block_size or 0 for window in cut) == len(own)
         seen += own
     assert sorted(seen) == [(index, index // block_size) for index in range(count)]

@@ -86,7 +86,7 @@ def test_broken_lines_are_bad_records(tmp_path):
 
 
 def test_csv_rows_of_wrong_length_are_bad_records(tmp_path):
-    """A row with a field too many is told from the rest; quoted line ends belong to a field."""
+    """A row with a field too many is distinguished from the rest; quoted line ends belong to a field."""
     path = tmp_path / "rows.csv"
     path.write_bytes(b'a,b\n1,"x\ny"\n1,2,3\n\xff,1\n5,6\n')
     records = list(open_inputs([str(path)], None, Selection()).read())
@@ -147,7 +147,7 @@ def test_parquet_with_a_broken_column_name(tmp_path):
 
 @pytest.mark.parametrize("name", ["rows.npz", "rows.safetensors"])
 def test_ids_of_several_numbers_are_refused(tmp_path, name):
-    """An id column with a whole array per row makes bad records, not an error of ours."""
+    """An id column with a whole array per row makes bad records, not an error in asyncdp."""
     columns = {"x": np.zeros((2, 3)), "k": np.zeros((2, 2), np.int64), "i": np.arange(2)}
     np.savez(tmp_path / "rows.npz", **columns)
     safetensors.numpy.save_file(columns, tmp_path / "rows.safetensors")
@@ -181,7 +181,7 @@ def test_arrays(tmp_path):
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_npz_is_read_as_it_goes(tmp_path, save):
-    """Neither the arrays that nobody asked for nor the rows of a wanted one are in memory all at once."""
+    """Neither the arrays that were not asked for nor the rows of a wanted one are in memory all at once."""
     unwanted = np.zeros((4000, 500), np.float32)
     save(tmp_path / "a.npz", x=np.arange(500_000.0).reshape(4000, 125), unwanted=unwanted)
     tracemalloc.start()
@@ -213,7 +213,7 @@ def test_npz_of_every_layout(tmp_path, save):
 
 
 def test_npz_damaged_in_the_middle(tmp_path):
-    """Damage behind the first rows is told when reading gets there, and is no error of zipfile's."""
+    """Damage behind the first rows is reported when reading gets there, and not as an error of zipfile."""
     np.savez(tmp_path / "a.npz", x=np.zeros((2000, 100)))
     damaged = bytearray((tmp_path / "a.npz").read_bytes())
     damaged[1_000_000] ^= 1
@@ -223,9 +223,9 @@ def test_npz_damaged_in_the_middle(tmp_path):
 
 
 def test_arrays_of_different_length_are_refused(tmp_path):
-    """Rows of arrays that differ in length cannot be told, so nothing is read."""
+    """Rows of arrays that differ in length cannot be matched, so nothing is read."""
     np.savez(tmp_path / "b.npz", x=np.zeros(3), y=np.zeros(4))
-    with pytest.raises(DamagedInputError, match="one same first dimension"):
+    with pytest.raises(DamagedInputError, match="the same first dimension"):
         values(tmp_path / "b.npz")
 
 
@@ -256,7 +256,7 @@ def test_several_files_and_patterns(tmp_path):
 
 
 def test_inputs_that_cannot_be_read_say_why(tmp_path):
-    """A missing file, an unknown format and mixed formats are told apart."""
+    """A missing file, an unknown format and mixed formats are distinguished."""
     (tmp_path / "a.txt").write_text("x")
     (tmp_path / "b.jsonl").write_text("{}")
     (tmp_path / "c.what").write_text("x")
@@ -271,7 +271,7 @@ def test_inputs_that_cannot_be_read_say_why(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "selection", "told"),
+    ("name", "selection", "columns"),
     [
         ("rows.csv", Selection(("a", "c")), "'a', 'b'"),
         ("rows.csv", Selection(("a",), "c"), "'a', 'b'"),
@@ -281,13 +281,13 @@ def test_inputs_that_cannot_be_read_say_why(tmp_path):
         ("rows.png", Selection((), "c"), "'path'"),
     ],
 )
-def test_a_column_that_no_row_has_is_told_at_once(tmp_path, name, selection, told):
+def test_a_column_that_no_row_has_is_reported_at_once(tmp_path, name, selection, columns):
     """Where header or schema name the columns, a wrong name fails before anything is read."""
     np.savez(tmp_path / "rows.npz", a=np.zeros(2))
     (tmp_path / "rows.png").touch()
     for text, data in TEXT_FILES.items():
         (tmp_path / text).write_bytes(data)
-    with pytest.raises(InputError, match=f"rows.* has no column 'c'. Its columns are {told}"):
+    with pytest.raises(InputError, match=f"rows.* has no column 'c'. Its columns are {columns}"):
         open_inputs([str(tmp_path / name)], None, selection)
 
 

@@ -38,14 +38,14 @@ def test_lane_load_is_a_part_of_the_time(monitor):
 
 
 def test_lines_are_paced_and_warnings_are_not(monitor, monkeypatch):
-    """A log gets a line every few seconds, but a warning at once and once."""
+    """A log gets a line every few seconds, but each warning at once, and only once."""
     out = io.StringIO()
     reporter = LineReporter(out)
     reporter.started(110, monitor, ("cpu:0",))
     monitor.warn_once("out of memory")
     monitor.warn_once("out of memory")
     reporter.progressed(110, monitor)
-    monkeypatch.setattr(reporter._paced, "_last", -1e9)
+    monkeypatch.setattr(reporter, "_last", -1e9)
     reporter.progressed(110, monitor)
     reporter.finished()
     assert out.getvalue().splitlines() == [
@@ -61,7 +61,7 @@ def test_json_events(monitor, monkeypatch):
     reporter = JsonReporter(out)
     reporter.started(None, monitor, ("cpu:0",))
     monitor.warn_once("careful")
-    monkeypatch.setattr(reporter._paced, "_last", -1e9)
+    monkeypatch.setattr(reporter, "_last", -1e9)
     reporter.progressed(110, monitor)
     events = [json.loads(line) for line in out.getvalue().splitlines()]
     assert [event["event"] for event in events] == ["started", "warning", "progress"]
@@ -69,11 +69,11 @@ def test_json_events(monitor, monkeypatch):
 
 
 def test_bad_records_of_earlier_runs_count(monitor, monkeypatch):
-    """Whoever reads progress sees bad records of the same records that are done: earlier ones included."""
+    """Progress counts the bad records of earlier runs, as it counts their records."""
     monitor.num_earlier_bad = 3
     lines, events = io.StringIO(), io.StringIO()
     for reporter in (LineReporter(lines), JsonReporter(events)):
-        monkeypatch.setattr(reporter._paced, "_last", -1e9)
+        monkeypatch.setattr(reporter, "_last", -1e9)
         reporter.progressed(110, monitor)
     assert lines.getvalue().strip().endswith(" 5 bad")
     assert json.loads(events.getvalue())["num_bad"] == 5

@@ -25,7 +25,7 @@ def test_resuming_again_and_again_never_mixes_columns(run, work, numbers):
 
 
 def test_outputs_that_differ_within_a_shard_name_a_record(run, numbers):
-    """Who has to mend the input learns where to look."""
+    """The error says where in the input the difference begins."""
     with pytest.raises(JobError, match=r"float32\[\d+\].* in the batch with record [01]\b"):
         run(numbers(2), "models_for_tests:Shapeless", batch_size=1)
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from asyncdp.errors import JobError
 from asyncdp.infer.model.models import InferenceModule
-from asyncdp.infer.steps import default_collate, length_of, to_columns
+from asyncdp.infer.steps import arguments, default_collate, length_of, to_columns
 
 
 def test_collate_makes_float32_and_int64():
@@ -20,6 +20,32 @@ def test_collate_makes_float32_and_int64():
     assert default_collate([1, 2]).dtype == torch.int64
     assert default_collate([[1.0], [2.0]]).shape == (2, 1)
     assert default_collate([np.zeros(3), np.ones(3)]).dtype == torch.float32
+
+
+def test_a_chosen_dtype_stays():
+    """A tensor keeps its dtype, doubles too; of other numbers only doubles change theirs."""
+    assert default_collate([torch.zeros(3, dtype=torch.float64)]).dtype == torch.float64
+    assert default_collate([torch.zeros(3, dtype=torch.float16)]).dtype == torch.float16
+    assert default_collate([np.zeros(3, np.int8)]).dtype == torch.int8
+    assert default_collate([np.float64(1.5)]).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("number", "dtype"),
+    [(True, torch.bool), (1, torch.int64), (1.5, torch.float32), (1j, torch.complex64)],
+)
+def test_numbers_of_python_get_the_default_dtypes(number, dtype):
+    """A number becomes what torch.tensor makes of it, whatever the rest of its batch is."""
+    assert default_collate([number]).dtype == torch.tensor(number).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("batch", "expected"),
+    [({"a": 1}, ((), {"a": 1})), ((1, 2), ((1, 2), {})), ([1, 2], (([1, 2],), {})), (1, ((1,), {}))],
+)
+def test_a_batch_as_arguments(batch, expected):
+    """A dict is keyword arguments, a tuple positional ones, anything else the only argument."""
+    assert arguments(batch) == expected
 
 
 def test_collate_of_dicts_and_texts():

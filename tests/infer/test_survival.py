@@ -13,7 +13,7 @@ import pyarrow.dataset
 import pytest
 
 from asyncdp.errors import JobUsageError, OutputError, ResumeRefusedError
-from asyncdp.infer.output import files
+from asyncdp.infer import files
 from asyncdp.infer.output.merge import merge_parts
 
 SHAPE = {"shard_size": 10, "window": 5, "batch_size": 2}
@@ -25,7 +25,7 @@ def contents(folder):
 
 @contextlib.contextmanager
 def failing_disk(monkeypatch, number, code):
-    """Makes the n-th flush to the disk, and all after it, fail with an error number."""
+    """Make the n-th flush to the disk, and all after it, fail with an error number."""
     flush, calls = os.fsync, iter(range(1, 10_000))
 
     def broken(descriptor):
@@ -50,7 +50,7 @@ def test_a_full_disk_loses_no_finished_block(run, work, numbers, monkeypatch, nu
     assert contents(work / "out") == contents(work / "whole")
 
 
-def test_a_read_only_output_is_told(run, numbers, monkeypatch):
+def test_a_read_only_output_is_reported(run, numbers, monkeypatch):
     """A folder that cannot be written, or made, is an error with a remedy; at best before anything loads."""
     read_only = pytest.raises(OutputError, match=r"Read-only file system. Make the folder writable")
     with failing_disk(monkeypatch, 1, errno.EROFS), read_only:
@@ -58,13 +58,13 @@ def test_a_read_only_output_is_told(run, numbers, monkeypatch):
     with pytest.raises(JobUsageError, match=r"cannot be written: .* Name a folder"):
         run(numbers(3), output=Path("/proc/nothing/here"))
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(JobUsageError, match="read-only or belongs to somebody else"):
+    with pytest.raises(JobUsageError, match="read-only or belongs to another user"):
         run(numbers(3), "never_imported:Model", output=Path("elsewhere"))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="folders cannot be flushed there")
 def test_a_new_output_folder_is_on_the_disk(run, work, numbers, monkeypatch):
-    """The names of all folders that the job made are flushed, so that none is gone after a power loss."""
+    """The names of all folders that the job made are flushed, so that none is lost in a power loss."""
     flush, flushed = os.fsync, []
 
     def noted(descriptor):
@@ -83,7 +83,7 @@ class Killed(BaseException):
 
 
 def test_a_kill_during_the_first_write_of_the_journal(run, work, numbers, monkeypatch):
-    """A folder that holds nothing but a half-made journal takes any job; other files still forbid it."""
+    """Any job may use a folder with nothing but a half-written journal; other files still prevent that."""
 
     def killed(*names):
         raise Killed
@@ -107,7 +107,7 @@ def test_a_kill_during_the_first_write_of_the_journal(run, work, numbers, monkey
 
 @pytest.mark.parametrize(("code", "remedy"), [(errno.EFBIG, "ulimit -f"), (errno.EIO, "Check the disk")])
 def test_the_remedy_fits_the_cause(run, numbers, monkeypatch, code, remedy):
-    """What a person should do depends on why the disk refused."""
+    """The remedy depends on why the disk refused."""
     with failing_disk(monkeypatch, 3, code), pytest.raises(OutputError, match=f"{remedy}.*--resume"):
         run(numbers(3))
 

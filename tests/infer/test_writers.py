@@ -13,15 +13,15 @@ import torch
 
 from asyncdp.errors import JobError
 from asyncdp.infer.blocks import BlockRows
-from asyncdp.infer.output.writers import WRITERS
-from asyncdp.infer.records import Rows
+from asyncdp.infer.output.writers import write_shard
+from asyncdp.infer.records import Record
 from asyncdp.infer.steps import to_columns
 
 
 def written(format_name, columns, ids=None):
     file = io.BytesIO()
     count = len(next(iter(columns.values())))
-    WRITERS[format_name](file, list(range(count)) if ids is None else ids, columns)
+    write_shard(format_name, file, list(range(count)) if ids is None else ids, columns)
     file.seek(0)
     return file
 
@@ -65,10 +65,11 @@ def test_what_each_format_holds():
     ],
 )
 def test_arrays_of_texts_may_differ_in_width(first, second):
-    """Numpy's text types carry the longest text of a batch, which must not make batches unlike."""
+    """NumPy's text types depend on the longest text of a batch, and must not make two schemas of it."""
     rows = BlockRows(0)
     for start, output in ((0, first), (2, second)):
-        rows.add(Rows([start, start + 1], [start, start + 1], to_columns({"label": output}, 2)))
+        records = [Record(position, position, None, "") for position in (start, start + 1)]
+        rows.add(records, to_columns({"label": output}, 2))
     assert rows.finish()[1]["label"] == [*first.tolist(), *second.tolist()]
 
 

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,9 @@ class Embedder(nn.Module):
     """A transformer encoder whose token states are averaged and scaled to unit length.
 
     Args:
-        encoder: Called with token ids [batch, length] and a mask of the same shape, or None for a
-            batch without padding; gives ``last_hidden_state`` [batch, length, width].
-        packing: How the encoder runs on the CPU over tokens alone, where it can.
+        encoder: called with token ids [batch, length] and a mask of the same shape, or None for a
+            batch without padding; gives `last_hidden_state` [batch, length, width].
+        packing: how the encoder runs on the CPU over tokens alone, where it can.
     """
 
     def __init__(self, encoder: nn.Module, packing: Packing | None = None) -> None:
@@ -42,7 +43,7 @@ class Embedder(nn.Module):
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
-        """Returns ``embedding`` [batch, width]."""
+        """Return `embedding` [batch, width]."""
         return {"embedding": nn.functional.normalize(self._pooled(input_ids, attention_mask), dim=-1)}
 
     def _pooled(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
@@ -64,14 +65,14 @@ class Embedder(nn.Module):
 
 
 def load_embedder(folder: Path) -> tuple[Embedder, dict[str, Path]]:
-    """Loads the encoder of a folder, from safetensors only and without running code in it.
+    """Load the encoder of a folder, from safetensors only and without running code in it.
 
     Returns:
-        The encoder, and the files of the folder that the vectors depend on by their names in it.
+        The encoder, and the files of the folder that the vectors depend on, by what they are.
 
     Raises:
-        MissingExtraError: When transformers is not installed.
-        ModelLoadError: When the folder is no complete encoder, or pools in another way.
+        MissingExtraError: transformers is not installed.
+        ModelLoadError: the folder is no complete encoder, or pools in another way.
     """
     transformers = _transformers()
     _check_modules(folder)
@@ -94,24 +95,24 @@ def _files_read(folder: Path) -> dict[str, Path]:
     paths = [*folder.iterdir(), *folder.glob("*/config.json")]
     names = {path.relative_to(folder).as_posix(): path for path in sorted(paths) if path.is_file()}
     return {
-        name: path
+        f"model file {name}": path
         for name, path in names.items()
         if not name.startswith(".") and path.suffix.lower() not in _UNREAD
     }
 
 
 def embed_steps(folder: Path) -> Steps:
-    """Returns the steps that turn texts into batches of tokens."""
+    """Return the steps that turn texts into batches of tokens."""
     tokenizer = load_tokenizer(folder)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     return Steps(Tokenize(tokenizer, max_length(folder, tokenizer)), PadTokens(pad), same, len)
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Loads the tokenizer of a folder.
+    """Load the tokenizer of a folder.
 
     Raises:
-        ModelLoadError: When the folder has none.
+        ModelLoadError: the folder has none.
     """
     try:
         return _transformers().AutoTokenizer.from_pretrained(
@@ -125,13 +126,13 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def max_length(folder: Path, tokenizer: Any) -> int:
-    """Returns the number of tokens that a text is cut to."""
+    """Return the number of tokens that a text is cut to."""
     limit = _json(folder / "sentence_bert_config.json", dict).get("max_seq_length")
     return int(limit or min(tokenizer.model_max_length, _DEFAULT_MAX_LENGTH))
 
 
 class Tokenize:
-    """Texts -> lists of token ids, cut to ``max_length``."""
+    """Texts -> lists of token ids, cut to `max_length`."""
 
     def __init__(self, tokenizer: Any, max_length: int) -> None:
         self._tokenizer = tokenizer
@@ -139,13 +140,13 @@ class Tokenize:
         # The first call changes the tokenizer's settings, which fails while another thread uses it.
         self([""])
 
-    def __call__(self, values: list[Any]) -> list[list[int]]:
-        """Tokenizes all texts at once."""
+    def __call__(self, values: Sequence[Any]) -> list[list[int]]:
+        """Tokenize all texts at once."""
         for value in values:
             if not isinstance(value, str):
                 raise TypeError(f"expected text, got {value!r:.80}; choose the text with --column")
         encoded = self._tokenizer(
-            values, truncation=True, max_length=self._max_length, return_attention_mask=False
+            list(values), truncation=True, max_length=self._max_length, return_attention_mask=False
         )
         ids: list[list[int]] = encoded["input_ids"]
         return ids
@@ -157,8 +158,8 @@ class PadTokens:
     def __init__(self, pad: int) -> None:
         self._pad = pad
 
-    def __call__(self, items: list[list[int]]) -> dict[str, torch.Tensor]:
-        """Pads to the longest; a batch of one length needs no mask and runs faster without."""
+    def __call__(self, items: Sequence[list[int]]) -> dict[str, torch.Tensor]:
+        """Pad to the longest; a batch of one length needs no mask and runs faster without."""
         longest = max(map(len, items))
         ids = torch.tensor([item + [self._pad] * (longest - len(item)) for item in items])
         lengths = torch.tensor([len(item) for item in items])
@@ -168,7 +169,7 @@ class PadTokens:
 
 
 def _check_modules(folder: Path) -> None:
-    """Fails where sentence-transformers would do more, or other things, than `Embedder` does."""
+    """Fail where sentence-transformers would do more, or other things, than `Embedder` does."""
     modules = _modules(folder)
     for kind, _ in modules:
         if kind not in _MODULES:
@@ -180,7 +181,7 @@ def _check_modules(folder: Path) -> None:
 
 
 def _modules(folder: Path) -> list[tuple[str, str]]:
-    """Returns class and folder of every module that sentence-transformers would run."""
+    """Return class and folder of every module that sentence-transformers would run."""
     path = folder / "modules.json"
     try:
         return [(entry["type"].rpartition(".")[2], entry["path"]) for entry in _json(path, list)]
@@ -203,7 +204,7 @@ def _unlike(folder: Path, what: str) -> ModelLoadError:
 
 
 def _json(path: Path, kind: type[Any]) -> Any:
-    """Reads settings of a ``kind``; an empty one where there is no such file."""
+    """Read settings of a `kind`; an empty one where there is no such file."""
     try:
         loaded = json.loads(path.read_text()) if path.exists() else kind()
         if not isinstance(loaded, kind):
@@ -218,7 +219,7 @@ def _unreadable(path: Path, why: object) -> ModelLoadError:
 
 
 def _transformers() -> Any:
-    """Imports transformers, quiet and offline."""
+    """Import transformers, quiet and offline."""
     if importlib.util.find_spec("transformers") is None:
         raise MissingExtraError("--task embed", "transformers", "embed")
     # Everything is on disk: never ask the network, not even for a newer version.

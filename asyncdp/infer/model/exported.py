@@ -1,4 +1,4 @@
-"""Programs saved by ``torch.export.save``, and what inside such a file is refused."""
+"""Programs saved by `torch.export.save`, and what inside such a file is refused."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from .names import brief
 
 
 def load_exported(path: Path, *, allow_pickle: bool) -> nn.Module:
-    """Loads a program saved by ``torch.export.save``.
+    """Load a program saved by `torch.export.save`.
 
     Raises:
-        ModelLoadError: When it is damaged, or holds Python, native code or pickles that were not allowed.
+        ModelLoadError: it is damaged, or holds Python, native code or pickles that were not allowed.
     """
     try:
         if not allow_pickle:
@@ -42,7 +42,7 @@ def load_exported(path: Path, *, allow_pickle: bool) -> nn.Module:
         ) from error
 
 
-_ALLOW_OR_EXPORT = "Export the model again, or give --allow-unsafe-pickle if you trust whoever made it."
+_ALLOW_OR_EXPORT = "Export the model again, or give --allow-unsafe-pickle if you trust its author."
 
 # What torch.export.save writes when nothing in it needs a pickle, apart from the example inputs, which
 # load with weights_only.
@@ -88,7 +88,7 @@ def _code_inside(path: Path, text: str) -> ModelLoadError:
 
 @contextlib.contextmanager
 def _weights_only_loading() -> Iterator[None]:
-    """Holds torch.export's own calls of torch.load, some of which ask for any pickle, to weights only."""
+    """Hold torch.export's own calls of torch.load, some of which ask for any pickle, to weights only."""
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(name)
     os.environ[name] = "1"

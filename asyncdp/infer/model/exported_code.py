@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 # Nothing of these characters leaves the place in the code where it is pasted.
-_PLAIN = re.compile(r"[\w .,:/<>@+*-]*")
-_NAME = re.compile(r"\w*")
+_is_plain = re.compile(r"[\w .,:/<>@+*-]*").fullmatch
+_is_name = re.compile(r"\w*").fullmatch
 _ONE_LINE = re.compile(r"[^#\\\r\n]*")
 _SYMBOL = re.compile(r"[\w.+-]*")
 
@@ -36,7 +36,7 @@ _ATTRIBUTES_IN_GUARDS = {
     None: re.compile(r"size|stride|storage_offset"),
 }
 
-# Operators that read or write a file whose name stands in the program.
+# Operators that read or write a file that the program names.
 _USES_FILES = re.compile(r"torch\.ops\.(aten\.(save|from_file)|debugprims)\b.*")
 _OPERATOR = re.compile(r"torch\.ops(\.(?!__)\w+){2,3}")
 
@@ -47,25 +47,25 @@ _SYNTAX = (
 
 
 def find_code(program: Any) -> str | None:
-    """Returns a text that no program of torch's own making holds there, None when there is no such text.
+    """Return a text that no program of torch's own making holds there, None when there is no such text.
 
     Args:
-        program: Contents of ``models/*.json`` in a ``.pt2`` file.
+        program: contents of `models/*.json` in a `.pt2` file.
     """
     return next(_refused(program, "", free=False), None)
 
 
 def find_code_in_keys(inputs: Any) -> str | None:
-    """Returns a key in the example inputs of a program that would leave the guard it is pasted into."""
+    """Return a key in the example inputs of a program that would leave the guard it is pasted into."""
     return next((repr(key) for key in _keys(inputs) if not _is_plain_key(key)), None)
 
 
 def _refused(value: Any, key: str, *, free: bool) -> Iterator[str]:
-    """Yields refused texts; they are ``free`` where torch quotes or never runs them: nodes and metadata."""
+    """Yield refused texts; they are `free` where torch quotes or never runs them: nodes and metadata."""
     free = free or key in ("nodes", "metadata")
     if isinstance(value, Mapping):
         for name, entry in value.items():
-            if key != "range_constraints" and not _PLAIN.fullmatch(name):
+            if key != "range_constraints" and not _is_plain(name):
                 yield name
             yield from _refused(entry, name, free=free)
     elif isinstance(value, list):
@@ -75,14 +75,6 @@ def _refused(value: Any, key: str, *, free: bool) -> Iterator[str]:
         rule = _RULES.get(key)
         if not (rule(value) if rule else free or _is_plain(value)):
             yield value
-
-
-def _is_plain(text: str) -> bool:
-    return _PLAIN.fullmatch(text) is not None
-
-
-def _is_name(text: str) -> bool:
-    return _NAME.fullmatch(text) is not None
 
 
 def _is_target(text: str) -> bool:
@@ -99,7 +91,7 @@ def _is_tree(text: str) -> bool:
 
 
 def _leaves(tree: Any) -> Iterator[Any]:
-    """Yields what a description of nested inputs or outputs holds; itself where it would import something."""
+    """Yield what a description of nested inputs or outputs holds; itself where it would import something."""
     if isinstance(tree, Mapping):
         if not {"type", "context", "children_spec"}.issuperset(tree):
             yield tree  # a default factory or an enumeration, named by its module
@@ -122,7 +114,7 @@ def _keys(inputs: Any) -> Iterator[Any]:
 
 
 def _is_plain_key(key: Any) -> bool:
-    return _is_plain(key) if isinstance(key, str) else key is None or isinstance(key, int | float)
+    return bool(_is_plain(key)) if isinstance(key, str) else key is None or isinstance(key, int | float)
 
 
 def _is_formula(text: str) -> bool:
@@ -155,7 +147,7 @@ def _is_part_of_formula(node: ast.AST) -> bool:
 
 def _is_part_of_guard(node: ast.AST) -> bool:
     if isinstance(node, ast.Constant):
-        return not isinstance(node.value, str) or _is_plain(node.value)
+        return not isinstance(node.value, str) or bool(_is_plain(node.value))
     if isinstance(node, ast.Name):
         return _NAMES_IN_GUARDS.fullmatch(node.id) is not None
     if isinstance(node, ast.Attribute):
@@ -167,7 +159,7 @@ def _is_part_of_guard(node: ast.AST) -> bool:
     )
 
 
-_RULES: dict[str, Callable[[str], bool]] = {
+_RULES: dict[str, Callable[[str], object]] = {
     "expr_str": _is_formula,
     "guards_code": _is_guard,
     "name": _is_name,

@@ -9,23 +9,17 @@ import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
+from ..._tree import map_leaves
 from ...errors import JobError, JobUsageError, ModelLoadError
 from .exported import load_exported
 from .names import brief, load_name, source_of
 
-if TYPE_CHECKING:
-    from ..options import InferOptions
-
-DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +27,9 @@ class LoadedModel:
     """A model ready to run, and the files it came from.
 
     Attributes:
-        module: Runs without gradients; safe to replicate over lanes.
-        files: What its behaviour depends on, by what it is, for the fingerprint.
-        made_by_code: Whether its weights may come from elsewhere than ``files``.
+        module: runs without gradients; safe to replicate over lanes.
+        files: what its behaviour depends on, by what it is, for the fingerprint.
+        made_by_code: whether its weights may come from elsewhere than `files`.
     """
 
     module: nn.Module
@@ -56,14 +50,15 @@ class InferenceModule(nn.Module):
         self._compile = compile
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the module; floating-point inputs are cast to the chosen dtype."""
-        args, kwargs = self._cast(args), self._cast(kwargs)
+        """Call the module; floating-point inputs are cast to the chosen dtype."""
+        if self._dtype is not None:
+            args, kwargs = map_leaves(self._cast, (args, kwargs))
         with torch.inference_mode(), self._autocasting():
             return self._compiled(*args, **kwargs) if self._compile else self.module(*args, **kwargs)
 
     def _compiled(self, *args: Any, **kwargs: Any) -> Any:
         if self.module._compiled_call_impl is None:
-            # Once per replica, in its lane; copies of a module lose a compilation.
+            # Once per replica, in its lane: a copy of a compiled module is not compiled.
             self.module.compile(dynamic=True)
         from torch._dynamo.exc import TorchDynamoException
 
@@ -76,16 +71,9 @@ class InferenceModule(nn.Module):
                 "Leave --compile out, or make the model one that torch.compile takes.",
             ) from error
 
-    def _cast(self, value: Any) -> Any:
-        if self._dtype is None:
-            return value
-        if isinstance(value, torch.Tensor):
-            return value.to(self._dtype) if value.is_floating_point() else value
-        if isinstance(value, dict):
-            return {name: self._cast(entry) for name, entry in value.items()}
-        if type(value) in (tuple, list):
-            return type(value)(self._cast(entry) for entry in value)
-        return value
+    def _cast(self, leaf: Any) -> Any:
+        is_float = isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+        return leaf.to(self._dtype) if is_float else leaf
 
     def _autocasting(self) -> contextlib.AbstractContextManager[Any]:
         if self._autocast is None:
@@ -94,37 +82,56 @@ class InferenceModule(nn.Module):
         return torch.autocast(device, self._autocast)
 
 
-def load_model(options: InferOptions) -> LoadedModel:
-    """Loads the model that the options name, on the CPU.
+def load_model(
+    spec: str,
+    *,
+    weights: str | None = None,
+    dtype: str | None = None,
+    autocast: str | None = None,
+    compile: bool = False,
+    allow_pickle: bool = False,
+) -> LoadedModel:
+    """Load a model on the CPU.
+
+    Args:
+        spec: `package.module:factory`, a `.pt2` file, or a Hugging Face folder.
+        weights: file with its weights, None for those that it comes with.
+        dtype: one of `DTYPES` for weights and inputs, None for those that it has.
+        autocast: one of `DTYPES` for autocast, None for no autocast.
+        compile: whether every replica is compiled.
+        allow_pickle: whether a pickle may be loaded.
 
     Raises:
-        ModelLoadError: When it is missing, no module, damaged, or does not fit its weights.
+        ModelLoadError: it is missing, no module, damaged, or does not fit its weights.
     """
-    spec = options.model
     module: nn.Module
-    made_by_code = False
-    if options.compile:
+    if compile:
         _check_compiler()
-    if Path(spec).is_dir():
+    is_folder, is_exported = Path(spec).is_dir(), spec.endswith(".pt2")
+    if is_folder:
         from .embed import load_embedder
 
-        module, names = load_embedder(Path(spec))
-        files = {f"model file {name}": path for name, path in names.items()}
-    elif spec.endswith(".pt2"):
+        module, files = load_embedder(Path(spec))
+    elif is_exported:
         path = _existing(Path(spec), "model")
-        module, files = load_exported(path, allow_pickle=options.allow_unsafe_pickle), {"model file": path}
+        module, files = load_exported(path, allow_pickle=allow_pickle), {"model file": path}
     else:
         module, files = _from_factory(spec)
-        made_by_code = True
-    if options.weights:
-        path = _existing(Path(options.weights), "weights")
-        load_weights(module, path, allow_pickle=options.allow_unsafe_pickle)
-        files["weights"] = path
-    return LoadedModel(_prepared(module, options), files, made_by_code)
+    if weights:
+        files["weights"] = _existing(Path(weights), "weights")
+        load_weights(module, files["weights"], allow_pickle=allow_pickle)
+    # An exported program is already in the mode it was exported in, and raises.
+    with contextlib.suppress(NotImplementedError):
+        module.eval()
+    module.requires_grad_(False)
+    if dtype is not None:
+        module.to(DTYPES[dtype])
+    module = InferenceModule(module, DTYPES.get(dtype or ""), DTYPES.get(autocast or ""), compile)
+    return LoadedModel(module, files, made_by_code=not (is_folder or is_exported))
 
 
 def _check_compiler() -> None:
-    """Fails before the job when torch.compile lacks what it makes code for the CPU with."""
+    """Fail before the job when what torch.compile makes CPU code with is missing."""
     if torch.cuda.is_available():
         return
     compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
@@ -133,17 +140,6 @@ def _check_compiler() -> None:
             f"--compile needs a C++ compiler, and there is no {compiler}",
             "Install one, name it in the environment variable CXX, or leave --compile out.",
         )
-
-
-def _prepared(module: nn.Module, options: InferOptions) -> nn.Module:
-    # An exported program is already in the mode it was exported in, and says so by raising.
-    with contextlib.suppress(NotImplementedError):
-        module.eval()
-    module.requires_grad_(False)
-    dtype = DTYPES.get(options.dtype or "")
-    if dtype is not None:
-        module.to(dtype)
-    return InferenceModule(module, dtype, DTYPES.get(options.autocast or ""), options.compile)
 
 
 def _from_factory(spec: str) -> tuple[nn.Module, dict[str, Path]]:
@@ -174,10 +170,10 @@ def _from_factory(spec: str) -> tuple[nn.Module, dict[str, Path]]:
 
 
 def load_weights(module: nn.Module, path: Path, *, allow_pickle: bool) -> None:
-    """Loads weights into ``module``: safetensors, or a pickle when that was allowed by name.
+    """Load weights into `module`: safetensors, or a pickle when that was allowed by name.
 
     Raises:
-        ModelLoadError: When the file is damaged, is a pickle, or names other parameters.
+        ModelLoadError: the file is damaged, is a pickle, or names other parameters.
     """
     import safetensors.torch
 
@@ -189,7 +185,7 @@ def load_weights(module: nn.Module, path: Path, *, allow_pickle: bool) -> None:
         else:
             raise ModelLoadError(
                 f"{path} is not a .safetensors file, and a pickle can run any code while it loads",
-                "Convert it to safetensors, or give --allow-unsafe-pickle if you trust whoever made it.",
+                "Convert it to safetensors, or give --allow-unsafe-pickle if you trust its author.",
             )
     except ModelLoadError:
         raise

@@ -1,4 +1,4 @@
-"""Names of objects on the command line, as ``package.module:name``, and of exceptions in errors."""
+"""Names of objects on the command line, as `package.module:name`, and of exceptions in errors."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ...errors import JobUsageError
 
 
 def load_name(spec: str, option: str) -> Any:
-    """Imports the object that ``spec`` names; modules in the working folder are found too.
+    """Import the object that `spec` names; modules in the working folder are found too.
 
     Args:
-        spec: ``package.module:name``, where the name may have dots.
-        option: The option it came from, for the error.
+        spec: `package.module:name`, where the name may have dots.
+        option: the option it came from, for the error.
 
     Raises:
-        JobUsageError: When the module or the name in it cannot be had.
+        JobUsageError: the module or the name in it cannot be had.
     """
     module = import_module_of(spec, option)
     name = spec.partition(":")[2]
@@ -35,7 +35,7 @@ def load_name(spec: str, option: str) -> Any:
 
 
 def import_module_of(spec: str, option: str) -> ModuleType:
-    """Imports the module part of ``package.module:name``."""
+    """Import the module part of `package.module:name`."""
     module_name, colon, name = spec.partition(":")
     if not (module_name and colon and name):
         raise JobUsageError(f"{option} {spec} names nothing", "Write it as package.module:name.")
@@ -52,12 +52,12 @@ def import_module_of(spec: str, option: str) -> ModuleType:
 
 
 def source_of(spec: str, option: str) -> Path | None:
-    """Returns the file that the module of ``spec`` was loaded from, None for built-in ones."""
+    """Return the file that the module of `spec` was loaded from, None for built-in ones."""
     path = import_module_of(spec, option).__file__
     return Path(path) if path else None
 
 
 def brief(error: Exception, limit: int = 600) -> str:
-    """Returns the text of an exception on one line, without colours, cut where it gets long."""
+    """Return the text of an exception on one line, without colours, cut where it gets long."""
     text = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())
     return text if len(text) <= limit else text[:limit] + " ..."

@@ -1,4 +1,4 @@
-"""Runs texts of unlike length back to back, so that nothing is computed for padding."""
+"""Texts of different length run back to back, so that nothing is computed for padding."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 
 _ATTENTION = "asyncdp_packed"
 
-# Encoders whose tokens meet nowhere but in attention, and that can be told the position of every token.
+# Encoders whose tokens affect each other in attention only, and that take the position of every token.
 _MODEL_TYPES = ("bert", "roberta", "xlm-roberta")
 
 _Run = tuple[int, int]  # how many texts, and of how many tokens each
@@ -26,7 +26,7 @@ class Packing:
     takes the texts of one length at a time.
 
     Args:
-        encoder: One that `find_packing` has tried. The attention it gets does as before with a padded batch.
+        encoder: one that `find_packing` has tried. The attention it gets does as before with a padded batch.
     """
 
     def __init__(self, encoder: Any) -> None:
@@ -35,10 +35,10 @@ class Packing:
         encoder.set_attn_implementation(_ATTENTION)
 
     def mean_states(self, encoder: nn.Module, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Averages the states of every text's tokens.
+        """Average the states of every text's tokens.
 
         Args:
-            encoder: The one this was made for, or a copy of it.
+            encoder: the one this was made for, or a copy of it.
             input_ids: [batch, length], padding last.
             mask: [batch, length], 0 at padding, else 1.
 
@@ -67,15 +67,15 @@ class Packing:
 
 @torch.inference_mode()
 def find_packing(encoder: Any) -> Packing | None:
-    """Returns how to run an encoder of transformers without padding; None if that gives other states."""
+    """Return how to run an encoder of transformers without padding; None if that gives other states."""
     if encoder.config.model_type not in _MODEL_TYPES:
         return None
     if not hasattr(importlib.import_module("transformers"), "AttentionMaskInterface"):
         return None
-    # Tried, since not every version of transformers hands on to attention what it needs to be told.
+    # Tried, since not every version of transformers passes the further arguments on to attention.
     mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 1, 0]])
     input_ids = torch.arange(mask.numel()).view_as(mask) % encoder.config.vocab_size
-    texts = [ids[kept].unsqueeze(0) for ids, kept in zip(input_ids, mask.bool(), strict=True)]
+    texts = [ids[real].unsqueeze(0) for ids, real in zip(input_ids, mask.bool(), strict=True)]
     expected = torch.cat([encoder(input_ids=text).last_hidden_state.mean(1) for text in texts])
     usual = encoder.config._attn_implementation
     packing = Packing(encoder)
@@ -116,6 +116,6 @@ def _register_attention() -> None:
 
 
 def _split(row: torch.Tensor, runs: Sequence[_Run]) -> list[torch.Tensor]:
-    """Cuts [tokens, ...] into [texts, length, ...], one for every run."""
+    """Cut [tokens, ...] into [texts, length, ...], one for every run."""
     parts = row.split([number * length for number, length in runs])
     return [part.unflatten(0, run) for part, run in zip(parts, runs, strict=True)]

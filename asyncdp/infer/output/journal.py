@@ -1,8 +1,8 @@
 """The journal: which blocks of the input are done, and for which job.
 
-A text file of one entry per line, each with its own checksum, so that a line cut by a crash is told
-from a whole one. The first entry is the fingerprint of the job; an entry follows a block only after its
-shards are on the disk under their final names.
+A text file of one entry per line, each with its own checksum, which a line cut by a crash does not pass.
+The first entry is the fingerprint of the job. A block's entry is written only after its shards are on the
+disk under their final names.
 """
 
 from __future__ import annotations
@@ -17,9 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ResumeRefusedError
-from .files import digest_file, write_failed, write_whole_bytes
+from ..files import digest_file, write_failed, write_whole
 
 JOURNAL_NAME = "_journal.jsonl"
+
+TIMES = "times of large files"
+"""The entry of a fingerprint that differs between machines even where all contents are the same."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +35,11 @@ class StoredFile:
 
     @classmethod
     def of(cls, path: Path) -> StoredFile:
-        """Measures a file on disk."""
+        """Measure a file on disk."""
         return cls(path.name, path.stat().st_size, digest_file(path))
 
     def is_intact(self, folder: Path) -> bool:
-        """Tells whether the file is still what the journal says."""
+        """Return whether the file is still what the journal says."""
         path = folder / self.name
         if not path.is_file() or path.stat().st_size != self.num_bytes:
             return False
@@ -48,8 +51,8 @@ class Block:
     """A finished block: a fixed range of record positions and the files that hold its outputs.
 
     Attributes:
-        num_records: Records in it, good and bad.
-        schema: Type and shape of each column of its outputs; empty where all its records were bad.
+        num_records: records in it, good and bad.
+        schema: type and shape of each column of its outputs; empty where all its records were bad.
     """
 
     index: int
@@ -59,12 +62,12 @@ class Block:
     schema: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the journal entry."""
+        """Return the journal entry."""
         return {"block": self.index, **{k: v for k, v in dataclasses.asdict(self).items() if k != "index"}}
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> Block:
-        """Reads a journal entry."""
+        """Read a journal entry."""
         files = tuple(StoredFile(**file) for file in entry["files"])
         for file in files:
             # A name is only ever one that this job made; never follow one out of the folder.
@@ -87,11 +90,11 @@ class JournalState:
         return next((block.schema for block in self.blocks.values() if block.schema), {})
 
     def place_of(self, index: int) -> str:
-        """Tells a person where a block lies in the input."""
+        """Describe where a block lies in the input, for a person."""
         return f"the shard that begins with record {index * self.fingerprint['shard_size']}"
 
     def entries(self) -> Iterator[dict[str, Any]]:
-        """Yields the entries that make this state."""
+        """Yield the entries that make this state."""
         yield {"fingerprint": self.fingerprint}
         for _, block in sorted(self.blocks.items()):
             yield block.to_json()
@@ -106,16 +109,15 @@ class Journal:
         self.path = folder / JOURNAL_NAME
         self.state = state
         # Rewriting drops half lines and blocks that did not pass their check.
-        lines = "".join(_line(entry) for entry in state.entries()).encode()
-        write_whole_bytes(self.path, lines)
+        write_whole(self.path, b"".join(map(_line, state.entries())))
 
     def finish_block(self, block: Block) -> None:
-        """Records a block whose files are on the disk."""
+        """Record a block whose files are on the disk."""
         self._append(block.to_json())
         self.state.blocks[block.index] = block
 
     def finish_input(self, num_records: int) -> None:
-        """Records how many records the input has."""
+        """Record how many records the input has."""
         if self.state.num_records is None:
             self._append({"end": num_records})
             self.state.num_records = num_records
@@ -123,7 +125,7 @@ class Journal:
     def _append(self, entry: Mapping[str, Any]) -> None:
         try:
             with open(self.path, "ab") as file:
-                file.write(_line(entry).encode())
+                file.write(_line(entry))
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
@@ -131,10 +133,10 @@ class Journal:
 
 
 def load_journal(folder: Path) -> JournalState:
-    """Reads the journal of a folder; entries that do not pass their checksum are left out.
+    """Read the journal of a folder; entries that do not pass their checksum are left out.
 
     Raises:
-        ResumeRefusedError: When not even the fingerprint can be read.
+        ResumeRefusedError: not even the fingerprint can be read.
     """
     path = folder / JOURNAL_NAME
     if not folder.is_dir():
@@ -148,12 +150,12 @@ def load_journal(folder: Path) -> JournalState:
     entries = [_parse(line) for line in lines]
     if not entries[0] or "fingerprint" not in entries[0]:
         raise ResumeRefusedError(
-            f"The first line of {path} is damaged, so nobody knows which job the folder belongs to",
+            f"The first line of {path} is damaged, which says what job the folder belongs to",
             "Remove the folder and start again.",
         )
     state = JournalState(entries[0]["fingerprint"])
     for entry in filter(None, entries[1:]):
-        # What passes its checksum but is no entry of ours counts as damaged too.
+        # What passes its checksum but is no journal entry counts as damaged too.
         with contextlib.suppress(KeyError, TypeError, ValueError):
             if "block" in entry:
                 state.blocks[int(entry["block"])] = Block.from_json(entry)
@@ -162,14 +164,14 @@ def load_journal(folder: Path) -> JournalState:
     return state
 
 
-def _line(entry: Mapping[str, Any]) -> str:
-    text = json.dumps(entry)
-    return f"{zlib.crc32(text.encode()):08x} {text}\n"
+def _line(entry: Mapping[str, Any]) -> bytes:
+    text = json.dumps(entry).encode()
+    return b"%08x %b\n" % (zlib.crc32(text), text)
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
     checksum, _, text = line.partition(b" ")
-    if checksum != f"{zlib.crc32(text):08x}".encode():
+    if checksum != b"%08x" % zlib.crc32(text):
         return None
     try:
         entry = json.loads(text)

@@ -1,23 +1,19 @@
-"""Joins the output folders of one job that was split with ``--shard i/n``."""
+"""How the output folders of one job that was split with `--shard i/n` are joined."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...errors import JobUsageError, ResumeRefusedError
 from ..blocks import check_same_schema
-from ..options import TIMES
-from .files import write_whole
-from .journal import Block, JournalState, load_journal
+from ..files import whole_file
+from .journal import TIMES, Block, JournalState, load_journal
 from .output import OutputFolder, check_output_free, explain_changes
 
 
-@dataclasses.dataclass(frozen=True)
-class Merged:
+class Merged(NamedTuple):
     """What was joined."""
 
     num_records: int
@@ -25,25 +21,27 @@ class Merged:
 
 
 def merge_parts(folders: list[Path], output: Path) -> Merged:
-    """Copies the shards of all parts into one folder, which then is as if one run had made it.
+    """Copy the shards of all parts into one folder, which then is as if one run had made it.
 
     Shards carry the number of their block, so their names in the whole are the ones they have.
 
     Args:
-        folders: Output folders of the parts, in any order.
-        output: Folder for the whole; must be empty or missing, or hold an earlier try at the same.
+        folders: output folders of the parts, in any order.
+        output: folder for the whole; must be empty or missing, or hold an earlier try at the same.
 
     Raises:
-        JobUsageError: A part is missing, twice there, unfinished, damaged or of another job.
-        JobError: The parts' outputs are of unlike types or shapes.
+        JobUsageError: a part is missing, named twice, unfinished, damaged or of another job.
+        JobError: the parts' outputs are of different types or shapes.
     """
     check_output_free(output, resume=True)
     parts = {folder: load_journal(folder) for folder in folders}
-    whole = _same_job(parts)
-    total = _same_length(parts)
-    blocks = _all_blocks(parts, total, whole["shard_size"])
-    _check_columns(JournalState(whole, {block.index: block for _, block in blocks}))
-    with OutputFolder(output, whole["output_format"], whole, resume=True) as target:
+    fingerprint, total = _same_job(parts), _same_length(parts)
+    blocks = _all_blocks(parts, total, fingerprint["shard_size"])
+    whole = JournalState(fingerprint, {block.index: block for _, block in blocks})
+    for index, block in whole.blocks.items():
+        if block.schema:
+            check_same_schema(whole.schema, block.schema, whole.place_of(index))
+    with OutputFolder(output, fingerprint["output_format"], fingerprint, resume=True) as target:
         for folder, block in blocks:
             if block.index not in target.finished:
                 _copy(folder, block, target)
@@ -52,7 +50,7 @@ def merge_parts(folders: list[Path], output: Path) -> Merged:
 
 
 def _same_job(parts: dict[Path, JournalState]) -> dict[str, Any]:
-    """Returns the fingerprint of the unsplit job."""
+    """Return the fingerprint of the unsplit job."""
     wholes = {folder: {**state.fingerprint, "shard": [0, 1], TIMES: None} for folder, state in parts.items()}
     first = next(iter(wholes.values()))
     for folder, whole in wholes.items():
@@ -70,8 +68,8 @@ def _same_job(parts: dict[Path, JournalState]) -> dict[str, Any]:
             "Name the folder of every part once.",
         )
     # The times are those of the first part, whatever order the folders are named in.
-    one = min(parts.values(), key=lambda state: state.fingerprint["shard"])
-    return {**one.fingerprint, "shard": [0, 1]}
+    earliest = min(parts.values(), key=lambda state: state.fingerprint["shard"])
+    return {**earliest.fingerprint, "shard": [0, 1]}
 
 
 def _same_length(parts: dict[Path, JournalState]) -> int:
@@ -96,18 +94,12 @@ def _all_blocks(parts: dict[Path, JournalState], total: int, block_size: int) ->
     return [found[index] for index in sorted(found)]
 
 
-def _check_columns(state: JournalState) -> None:
-    for index, block in state.blocks.items():
-        if block.schema:
-            check_same_schema(state.schema, block.schema, state.place_of(index))
-
-
 def _copy(folder: Path, block: Block, target: OutputFolder) -> None:
     for stored in block.files:
         if not stored.is_intact(folder):
             raise JobUsageError(
                 f"{folder / stored.name} is missing or damaged", "Run that part again with --resume."
             )
-        with open(folder / stored.name, "rb") as source:
-            write_whole(target.path / stored.name, functools.partial(shutil.copyfileobj, source))
+        with open(folder / stored.name, "rb") as source, whole_file(target.path / stored.name) as copy:
+            shutil.copyfileobj(source, copy)
     target.journal.finish_block(block)

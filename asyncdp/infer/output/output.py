@@ -7,35 +7,35 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from ...errors import JobUsageError, OutputExistsError, ResumeRefusedError
 from ..blocks import BlockRows, check_same_schema
+from ..files import TEMPORARY_PREFIX, make_folder, whole_file
 from ..records import Failure
-from .files import TEMPORARY_PREFIX, make_folder, write_whole
 from .journal import JOURNAL_NAME, Block, Journal, JournalState, StoredFile, load_journal
-from .writers import WRITERS
+from .writers import write_shard
 
-LOCK_NAME = ".lock"
-ERRORS_PREFIX = "_errors-"
+_LOCK_NAME = ".lock"
+_ERRORS_PREFIX = "_errors-"
 
-# What a job may leave in a folder before its journal stands.
-_NOTHING_YET = (LOCK_NAME, TEMPORARY_PREFIX + JOURNAL_NAME)
+# What a job may leave in a folder before its journal is complete.
+_NOTHING_YET = (_LOCK_NAME, TEMPORARY_PREFIX + JOURNAL_NAME)
 
 
 class OutputFolder:
     """A folder that one job at a time writes shards into; a context manager that holds its lock.
 
     Args:
-        path: The folder; made when missing.
-        format_name: One of the writers' names.
-        fingerprint: What the outputs depend on.
-        resume: Whether to continue the job whose journal is there.
+        path: the folder; made when missing.
+        format_name: one of the output formats.
+        fingerprint: what the outputs depend on.
+        resume: whether to continue the job whose journal is there.
 
     Raises:
-        OutputExistsError: The folder is not empty and ``resume`` is False.
-        ResumeRefusedError: The folder belongs to a job with another fingerprint.
-        JobUsageError: Another process is writing into the folder.
+        OutputExistsError: the folder is not empty and `resume` is False.
+        ResumeRefusedError: the folder belongs to a job with another fingerprint.
+        JobUsageError: another process is writing into the folder.
     """
 
     def __init__(self, path: Path, format_name: str, fingerprint: dict[str, Any], *, resume: bool) -> None:
@@ -61,44 +61,51 @@ class OutputFolder:
         """The blocks that are done, by index."""
         return self.journal.state.blocks
 
+    def count_files(self) -> tuple[int, int]:
+        """Return the number of shards with outputs, and of files with bad records."""
+        names = [file.name for block in self.finished.values() for file in block.files]
+        num_errors = sum(name.startswith(_ERRORS_PREFIX) for name in names)
+        return len(names) - num_errors, num_errors
+
     def write_block(self, index: int, num_records: int, rows: BlockRows, failures: Sequence[Failure]) -> None:
-        """Makes a block final: its shards first, then the line in the journal.
+        """Make a block final: its shards first, then the line in the journal.
 
         Args:
-            index: Number of the block.
-            num_records: Records in it, good and bad.
-            rows: Its outputs.
-            failures: Its bad records to keep on disk, if any.
+            index: number of the block.
+            num_records: records in it, good and bad.
+            rows: its outputs.
+            failures: its bad records to store, if any.
 
         Raises:
-            OutputError: When the disk does not take it.
-            JobError: When its outputs are of other types or shapes than those of the blocks before.
+            OutputError: the disk does not take it.
+            JobError: its outputs are of other types or shapes than those of the blocks before.
         """
         files, schema = [], rows.schema if len(rows) else {}
         if failures:
-            files.append(
-                self._write(f"{ERRORS_PREFIX}{index:06d}.jsonl", lambda f: _write_failures(f, failures))
-            )
+            files.append(self._write_errors(f"{index:06d}", failures))
         if schema:
             state = self.journal.state
             check_same_schema(state.schema or schema, schema, state.place_of(index))
-            ids, columns = rows.finish()
-            encode = WRITERS[self._format]
-            name = f"part-{index:06d}.{self._format}"
-            files.append(self._write(name, lambda f: encode(f, ids, columns)))
+            path = self.path / f"part-{index:06d}.{self._format}"
+            with whole_file(path) as file:
+                write_shard(self._format, file, *rows.finish())
+            files.append(StoredFile.of(path))
         self.journal.finish_block(Block(index, num_records, num_records - len(rows), tuple(files), schema))
 
     def write_unfinished(self, failures: Sequence[Failure]) -> None:
-        """Keeps the bad records of blocks that will not be finished; a resume removes them as strays."""
+        """Store the bad records of blocks that will not be finished; a resume removes them as strays."""
         if failures:
-            self._write(f"{ERRORS_PREFIX}unfinished.jsonl", lambda file: _write_failures(file, failures))
+            self._write_errors("unfinished", failures)
 
-    def _write(self, name: str, fill: Any) -> StoredFile:
-        write_whole(self.path / name, fill)
-        return StoredFile.of(self.path / name)
+    def _write_errors(self, name: str, failures: Sequence[Failure]) -> StoredFile:
+        path = self.path / f"{_ERRORS_PREFIX}{name}.jsonl"
+        with whole_file(path) as file:
+            for failure in sorted(failures, key=lambda failure: failure.position):
+                file.write(json.dumps(dataclasses.asdict(failure)).encode() + b"\n")
+        return StoredFile.of(path)
 
     def _intact(self, state: JournalState) -> JournalState:
-        """Drops the blocks whose files are no longer what the journal says."""
+        """Drop the blocks whose files are no longer what the journal says."""
         for index, block in sorted(state.blocks.items()):
             damaged = [file.name for file in block.files if not file.is_intact(self.path)]
             if damaged:
@@ -107,36 +114,40 @@ class OutputFolder:
         return state
 
     def _remove_strays(self) -> None:
-        """Removes files of ours that no line of the journal vouches for: a crash left them."""
-        kept = {file.name for block in self.finished.values() for file in block.files}
-        for pattern in (f"{TEMPORARY_PREFIX}*", "part-*", f"{ERRORS_PREFIX}*"):
+        """Remove this job's files that no line of the journal names: a crash left them."""
+        named = {file.name for block in self.finished.values() for file in block.files}
+        for pattern in (f"{TEMPORARY_PREFIX}*", "part-*", f"{_ERRORS_PREFIX}*"):
             for path in self.path.glob(pattern):
-                if path.name not in kept:
+                if path.name not in named:
                     path.unlink()
 
 
 def read_state(path: Path, fingerprint: dict[str, Any], *, resume: bool) -> JournalState:
-    """Returns what is done in a folder already.
+    """Return what is done in a folder already.
 
     Raises:
-        OutputExistsError: The folder is not empty and ``resume`` is False.
-        ResumeRefusedError: The folder belongs to a job with another fingerprint.
+        OutputExistsError: the folder is not empty and `resume` is False.
+        ResumeRefusedError: the folder belongs to a job with another fingerprint.
     """
     if not _holds_something(path):
         return JournalState(fingerprint)
     if not resume:
         raise OutputExistsError(path)
     state = load_journal(path)
-    _check_same(state.fingerprint, fingerprint)
+    if changes := explain_changes(state.fingerprint, fingerprint):
+        raise ResumeRefusedError(
+            f"The output folder belongs to a different job: {'; '.join(changes)}",
+            "Restore what changed, or write into another folder.",
+        )
     return state
 
 
 def check_output_free(path: Path, *, resume: bool) -> None:
-    """Fails early, before anything is loaded, when the folder cannot take this job.
+    """Fail early, before anything is loaded, when the folder cannot take this job.
 
     Raises:
-        OutputExistsError: When it is not empty and ``resume`` is False.
-        JobUsageError: When it is a file, or cannot be made or written.
+        OutputExistsError: it is not empty and `resume` is False.
+        JobUsageError: it is a file, or cannot be made or written.
     """
     if path.exists() and not path.is_dir():
         raise JobUsageError(f"The output {path} is a file", "Name a folder for the shards.")
@@ -144,24 +155,17 @@ def check_output_free(path: Path, *, resume: bool) -> None:
         raise OutputExistsError(path)
     parent = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise _unwritable(path, f"{parent} is read-only or belongs to somebody else")
-
-
-def _unwritable(path: Path, why: object) -> JobUsageError:
-    return JobUsageError(
-        f"The output folder {path} cannot be written: {why}",
-        "Name a folder on a disk that you may write to.",
-    )
+        raise _unwritable(path, f"{parent} is read-only or belongs to another user")
 
 
 def explain_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Lists the parts of two fingerprints that differ."""
+    """List the parts of two fingerprints that differ."""
     changes = []
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)
         if old != new:
             if key == "input":
-                # Only the files that differ: the same long list twice would tell nothing.
+                # Only the files that differ: the same long list twice would not help.
                 old, new = _without(old, new), _without(new, old)
             changes.append(f"{key} was {json.dumps(old):.200} and is {json.dumps(new):.200}")
     return changes
@@ -171,24 +175,22 @@ def _without(entries: list[Any] | None, others: list[Any] | None) -> list[Any]:
     return [entry for entry in entries or () if entry not in (others or ())] or (entries or [])
 
 
-def _check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
-    # A round trip through JSON makes tuples lists on both sides.
-    if changes := explain_changes(before, json.loads(json.dumps(now))):
-        raise ResumeRefusedError(
-            f"The output folder belongs to a different job: {'; '.join(changes)}",
-            "Restore what changed, or write into another folder.",
-        )
-
-
 def _holds_something(path: Path) -> bool:
     return path.is_dir() and any(entry.name not in _NOTHING_YET for entry in path.iterdir())
+
+
+def _unwritable(path: Path, why: object) -> JobUsageError:
+    return JobUsageError(
+        f"The output folder {path} cannot be written: {why}",
+        "Name a folder on a disk that you may write to.",
+    )
 
 
 def _locked(path: Path) -> Any:
     import filelock
 
-    # Taken in one thread and released in another.
-    lock = filelock.FileLock(path / LOCK_NAME, thread_local=False)
+    # Acquired in one thread and released in another.
+    lock = filelock.FileLock(path / _LOCK_NAME, thread_local=False)
     try:
         make_folder(path)
         lock.acquire(blocking=False)
@@ -199,11 +201,3 @@ def _locked(path: Path) -> Any:
     except OSError as error:
         raise _unwritable(path, error.strerror or error) from error
     return lock
-
-
-def _write_failures(file: IO[bytes], failures: Sequence[Failure]) -> None:
-    for failure in sorted(failures, key=lambda failure: failure.position):
-        file.write(json.dumps(dataclasses.asdict(failure)).encode() + b"\n")
-
-
-__all__ = ["JOURNAL_NAME", "OutputFolder", "check_output_free", "explain_changes", "read_state"]

@@ -1,4 +1,4 @@
-"""Shards of every output format; the id stands first in every row."""
+"""Shards of every output format; the id is first in every row."""
 
 from __future__ import annotations
 
@@ -14,11 +14,9 @@ from ..records import Columns
 
 Encoder = Callable[[IO[bytes], Sequence[Any], Columns], None]
 
-ERROR_FORMAT = "errors.jsonl"
 
-
-def write_parquet(file: IO[bytes], ids: Sequence[Any], columns: Columns) -> None:
-    """Writes one row per record; a vector per record becomes a fixed-size list."""
+def _write_parquet(file: IO[bytes], ids: Sequence[Any], columns: Columns) -> None:
+    """Write one row per record; a vector per record becomes a fixed-size list."""
     import pyarrow
     import pyarrow.parquet
 
@@ -28,16 +26,16 @@ def write_parquet(file: IO[bytes], ids: Sequence[Any], columns: Columns) -> None
     pyarrow.parquet.write_table(pyarrow.table(arrays), file, use_dictionary=repeating or False)
 
 
-def write_jsonl(file: IO[bytes], ids: Sequence[Any], columns: Columns) -> None:
-    """Writes one JSON object per record."""
+def _write_jsonl(file: IO[bytes], ids: Sequence[Any], columns: Columns) -> None:
+    """Write one JSON object per record."""
     lists = [_listed(values) for values in columns.values()]
     for identity, *entries in zip(ids, *lists, strict=True):
         row = {"id": identity, **dict(zip(columns, entries, strict=True))}
         file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
 
-def write_npy(file: IO[bytes], ids: Sequence[Any], columns: Columns) -> None:
-    """Writes a structured array with a field ``id`` and one per column."""
+def _write_npy(file: IO[bytes], ids: Sequence[Any], columns: Columns) -> None:
+    """Write a structured array with a field `id` and one per column."""
     fields = {"id": _id_array(ids), **{name: _numeric(name, values) for name, values in columns.items()}}
     dtype = [(name, values.dtype, values.shape[1:]) for name, values in fields.items()]
     rows = np.empty(len(ids), dtype=dtype)
@@ -46,8 +44,8 @@ def write_npy(file: IO[bytes], ids: Sequence[Any], columns: Columns) -> None:
     np.save(file, rows, allow_pickle=False)
 
 
-def write_safetensors(file: IO[bytes], ids: Sequence[Any], columns: Columns) -> None:
-    """Writes a tensor per column; the ids are a tensor when numbers, else JSON under ``ids``."""
+def _write_safetensors(file: IO[bytes], ids: Sequence[Any], columns: Columns) -> None:
+    """Write a tensor per column; the ids are a tensor when numbers, else JSON under `ids`."""
     import safetensors.numpy
 
     tensors = {name: np.ascontiguousarray(_numeric(name, values)) for name, values in columns.items()}
@@ -59,22 +57,43 @@ def write_safetensors(file: IO[bytes], ids: Sequence[Any], columns: Columns) -> 
     file.write(safetensors.numpy.save(tensors, metadata))
 
 
-def _blaming(format_name: str, encode: Encoder) -> Encoder:
-    """Returns an encoder whose errors name the column at fault instead of some call in a library."""
+WRITERS: dict[str, Encoder] = {
+    "parquet": _write_parquet,
+    "jsonl": _write_jsonl,
+    "npy": _write_npy,
+    "safetensors": _write_safetensors,
+}
 
-    def encode_or_blame(file: IO[bytes], ids: Sequence[Any], columns: Columns) -> None:
-        try:
-            encode(file, ids, columns)
-        except (JobError, OSError, ImportError):
-            raise
-        except Exception as error:
-            raise JobError(
-                f"Column {_culprit(encode, ids, columns)!r} cannot be written as {format_name}: "
-                f"{type(error).__name__}: {error}",
-                "Make numbers or texts of one kind of it with --postprocess, or change --output-format.",
-            ) from error
 
-    return encode_or_blame
+def write_shard(format_name: str, file: IO[bytes], ids: Sequence[Any], columns: Columns) -> None:
+    """Write ids and columns in one of the formats.
+
+    Raises:
+        JobError: the format cannot hold what is in a column; the error names it.
+    """
+    encode = WRITERS[format_name]
+    try:
+        encode(file, ids, columns)
+    except (JobError, OSError, ImportError):
+        raise
+    except Exception as error:
+        raise JobError(
+            f"Column {_culprit(encode, ids, columns)!r} cannot be written as {format_name}: "
+            f"{type(error).__name__}: {error}",
+            "Make numbers or texts of one kind of it with --postprocess, or change --output-format.",
+        ) from error
+
+
+def try_writer(format_name: str) -> None:
+    """Write one row to nowhere, so that the format's library is loaded before any record is run.
+
+    Raises:
+        MissingExtraError: the format's library is not installed.
+    """
+    try:
+        write_shard(format_name, io.BytesIO(), [0], {"value": np.zeros((1, 1), np.float32)})
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(f"--output-format {format_name}", error.name or str(error), "cli") from error
 
 
 def _culprit(encode: Encoder, ids: Sequence[Any], columns: Columns) -> str | None:
@@ -84,30 +103,6 @@ def _culprit(encode: Encoder, ids: Sequence[Any], columns: Columns) -> str | Non
         except Exception:
             return name
     return None
-
-
-WRITERS: dict[str, Encoder] = {
-    name: _blaming(name, encode)
-    for name, encode in (
-        ("parquet", write_parquet),
-        ("jsonl", write_jsonl),
-        ("npy", write_npy),
-        ("safetensors", write_safetensors),
-    )
-}
-"""Raise a `JobError` that names the column when a format cannot hold what is in it."""
-
-
-def try_writer(format_name: str) -> None:
-    """Writes one row to nowhere, so that what the format takes is there, and loaded, before any work is done.
-
-    Raises:
-        MissingExtraError: When the format's library is not installed.
-    """
-    try:
-        WRITERS[format_name](io.BytesIO(), [0], {"value": np.zeros((1, 1), np.float32)})
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(f"--output-format {format_name}", error.name or str(error), "cli") from error
 
 
 def _arrow(values: Any) -> Any:

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ...errors import InputError
-from ..records import Record, Row
+from ..records import Record
 from . import arrays, images, parquet, text
-from .base import COMPRESSIONS, STDIN, InputFile, Reader, Selection
+from .base import COMPRESSIONS, STDIN, Contents, InputFile, Reader, Selection
 from .images import decode_image
 
 __all__ = ["FORMATS", "STDIN", "InputFile", "Inputs", "Selection", "decode_image", "open_inputs"]
@@ -43,20 +43,20 @@ _SUFFIXES = {
 def open_inputs(
     specs: Sequence[str], format_name: str | None, selection: Selection, *, output: Path | None = None
 ) -> Inputs:
-    """Finds the files that ``specs`` name.
+    """Find the files that `specs` name.
 
     Args:
-        specs: Paths, folders, glob patterns, or ``-`` for standard input.
-        format_name: One of `FORMATS`, or None to go by the suffixes.
-        selection: Which columns are wanted.
-        output: A folder whose files are passed over: a resumed job must not read its own shards.
+        specs: paths, folders, glob patterns, or `-` for standard input.
+        format_name: one of `FORMATS`, or None to go by the suffixes.
+        selection: which columns are wanted.
+        output: a folder whose files are passed over: a resumed job must not read its own shards.
 
     Raises:
-        InputError: When a file is missing or a pipe, its format is unknown, or formats are mixed.
+        InputError: a file is missing or a pipe, its format is unknown, or formats are mixed.
     """
     paths = [path for spec in specs for path in _expand(spec)]
     files = [InputFile(path) for path in (paths if output is None else _outside(output, paths))]
-    names = {format_name or _format_of(file.path) for file in files}
+    names = {format_name or _format_of(file) for file in files}
     if len(names) != 1:
         raise InputError(
             f"The inputs are of several formats ({', '.join(sorted(names))})",
@@ -74,15 +74,13 @@ class Inputs:
         self.selection = selection
         self.num_records_read = 0
         self._reader = FORMATS[format_name]
-        self._check_binary()
-        self._check_columns()
-        self._counts = [None if file.path == STDIN else self._reader.count(file.path) for file in files]
+        self._counts = [self._inspect(file) for file in files]
 
     def read(self, start: int = 0) -> Iterator[Record]:
-        """Yields the records from position ``start`` on; whole files before it are not opened.
+        """Yield the records from position `start` on; whole files before it are not opened.
 
         Raises:
-            DamagedInputError: When a file turns out to be damaged.
+            DamagedInputError: a file turns out to be damaged.
         """
         position = 0
         for file, count in zip(self.files, self._counts, strict=True):
@@ -94,60 +92,67 @@ class Inputs:
             for row in self._reader.rows(file, self.selection, skip):
                 self.num_records_read = position + 1
                 if position >= start:
-                    yield _record(position, row)
+                    identity = position if row.id is None else row.id
+                    yield Record(position, identity, row.value, row.where, row.error)
                 position += 1
         self.num_records_read = position
 
     def count_records(self) -> int | None:
-        """Returns the number of records where all files state it, else None."""
+        """Return the number of records where all files state it, else None."""
         counts = [count for count in self._counts if count is not None]
-        return sum(counts) if len(counts) == len(self.files) else None
+        return sum(counts) if len(counts) == len(self._counts) else None
 
     def estimate_num_records(self) -> int | None:
-        """Returns the number of records: exact where files state it, else by bytes read so far."""
+        """Return the number of records: exact where files state it, else by bytes read so far."""
         if (exact := self.count_records()) is not None:
             return exact
         total = sum(file.num_bytes for file in self.files)
         done = sum(file.num_bytes_read for file in self.files)
         return int(self.num_records_read * total / done) if done and total else None
 
-    def _check_binary(self) -> None:
-        for file in self.files if self._reader.binary else ():
-            if file.path == STDIN or file.path.suffix.lower() in COMPRESSIONS:
-                raise InputError(
-                    f"{file.name} cannot be read as {self.format_name}",
-                    "This format needs a plain, uncompressed file on disk.",
-                )
+    def _inspect(self, file: InputFile) -> int | None:
+        """Return the number of rows where it is known.
 
-    def _check_columns(self) -> None:
-        """Fails where a column that was asked for is in no row, instead of refusing every record later."""
-        for file in self.files:
-            names = None if file.path == STDIN else self._reader.column_names(file.path)
-            missing = [] if names is None else [name for name in self.selection.named if name not in names]
-            if missing:
-                told = ", ".join(map(repr, (names or ())[:20])) or "none: leave --column and --id-column out"
-                raise InputError(f"{file.name} has no column {missing[0]!r}", f"Its columns are {told}.")
-
-
-def _record(position: int, row: Row) -> Record:
-    identity = position if row.id is None else row.id
-    return Record(position, identity, row.value, row.where, row.error)
+        Fails where a column that was asked for is in no row, instead of refusing every record later.
+        """
+        is_stdin = file.path == STDIN
+        if self._reader.binary and (is_stdin or file.path.suffix.lower() in COMPRESSIONS):
+            raise InputError(
+                f"{file.name} cannot be read as {self.format_name}",
+                "This format needs a plain, uncompressed file on disk.",
+            )
+        num_rows, names = Contents() if is_stdin else self._reader.inspect(file.path)
+        missing = [] if names is None else [name for name in self.selection.named if name not in names]
+        if missing:
+            listed = ", ".join(map(repr, (names or ())[:20])) or "none: leave --column and --id-column out"
+            raise InputError(f"{file.name} has no column {missing[0]!r}", f"Its columns are {listed}.")
+        return num_rows
 
 
 def _outside(folder: Path, paths: list[Path]) -> list[Path]:
     inside = folder.resolve()
-    kept = [path for path in paths if not path.resolve().is_relative_to(inside)]
-    if not kept:
+    outside = [path for path in paths if not path.resolve().is_relative_to(inside)]
+    if not outside:
         raise InputError(
             f"All of the input lies in the output folder {folder}", "Name another folder for the output."
         )
-    return kept
+    return outside
 
 
 def _expand(spec: str) -> list[Path]:
-    if spec == "-":
-        return [STDIN]
-    found = _find(spec)
+    path = Path(spec)
+    if path == STDIN or path.is_file():
+        return [path]
+    if path.is_dir():
+        found = sorted(p for p in path.rglob("*") if p.is_file() and _is_data(p))
+    elif not path.exists():
+        found = sorted(Path(p) for p in glob.glob(spec, recursive=True) if Path(p).is_file())
+    else:
+        # The fingerprint would drain a pipe before the job reads it.
+        raise InputError(
+            f"{spec} is no file on disk, and its contents can be read only once",
+            "Send it to standard input, which is named -, or save it to a file.",
+        )
     if not found:
         raise InputError(
             f"There is no input at {spec}", "Name a file, a folder of known files, a pattern, or -."
@@ -155,38 +160,21 @@ def _expand(spec: str) -> list[Path]:
     return found
 
 
-def _find(spec: str) -> list[Path]:
-    path = Path(spec)
-    if path.is_dir():
-        return sorted(p for p in path.rglob("*") if p.is_file() and _is_data(p))
-    if not path.exists():
-        return sorted(Path(p) for p in glob.glob(spec, recursive=True) if Path(p).is_file())
-    if not path.is_file():
-        # The fingerprint would drain a pipe before the job reads it.
-        raise InputError(
-            f"{spec} is no file on disk, and what it gives can be read only once",
-            "Send it to standard input, which is named -, or save it to a file.",
-        )
-    return [path]
-
-
 def _is_data(path: Path) -> bool:
-    # Names that start so are bookkeeping, of this job's outputs too.
-    return not path.name.startswith((".", "_")) and _known_suffix(path) is not None
+    # Such names are bookkeeping, of this job's outputs too.
+    return not path.name.startswith((".", "_")) and _known_format(path) is not None
 
 
-def _known_suffix(path: Path) -> str | None:
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in COMPRESSIONS:
-        suffixes.pop()
-    return _SUFFIXES.get(suffixes[-1]) if suffixes else None
+def _known_format(path: Path) -> str | None:
+    plain = path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path
+    return _SUFFIXES.get(plain.suffix.lower())
 
 
-def _format_of(path: Path) -> str:
-    known = _known_suffix(path)
+def _format_of(file: InputFile) -> str:
+    known = _known_format(file.path)
     if known is None:
         raise InputError(
-            f"The format of {'standard input' if path == STDIN else path} is unknown",
+            f"The format of {file.name} is unknown",
             f"Name it with --input-format ({', '.join(FORMATS)}).",
         )
     return known

@@ -1,54 +1,48 @@
-"""Rows of `.npy`, `.npz` and safetensors arrays: entry ``i`` along the first dimension."""
+"""Rows of `.npy`, `.npz` and safetensors arrays: entry `i` along the first dimension."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal
 
 import numpy as np
 
 from ..records import Row
-from .base import InputFile, Selection
+from .base import Contents, InputFile, Selection
 
 _CHUNK = 256
 
-_Arrays = dict[str, Callable[[int, int], Any]]
+_Arrays = Mapping[str, Any]
+"""Whatever gives rows by `array[begin:end]`, by name."""
+
 _Opener = Callable[[Path], contextlib.AbstractContextManager[tuple[_Arrays, int]]]
 
 
 class ArrayReader:
-    """Reads arrays through ``opener``, which gives a slicing function and a length per array."""
+    """Reads arrays through `opener`, which gives the arrays and the length that they all have."""
 
     binary = True
 
-    def __init__(
-        self, opener: Callable[[Path], contextlib.AbstractContextManager[tuple[_Arrays, int]]]
-    ) -> None:
+    def __init__(self, opener: _Opener) -> None:
         self._opener = opener
 
-    def count(self, path: Path) -> int | None:
-        """Returns the length along the first dimension."""
-        with self._opened(InputFile(path)) as (_, length):
-            return length
-
-    def column_names(self, path: Path) -> Sequence[str] | None:
-        """Returns the names of the arrays; the one of a .npy file is ``value``."""
-        with self._opened(InputFile(path)) as (arrays, _):
-            return list(arrays)
+    def inspect(self, path: Path) -> Contents:
+        """Return the length along the first dimension, and the names; the array of a .npy file is `value`."""
+        with self._opened(InputFile(path)) as (arrays, length):
+            return Contents(length, list(arrays))
 
     def rows(self, file: InputFile, selection: Selection, start: int) -> Iterator[Row]:
-        """Yields an array per row, or a dict of them when the file holds several."""
+        """Yield an array per row, or a dict of them when the file holds several."""
         needed = selection.needed
         with self._opened(file) as (arrays, length):
-            wanted = {name: take for name, take in arrays.items() if needed is None or name in needed}
+            wanted = {name: array for name, array in arrays.items() if needed is None or name in needed}
             for begin in range(start, length, _CHUNK):
                 end = min(begin + _CHUNK, length)
-                parts = _taken(file, wanted, begin, end)
+                parts = _read(file, wanted, begin, end)
                 for index in range(end - begin):
                     entry: Any = {name: part[index] for name, part in parts.items()}
                     if not selection.columns and selection.id_column is None and len(entry) == 1:
@@ -68,11 +62,13 @@ class ArrayReader:
             yield opened
 
 
-def _taken(file: InputFile, arrays: _Arrays, begin: int, end: int) -> dict[str, Any]:
+def _read(file: InputFile, arrays: _Arrays, begin: int, end: int) -> dict[str, Any]:
     try:
-        return {name: take(begin, end) for name, take in arrays.items()}
+        parts = {name: array[begin:end] for name, array in arrays.items()}
     except Exception as error:  # the end of a compressed array may be the first to be damaged
         raise file.broken(error) from error
+    # A copy, so that no record refers to a memory map.
+    return {name: np.array(part) if isinstance(part, np.memmap) else part for name, part in parts.items()}
 
 
 def _row(selection: Selection, entry: Any, where: str) -> Row:
@@ -88,7 +84,7 @@ def _num_rows(shapes: dict[str, Sequence[int]]) -> int:
             raise ValueError(f"array {name!r} has no dimension to take rows from")
     lengths = {name: shape[0] for name, shape in shapes.items()}
     if len(set(lengths.values())) != 1:
-        raise ValueError(f"its arrays must have one same first dimension, but have {lengths or 'none'}")
+        raise ValueError(f"its arrays must have the same first dimension, but have {lengths or 'none'}")
     return next(iter(lengths.values()))
 
 
@@ -96,51 +92,36 @@ def _num_rows(shapes: dict[str, Sequence[int]]) -> int:
 def _npy(path: Path) -> Iterator[tuple[_Arrays, int]]:
     # Unlike np.load this closes the file on failure; it refuses arrays of objects by itself.
     array = np.lib.format.open_memmap(path, mode="r")
-    yield {"value": functools.partial(_copy, array)}, _num_rows({"value": array.shape})
-
-
-def _copy(array: Any, begin: int, end: int) -> Any:
-    # A copy, so that no record keeps a memory map alive.
-    return np.array(array[begin:end])
+    yield {"value": array}, _num_rows({"value": array.shape})
 
 
 @contextlib.contextmanager
 def _npz(path: Path) -> Iterator[tuple[_Arrays, int]]:
     with zipfile.ZipFile(path) as archive, contextlib.ExitStack() as stack:
-        arrays = {
-            name.removesuffix(".npy"): stack.enter_context(_StoredArray(archive, name))
-            for name in archive.namelist()
-        }
-        takes: _Arrays = {name: array.take for name, array in arrays.items()}
-        yield takes, _num_rows({name: array.shape for name, array in arrays.items()})
+        names = archive.namelist()
+        arrays = {name.removesuffix(".npy"): _StoredArray(archive, name, stack) for name in names}
+        yield arrays, _num_rows({name: array.shape for name, array in arrays.items()})
 
 
 class _StoredArray:
-    """One array of an archive, compressed or not, of which only the rows at hand are in memory."""
+    """One array of an archive, compressed or not, of which only the rows being read are in memory."""
 
-    def __init__(self, archive: zipfile.ZipFile, name: str) -> None:
+    def __init__(self, archive: zipfile.ZipFile, name: str, stack: contextlib.ExitStack) -> None:
         with archive.open(name) as stream:
             self.shape, by_columns, self._dtype = _header(stream, name)
             self._start = stream.tell()
         self._order: Literal["C", "F"] = "F" if by_columns else "C"
-        self._open = functools.partial(archive.open, name)
+        self._open = lambda: stack.enter_context(archive.open(name))
         self._stream: IO[bytes] | None = None
         self._whole: np.ndarray[Any, Any] | None = None
 
-    def __enter__(self) -> _StoredArray:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._stream is not None:
-            self._stream.close()
-
-    def take(self, begin: int, end: int) -> np.ndarray[Any, Any]:
-        """Returns rows; those before them are read again only when they come out of turn."""
+    def __getitem__(self, rows: slice) -> np.ndarray[Any, Any]:
+        """Return rows; those before them are read again only when they are asked for out of order."""
         if self._order == "C":
-            return self._read(begin, end)
+            return self._read(rows.start, rows.stop)
         if self._whole is None:
             self._whole = self._read(0, self.shape[0])  # its rows are scattered over all of it
-        return np.array(self._whole[begin:end])
+        return np.array(self._whole[rows])
 
     def _read(self, begin: int, end: int) -> np.ndarray[Any, Any]:
         row_bytes = self._dtype.itemsize * math.prod(self.shape[1:])
@@ -174,13 +155,8 @@ def _safetensors(path: Path) -> Iterator[tuple[_Arrays, int]]:
 
     # Through torch, since numpy has no bfloat16.
     with safetensors.safe_open(path, framework="pt") as archive:
-        slices = {name: archive.get_slice(name) for name in archive.keys()}  # noqa: SIM118
-        takes: _Arrays = {name: functools.partial(_slice, part) for name, part in slices.items()}
-        yield takes, _num_rows({name: part.get_shape() for name, part in slices.items()})
-
-
-def _slice(part: Any, begin: int, end: int) -> Any:
-    return part[begin:end]
+        arrays = {name: archive.get_slice(name) for name in archive.keys()}  # noqa: SIM118
+        yield arrays, _num_rows({name: array.get_shape() for name, array in arrays.items()})
 
 
 NPY = ArrayReader(_npy)

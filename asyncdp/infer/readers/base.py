@@ -10,16 +10,14 @@ import io
 import lzma
 import sys
 import zlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, Protocol, cast
+from typing import IO, Any, NamedTuple, Protocol
 
 from ...errors import DamagedInputError
 from ..records import Row
 
 STDIN = Path("-")
-
-COMPRESSIONS = frozenset({".gz", ".bz2", ".xz", ".zst"})
 
 _MAX_LINE = 64 << 20
 _BROKEN_STREAM = (EOFError, OSError, zlib.error, lzma.LZMAError)
@@ -30,8 +28,8 @@ class Selection:
     """Which parts of an entry are wanted.
 
     Attributes:
-        columns: Names of the wanted columns; one gives its bare value, none the whole entry.
-        id_column: Name of the column that holds the id, else None.
+        columns: names of the wanted columns; one gives its bare value, none the whole entry.
+        id_column: name of the column that holds the id, else None.
     """
 
     columns: tuple[str, ...] = ()
@@ -40,8 +38,7 @@ class Selection:
     @property
     def named(self) -> list[str]:
         """All columns that were asked for by name, each once."""
-        wanted = [*self.columns, *([self.id_column] if self.id_column else [])]
-        return list(dict.fromkeys(wanted))
+        return list(dict.fromkeys((*self.columns, *filter(None, [self.id_column]))))
 
     @property
     def needed(self) -> list[str] | None:
@@ -49,7 +46,7 @@ class Selection:
         return self.named if self.columns else None
 
     def row(self, entry: Any, where: str) -> Row:
-        """Picks value and id out of one entry; what is missing becomes the error of the row."""
+        """Pick value and id out of one entry; what is missing becomes the error of the row."""
         try:
             return Row(self._value(entry), self._id(entry), where)
         except _Missing as missing:
@@ -76,7 +73,7 @@ class _Missing(Exception):
 
 
 def checked_text(text: str) -> str:
-    """Returns ``text`` when it can be written as UTF-8, which lone surrogates cannot."""
+    """Return `text` when it can be written as UTF-8, which lone surrogates cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -92,20 +89,25 @@ def _pick(entry: Any, name: str) -> Any:
     return entry[name]
 
 
+class Contents(NamedTuple):
+    """What a reader knows of a file before it reads the rows; None where only the rows show it."""
+
+    num_rows: int | None = None
+    column_names: Sequence[str] | None = None
+
+
 class Reader(Protocol):
     """Turns files of one format into rows, a few at a time."""
 
-    binary: bool
+    binary: bool = False
     """Whether the file must be seekable and uncompressed."""
 
-    def count(self, path: Path) -> int | None:
-        """Returns the number of rows when it is cheap to know, else None."""
-
-    def column_names(self, path: Path) -> Sequence[str] | None:
-        """Returns the columns that every row has, or None when only the rows themselves tell."""
+    def inspect(self, path: Path) -> Contents:
+        """Return what is cheap to know of a file; by default nothing."""
+        return Contents()
 
     def rows(self, file: InputFile, selection: Selection, start: int) -> Iterator[Row]:
-        """Yields rows from number ``start`` on (always 0 where ``count`` is unknown)."""
+        """Yield rows from number `start` on (always 0 where their number is unknown)."""
 
 
 class InputFile:
@@ -120,20 +122,17 @@ class InputFile:
     @property
     def num_bytes_read(self) -> int:
         """Bytes of the stored (compressed) file consumed so far."""
-        raw = self._raw
-        if raw is None:
-            return 0
         try:
-            return min(raw.tell(), self.num_bytes)
+            return 0 if self._raw is None else min(self._raw.tell(), self.num_bytes)
         except ValueError:  # closed meanwhile by the reading thread: read to its end
             return self.num_bytes
 
     @contextlib.contextmanager
     def open(self) -> Iterator[IO[bytes]]:
-        """Opens the file for reading.
+        """Open the file for reading.
 
         Raises:
-            DamagedInputError: When a compressed file is cut short or damaged.
+            DamagedInputError: a compressed file is cut short or damaged.
         """
         if self.path == STDIN:
             yield sys.stdin.buffer
@@ -146,7 +145,7 @@ class InputFile:
             raise self.broken(error) from error
 
     def lines(self) -> Generator[tuple[int, bytes], None, None]:
-        """Yields the number (from 1) and the bytes of every line, without its end."""
+        """Yield the number (from 1) and the bytes of every line, without its end."""
         with self.open() as stream:
             number = 0
             # A bounded readline: a file without line ends must not fill the memory.
@@ -159,7 +158,7 @@ class InputFile:
                 yield number, line.rstrip(b"\r\n")
 
     def broken(self, why: object) -> DamagedInputError:
-        """Builds the error for a file that cannot be read to its end."""
+        """Build the error for a file that cannot be read to its end."""
         cause = f"{type(why).__name__}: {why}" if isinstance(why, BaseException) else why
         return DamagedInputError(
             f"{self.name} cannot be read: {cause}",
@@ -167,27 +166,29 @@ class InputFile:
         )
 
 
-def _decompressed(raw: io.BufferedReader, path: Path) -> contextlib.AbstractContextManager[IO[bytes]]:
-    suffix = path.suffix.lower()
-    if suffix in COMPRESSIONS and not raw.peek(1):
-        # To some of the libraries it holds nothing; but whoever began to write it meant to write more.
-        raise EOFError("the file is empty")
-    match suffix:
-        case ".gz":
-            return cast("IO[bytes]", gzip.GzipFile(fileobj=raw))
-        case ".bz2":
-            return cast("IO[bytes]", bz2.BZ2File(raw))
-        case ".xz":
-            return cast("IO[bytes]", lzma.LZMAFile(raw))
-        case ".zst":
-            return _zstd(raw)
-    return contextlib.nullcontext(raw)
-
-
 @contextlib.contextmanager
-def _zstd(raw: IO[bytes]) -> Iterator[IO[bytes]]:
+def _open_zstd(raw: IO[bytes]) -> Iterator[IO[bytes]]:
     import pyarrow
 
     with pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd") as stream:
         # Arrow's stream has no readline; it has all that a buffered reader asks for.
         yield io.BufferedReader(stream)
+
+
+COMPRESSIONS: dict[str, Callable[[Any], contextlib.AbstractContextManager[Any]]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": _open_zstd,
+}
+"""What opens a compressed file, by suffix."""
+
+
+def _decompressed(raw: io.BufferedReader, path: Path) -> contextlib.AbstractContextManager[IO[bytes]]:
+    decompress = COMPRESSIONS.get(path.suffix.lower())
+    if decompress is None:
+        return contextlib.nullcontext(raw)
+    if not raw.peek(1):
+        # Some of the libraries read an empty file as no rows, but it is one whose writing was cut short.
+        raise EOFError("the file is empty")
+    return decompress(raw)

@@ -4,32 +4,28 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ...errors import MissingExtraError
 from ..records import Row
-from .base import InputFile, Selection
+from .base import Contents, InputFile, Selection
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
 
 class ImageReader:
-    """Every file is one record; with the id column ``path`` its id is the file's path."""
+    """Every file is one record; with the id column `path` its id is the file's path."""
 
     binary = True
 
-    def count(self, path: Path) -> int | None:
-        """One image per file."""
-        return 1
-
-    def column_names(self, path: Path) -> Sequence[str] | None:
-        """The path, which identifies an image."""
-        return ("path",)
+    def inspect(self, path: Path) -> Contents:
+        """Return that a file is one row, with the path that identifies it."""
+        return Contents(1, ("path",))
 
     def rows(self, file: InputFile, selection: Selection, start: int) -> Iterator[Row]:
-        """Yields the path of the image."""
+        """Yield the path of the image."""
         if importlib.util.find_spec("PIL") is None:
             raise MissingExtraError("Reading images", "pillow", "cli")
         row = selection.row({"path": str(file.path)}, file.name)
@@ -37,7 +33,7 @@ class ImageReader:
 
 
 def decode_image(path: Path) -> Any:
-    """Loads an image as RGB; a picture too large to be honest is refused."""
+    """Load an image as RGB; one whose size looks like an attack on the memory is refused."""
     from PIL import Image
 
     with warnings.catch_warnings():

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..records import Row
-from .base import InputFile, Selection
+from .base import Contents, InputFile, Selection
 
 _CHUNK = 1024
 
@@ -17,19 +17,13 @@ class ParquetReader:
 
     binary = True
 
-    def count(self, path: Path) -> int | None:
-        """Returns the number of rows that the footer states."""
+    def inspect(self, path: Path) -> Contents:
+        """Return the number of rows that the footer states, and the columns of the schema."""
         with _open(InputFile(path)) as parquet:
-            return int(parquet.metadata.num_rows)
-
-    def column_names(self, path: Path) -> Sequence[str] | None:
-        """Returns the columns of the schema."""
-        with _open(InputFile(path)) as parquet:
-            names: list[str] = parquet.schema_arrow.names
-            return names
+            return Contents(parquet.metadata.num_rows, parquet.schema_arrow.names)
 
     def rows(self, file: InputFile, selection: Selection, start: int) -> Iterator[Row]:
-        """Yields a dict per row, or the bare value of a single column."""
+        """Yield a dict per row, or the bare value of a single column."""
         with _open(file) as parquet:
             groups, number = _groups_from(parquet, start)
             batches = parquet.iter_batches(_CHUNK, row_groups=groups, columns=selection.needed)
@@ -48,14 +42,14 @@ def _open(file: InputFile) -> Any:
     import pyarrow.parquet
 
     try:
-        # Without pre-buffering only the pages at hand are in memory.
+        # Without pre-buffering only the pages being read are in memory.
         return pyarrow.parquet.ParquetFile(file.path, pre_buffer=False)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise file.broken(error) from error
 
 
 def _groups_from(parquet: Any, start: int) -> tuple[list[int], int]:
-    """Leaves out the row groups that end before row ``start``; gives the first kept row too."""
+    """Return the row groups from the one with row `start` on, and the number of their first row."""
     number = 0
     for group in range(parquet.num_row_groups):
         num_rows = parquet.metadata.row_group(group).num_rows
@@ -75,7 +69,7 @@ def _next_batch(file: InputFile, batches: Iterator[Any]) -> Any:
 
 
 class _Unreadable(NamedTuple):
-    """Stands in the place of a value that Python cannot hold, as text that is no UTF-8."""
+    """In the place of a value that Python cannot hold, such as text that is no UTF-8."""
 
     error: Exception
 

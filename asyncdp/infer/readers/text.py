@@ -5,37 +5,25 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..records import Row
-from .base import InputFile, Selection
+from .base import Contents, InputFile, Reader, Selection
 
 _MAX_FIELD = 16 << 20
 
 
-class _TextReader:
-    binary = False
-
-    def count(self, path: Path) -> int | None:
-        """The number of lines is known only once they are read."""
-        return None
-
-    def column_names(self, path: Path) -> Sequence[str] | None:
-        """Entries may differ; each tells what it holds."""
-        return None
-
-
-class LinesReader(_TextReader):
+class LinesReader(Reader):
     """Every line is one record; blank lines too, so that positions are line numbers."""
 
-    def column_names(self, path: Path) -> Sequence[str] | None:
-        """A line has no columns."""
-        return ()
+    def inspect(self, path: Path) -> Contents:
+        """Return that a line has no columns."""
+        return Contents(column_names=())
 
     def rows(self, file: InputFile, selection: Selection, start: int) -> Iterator[Row]:
-        """Yields the text of every line."""
+        """Yield the text of every line."""
         for number, line in file.lines():
             where = f"{file.name}:{number}"
             try:
@@ -44,11 +32,11 @@ class LinesReader(_TextReader):
                 yield Row(None, None, where, error)
 
 
-class JsonlReader(_TextReader):
+class JsonlReader(Reader):
     """Every line that is not blank is one JSON value."""
 
     def rows(self, file: InputFile, selection: Selection, start: int) -> Iterator[Row]:
-        """Yields the parsed values."""
+        """Yield the parsed values."""
         for number, line in file.lines():
             if not line.strip():
                 continue
@@ -61,20 +49,20 @@ class JsonlReader(_TextReader):
                 yield selection.row(entry, where)
 
 
-class CsvReader(_TextReader):
+class CsvReader(Reader):
     """A header line, then one record per row; quoted fields may hold line ends."""
 
     def __init__(self, delimiter: str) -> None:
         self._delimiter = delimiter
 
-    def column_names(self, path: Path) -> Sequence[str] | None:
-        """Returns the header; an empty file has none and misses nothing."""
+    def inspect(self, path: Path) -> Contents:
+        """Return the header; an empty file has none and misses nothing."""
         file = InputFile(path)
         with contextlib.closing(file.lines()) as lines:
-            return self._header(file, self._parser(lines)) or None
+            return Contents(column_names=self._header(file, self._parser(lines)) or None)
 
     def rows(self, file: InputFile, selection: Selection, start: int) -> Iterator[Row]:
-        """Yields a dict of texts per row."""
+        """Yield a dict of texts per row."""
         reader = self._parser(file.lines())
         header = self._header(file, reader)
         while True:

@@ -7,10 +7,9 @@ import sys
 
 
 def release_memory() -> None:
-    """Gives pages inside the heap that nobody uses back to the system, where the C library can.
+    """Return unused pages inside the heap to the system, where the C library can do that.
 
-    Batches of ever other shapes leave holes that the next ones do not quite fill: embedding 5,000 sentences
-    peaked at 715 MiB without this, and 6,000 at 649 MiB with it twice a second, at the same rate.
+    Batches of changing shapes leave holes that the next ones do not quite fill.
     """
     if sys.platform != "linux":
         return

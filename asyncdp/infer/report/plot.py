@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import JobUsageError, MissingExtraError
-from ..output.files import write_whole
+from ..files import whole_file
 from .monitor import Sample
 
 
 def check_plot(path: Path) -> None:
-    """Fails before the job starts when its picture could not be drawn at the end.
+    """Fail before the job starts when its picture could not be drawn at the end.
 
     Raises:
-        JobUsageError: The suffix is not known, or the folder is missing or read-only.
+        JobUsageError: the suffix is not known, or the folder is missing or read-only.
         MissingExtraError: matplotlib is not installed.
     """
     if path.suffix not in (".png", ".svg"):
@@ -32,7 +32,7 @@ def check_plot(path: Path) -> None:
 
 
 def draw_plot(path: Path, samples: list[Sample]) -> None:
-    """Draws the samples of a job into a PNG or SVG file."""
+    """Draw the samples of a job into a PNG or SVG file."""
     figure_class: Any = importlib.import_module("matplotlib.figure").Figure
     figure = figure_class(figsize=(9, 5), layout="constrained")
     rate, load = figure.subplots(2, 1, sharex=True)
@@ -45,19 +45,20 @@ def draw_plot(path: Path, samples: list[Sample]) -> None:
     load.set(ylabel="lane busy", xlabel="seconds", ylim=(0, 1.05))
     if spans:
         load.legend(loc="lower right")
-    write_whole(path, lambda file: figure.savefig(file, format=path.suffix[1:]))
+    with whole_file(path) as file:
+        figure.savefig(file, format=path.suffix[1:])
 
 
 def lane_loads(spans: list[tuple[Sample, Sample]], name: str) -> list[float]:
-    """Returns which part of each span of time a lane was busy, 0 to 1.
+    """Return the part of each span of time that a lane was busy, 0 to 1.
 
-    A lane tells of a work only once it has ended, so what does not fit into a span was done in those before.
+    A lane counts a task only once it has ended, so what does not fit into a span was done in those before.
     """
-    loads, untold = [], 0.0
+    loads, uncounted = [], 0.0
     for before, after in reversed(spans):
         seconds = after.seconds - before.seconds
-        untold += after.lanes[name] - before.lanes.get(name, 0.0)
-        busy = min(seconds, untold)
-        untold -= busy
+        uncounted += after.lanes[name] - before.lanes.get(name, 0.0)
+        busy = min(seconds, uncounted)
+        uncounted -= busy
         loads.append(busy / seconds)
     return loads[::-1]

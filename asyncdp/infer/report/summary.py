@@ -1,11 +1,10 @@
-"""What a job tells: while it runs, at its end, and before it starts."""
+"""What a job reports: before it starts, while it runs, and at its end."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Protocol
 
-from ..output.output import ERRORS_PREFIX, OutputFolder
 from .monitor import Monitor
 
 
@@ -14,16 +13,16 @@ class Summary:
     """What a job did.
 
     Attributes:
-        num_records: Records of this job's part that are done, earlier runs included.
-        num_earlier: Those of them that an earlier run had done.
-        num_bad: Those of them that were refused, earlier runs included.
-        seconds: Time this run took, loading not included.
-        rate: Records per second of this run.
-        padding: Part of the batches that was padding, 0 to 1; stacks and lists of texts have none.
-        stages: Seconds by stage, summed over its workers; on the lanes without waiting for them.
-        lanes: Part of the time each lane was busy, 0 to 1.
-        files: Shards with outputs in the output folder.
-        error_files: Files there that tell of bad records.
+        num_records: records of this job's part that are done, earlier runs included.
+        num_earlier: those of them that an earlier run had done.
+        num_bad: those of them that were refused, earlier runs included.
+        seconds: time this run took, loading not included.
+        rate: records per second of this run.
+        padding: part of the batches that was padding, 0 to 1; stacks and lists of texts have none.
+        stages: seconds by stage, summed over its workers; on the lanes without waiting for them.
+        lanes: part of the time each lane was busy, 0 to 1.
+        files: shards with outputs in the output folder.
+        error_files: files there with bad records.
     """
 
     num_records: int
@@ -44,11 +43,11 @@ class Plan:
     """What a job would do, found out without writing anything.
 
     Attributes:
-        num_records: Records in the input, None when that is not known.
-        devices: Names of the lanes.
-        columns: Output columns of the first batch with type and shape, empty for an empty input.
-        num_tried: Records in the first batch.
-        num_earlier: Records that a resumed job finds done.
+        num_records: records in the input, None when that is not known.
+        devices: names of the lanes.
+        columns: output columns of the first batch with type and shape, empty for an empty input.
+        num_tried: records in the first batch.
+        num_earlier: records that a resumed job finds done.
     """
 
     input_format: str
@@ -61,48 +60,39 @@ class Plan:
 
 
 class Reporter(Protocol):
-    """Tells a person or a machine how the job goes; called on the event loop."""
+    """Shows a person or a machine how the job goes; called on the event loop."""
 
     def started(self, num_records: int | None, monitor: Monitor, lanes: tuple[str, ...]) -> None:
-        """The model is loaded and the lanes are up."""
+        """Report that the model is loaded and the lanes are up."""
+        return
 
     def progressed(self, num_records: int | None, monitor: Monitor) -> None:
-        """Some time has passed."""
+        """Report how far the job is; called twice a second."""
+        return
 
     def finished(self) -> None:
-        """The job has ended, well or not."""
+        """Report that the job has ended, well or not."""
+        return
 
 
-class SilentReporter:
-    """Tells nobody."""
-
-    def started(self, num_records: int | None, monitor: Monitor, lanes: tuple[str, ...]) -> None:
-        """Keeps quiet."""
-
-    def progressed(self, num_records: int | None, monitor: Monitor) -> None:
-        """Keeps quiet."""
-
-    def finished(self) -> None:
-        """Keeps quiet."""
+class SilentReporter(Reporter):
+    """Shows nothing."""
 
 
-def summarise(monitor: Monitor, output: OutputFolder) -> Summary:
-    """Puts together what a job counted and what its folder holds."""
+def summarize(monitor: Monitor, *, output: str, files: int, error_files: int) -> Summary:
+    """Put together what a job counted and what its folder holds."""
     seconds = monitor.seconds
-    busy = monitor.busy_fractions()
-    work = monitor.cost + monitor.padding
-    names = [file.name for block in output.finished.values() for file in block.files]
-    num_told = sum(name.startswith(ERRORS_PREFIX) for name in names)
+    computed = monitor.cost + monitor.padding
     return Summary(
-        num_records=monitor.num_earlier + monitor.num_done,
+        num_records=monitor.num_all_done,
         num_earlier=monitor.num_earlier,
-        num_bad=monitor.num_earlier_bad + monitor.num_bad,
+        num_bad=monitor.num_all_bad,
         seconds=seconds,
         rate=monitor.num_done / seconds if seconds else 0.0,
-        padding=monitor.padding / work if work else 0.0,
+        padding=monitor.padding / computed if computed else 0.0,
         stages=monitor.stage_seconds(),
-        lanes=busy,
-        files=len(names) - num_told,
-        output=str(output.path),
-        error_files=num_told,
+        lanes=monitor.busy_fractions(),
+        files=files,
+        output=output,
+        error_files=error_files,
     )

@@ -1,14 +1,22 @@
-"""An engine with the same face as asyncdp.DataParallel, for tests of the pipeline alone."""
+"""An engine with the interface of asyncdp.DataParallel, and options, for tests of the pipeline alone."""
 
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import anyio.to_thread
 
+from asyncdp.infer import InferOptions
 
-class StandIn:
+
+def options(**chosen):
+    """Make the options of a job whose input, model and output the test gives to the pipeline itself."""
+    return InferOptions(("-",), "no:model", Path("nowhere"), **chosen)
+
+
+class FakeEngine:
     """Runs a module in worker threads, as many at once as it has lanes."""
 
     def __init__(self, module, num_lanes=2):

@@ -1,0 +1,99 @@
+"""Files that are either whole or not there, whatever happens meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from ..errors import OutputError
+
+TEMPORARY_PREFIX = ".tmp-"
+
+new_digest = functools.partial(hashlib.blake2b, digest_size=16)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file for writing that appears under its name only once all of it is on the disk.
+
+    Args:
+        path: the file to make; one that exists is replaced.
+
+    Raises:
+        OutputError: the disk is full, read-only or lost.
+    """
+    temporary = path.with_name(TEMPORARY_PREFIX + path.name)
+    try:
+        temporary.unlink(missing_ok=True)
+        # "x" never follows a link that was put in the place of the temporary file.
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise write_failed(path, error) from error
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write all of a file at once; see `whole_file`."""
+    with whole_file(path) as file:
+        file.write(data)
+
+
+def sync_folder(path: Path) -> None:
+    """Make new names in a folder survive a power loss."""
+    if os.name == "nt":  # folders cannot be opened there, and renames are durable
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, such that they survive a power loss.
+
+    Raises:
+        OSError: one of them cannot be made.
+        OutputError: the disk does not keep one that was made.
+    """
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    for folder in reversed(missing):
+        folder.mkdir(exist_ok=True)
+        try:
+            # A folder may take new names without letting itself be opened.
+            with contextlib.suppress(PermissionError):
+                sync_folder(folder.parent)
+        except OSError as error:
+            raise write_failed(folder, error) from error
+
+
+def write_failed(path: Path, error: OSError) -> OutputError:
+    """Build the error for a file that could not be written."""
+    remedy = {
+        errno.ENOSPC: "Free some space",
+        errno.EDQUOT: "Free some of your quota",
+        errno.EFBIG: "Allow larger files (ulimit -f)",
+        errno.EROFS: "Make the folder writable",
+        errno.EACCES: "Make the folder writable",
+    }.get(error.errno or 0, "Check the disk")
+    return OutputError(
+        f"{path} cannot be written: {error.strerror or error}", f"{remedy}, then continue with --resume."
+    )
+
+
+def digest_file(path: Path) -> str:
+    """Return a digest of all bytes of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, new_digest).hexdigest()
