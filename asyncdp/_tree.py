@@ -11,7 +11,7 @@ import os
 import threading
 import warnings
 from collections import UserDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import optree
@@ -58,6 +58,12 @@ def unflatten(spec: optree.PyTreeSpec, leaves: Sequence[Any]) -> Any:
 def paths(spec: optree.PyTreeSpec) -> list[str]:
     """Return each leaf's path as Python writes it: "[0]['mask']", or "" for a lone leaf."""
     return [accessor.codify("") for accessor in spec.accessors()]
+
+
+def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
+    """Return the same structure with `function` applied to every leaf."""
+    leaves, spec = flatten(tree)
+    return unflatten(spec, [function(leaf) for leaf in leaves])
 
 
 def _is_container(leaf: Any) -> bool:
