@@ -17,6 +17,7 @@ from .._replicas.buckets import DEFAULT_BUCKET_BYTES
 from .._replicas.replica import check_module
 from .._replicas.replica_set import ReplicaSet, replica_set_of
 from .._runtime import Lane, Runtime, RuntimeStatistics, default_lanes, scheduler_of
+from .._runtime.lane_runner import LaneRunner
 from .._training.commit import StepOptions
 from .._training.trainer import Trainer
 from .._verbs.parallel_apply import arguments
@@ -199,18 +200,18 @@ class DataParallel:
         self._count_pass()
         return result
 
-    def run_here(self, position: int, *args: Any) -> Any:
-        """Run the module on one whole batch, on this thread: that of the lane at `position` of `lanes`.
-
-        For what schedules its own works, as `Batcher` does; call it by `engine.runtime.run`.
-        """
-        result = self._route.run_here(position, self.module, self._replicas, args, {})
+    def run_here(self, position: int, /, *args: Any, **kwargs: Any) -> Any:
+        """Run the module on one whole batch, on this thread: that of the lane at `position` of `lanes`."""
+        result = self._route.run_here(position, self.module, self._replicas, args, kwargs)
         self._count_pass()
         return result
 
     def pick_lane(self) -> int:
         """The position in `lanes` of the one for a whole batch: the least busy, or 0 where buffers change."""
         return self._route.pick(self.module)
+
+    def __asyncdp_lane_runner__(self) -> LaneRunner:
+        return _LaneRunner(self.runtime, self.lanes, self.pick_lane, self.run_here)
 
     def _count_pass(self) -> None:
         with self._counting:
@@ -336,6 +337,14 @@ class DataParallel:
             choices=() if self._adaptive is None else self._adaptive.choices(),
             runtime=self.runtime.statistics(),
         )
+
+
+@dataclass(frozen=True)
+class _LaneRunner:
+    runtime: Runtime
+    lanes: tuple[Lane, ...]
+    pick: Callable[[], int]
+    run_on: Callable[..., Any]
 
 
 def _check_num_lanes(num_lanes: int | str, available: int) -> int:
