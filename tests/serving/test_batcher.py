@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -12,8 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from asyncdp import DataParallel, Runtime
-from asyncdp._serving import Batcher
+from asyncdp import Batcher, DataParallel, Runtime
 from asyncdp.errors import (
     BatcherClosedError,
     CallTimeoutError,
@@ -127,6 +127,62 @@ async def test_own_collate_and_split() -> None:
         ) as batcher,
     ):
         assert await batcher("ab") == ("abab", "ab")
+
+
+class Scale(nn.Module):
+    """Has parameters of its own names for its two inputs."""
+
+    def forward(self, x: torch.Tensor, *, times: torch.Tensor) -> torch.Tensor:
+        return x * times
+
+
+@pytest.mark.parametrize("kind", ["function", "async function", "engine"])
+async def test_a_dict_holds_keyword_arguments(kind: str) -> None:
+    """A dict sample is stacked key by key, and names the arguments of whatever runs the batch."""
+    module = Scale()
+
+    async def awaited(x: torch.Tensor, *, times: torch.Tensor) -> torch.Tensor:
+        return module(x, times=times)
+
+    async with Runtime("cpu*2") as runtime:
+        engine: Any = {
+            "function": module,
+            "async function": awaited,
+            "engine": DataParallel(module, runtime=runtime),
+        }[kind]
+        async with Batcher(engine, runtime=runtime) as batcher:
+            calls = [batcher.call_nowait({"times": n, "x": torch.tensor(2.0)}) for n in range(4)]
+            assert [(await call).item() for call in calls] == [0.0, 2.0, 4.0, 6.0]
+
+
+async def test_a_dict_with_other_keys_is_refused() -> None:
+    """A dict whose keys are no names cannot be keyword arguments, and the caller gets the remedy."""
+    async with Runtime("cpu") as runtime, Batcher(double, runtime=runtime) as batcher:
+        with pytest.raises(TypeError, match=r"key 1 is no str.*put the dict in a tuple"):
+            await batcher({1: torch.tensor(1.0)})
+
+
+async def test_any_engine_may_offer_its_lanes() -> None:
+    """What has the hook of an engine runs every batch whole, on the lane that the batcher chose."""
+
+    class Engine:
+        def __init__(self, runtime: Runtime) -> None:
+            self.runtime, self.lanes = runtime, runtime.lanes
+            self.seen: list[int] = []
+
+        def __asyncdp_lane_runner__(self) -> Engine:
+            return self
+
+        def run_on(self, position: int, /, x: torch.Tensor) -> torch.Tensor:
+            assert threading.current_thread().name.endswith(self.lanes[position].name)
+            self.seen.append(position)
+            return x * 2
+
+    async with Runtime("cpu*2") as runtime:
+        engine: Any = Engine(runtime)
+        async with Batcher(engine, max_batch_size=2) as batcher:
+            assert await call_all(batcher, [1.0, 2.0, 3.0, 4.0]) == [2.0, 4.0, 6.0, 8.0]
+        assert set(engine.seen) <= {0, 1}
 
 
 async def test_lengths_are_padded_and_counted() -> None:

@@ -154,6 +154,19 @@ async def test_cancel_wakes_who_awaits_the_call() -> None:
     assert outcomes(batcher.statistics()) == (1, 0, 2, 0)
 
 
+async def test_repr_shows_the_state() -> None:
+    """A call shows whether it is pending, or how it has ended."""
+    device = FakeDevice(held=True)
+    async with Runtime([device]) as runtime, Batcher(double, max_batch_size=1, runtime=runtime) as batcher:
+        first, second = batcher.call_nowait(ONE), batcher.call_nowait(ONE)
+        assert repr(first) == "<Call pending>"
+        second.cancel()
+        assert repr(second) == "<Call cancelled>"
+        device.release()
+        await first
+        assert repr(first) == "<Call done>"
+
+
 async def test_a_call_is_awaited_by_one_task() -> None:
     """A second task that awaits a call is refused instead of hanging."""
     device = FakeDevice(held=True)
@@ -184,7 +197,7 @@ async def test_a_result_that_nobody_gets_to_see_is_not_done() -> None:
         await anyio.wait_all_tasks_blocked()
         # Both in one turn: the result is there when the task learns of its cancellation.
         group.cancel_scope.cancel()
-        call.settle(ONE)
+        call._request.complete(ONE)
         device.release()
     told = outcomes(batcher.statistics())
     assert told == (0, 0, 1, 0)

@@ -17,7 +17,6 @@ import pytest
 import torch
 
 from asyncdp import Batcher, Runtime
-from asyncdp._serving.slots import _AsyncSlot, _LaneSlot
 from asyncdp.errors import (
     BatcherClosedError,
     DeviceLostError,
@@ -347,7 +346,7 @@ async def test_a_cancelled_close_ends_the_other_one() -> None:
         assert [type(outcome) for outcome in await outcomes_of(calls)] == [BatcherClosedError] * 2
 
 
-@pytest.mark.parametrize("part", ["take", "batch", "_send_one"])
+@pytest.mark.parametrize("part", ["take", "on_batch_start", "_send_batch"])
 async def test_a_mistake_of_ours_leaves_nobody_hanging(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """If the batcher itself raises, all calls fail, new ones are refused and closing tells why."""
     devices = fake_devices(2)
@@ -363,7 +362,9 @@ async def test_a_mistake_of_ours_leaves_nobody_hanging(part: str, monkeypatch: p
             raise ZeroDivisionError("ours")
 
         dispatcher = batcher._dispatcher
-        owner = {"take": dispatcher.queue, "batch": dispatcher.recorder, "_send_one": dispatcher}[part]
+        owner = next(
+            each for each in (dispatcher, dispatcher.queue, dispatcher.recorder) if hasattr(each, part)
+        )
         monkeypatch.setattr(type(owner), part, fail)
         for device in devices:
             device.release()
@@ -435,28 +436,32 @@ def test_a_batcher_on_one_of_its_own_lanes_is_refused() -> None:
     asyncio.run(outside())
 
 
-@pytest.mark.parametrize("is_async", [False, True])
-async def test_a_batch_that_cannot_begin_fails_its_calls_alone(
-    is_async: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Calls of a batch that its slot refuses to begin are told why, however many; the next one runs."""
-    slot_type = _AsyncSlot if is_async else _LaneSlot
-    begin = slot_type.begin
-    refused = [MemoryError("no room")] * 1201
+class FullDevice(FakeDevice):
+    """A device that refuses its first 1201 tasks."""
 
-    def refuse(slot: Any, *args: Any) -> Any:
-        if refused:
-            raise refused.pop()
-        return begin(slot, *args)
+    captures = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.refused = [MemoryError("no room")] * 1201
+
+    def capture(self) -> None:
+        if self.refused:
+            raise self.refused.pop()
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+async def test_a_batch_that_cannot_begin_fails_its_calls_alone(is_async: bool) -> None:
+    """Calls of a batch that cannot begin get the reason, however many they are; the next one runs."""
 
     async def engine(x: torch.Tensor) -> torch.Tensor:
         return x
 
-    used = engine if is_async else double
-    monkeypatch.setattr(slot_type, "begin", refuse)
     async with (
-        Runtime("cpu") as runtime,
-        Batcher(used, max_batch_size=2000, max_queue=2000, runtime=runtime) as batcher,
+        Runtime([FullDevice()]) as runtime,
+        Batcher(
+            engine if is_async else double, max_batch_size=2000, max_queue=2000, runtime=runtime
+        ) as batcher,
     ):
         calls = [batcher.call_nowait(ONE) for _ in range(1200)]
         assert {type(outcome) for outcome in await outcomes_of(calls)} == {MemoryError}

@@ -18,8 +18,9 @@ DEVICES = [["cpu", "cpu"], pytest.param(["cuda:0", "cuda:0"], marks=pytest.mark.
 
 @pytest.fixture(autouse=True)
 def begun() -> None:
-    """Have CUDA read its files before there is an event loop that must not."""
+    """Have torch and CUDA read their files before there is an event loop that must not."""
     torch.manual_seed(0)
+    torch.testing.assert_close(torch.zeros(1), torch.zeros(1))  # imports more of torch at its first call
     if torch.cuda.is_available():
         torch.zeros(1, device="cuda:0").item()
 
