@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
-from types import TracebackType
 from typing import Any
 
 from .._runtime import Runtime
@@ -94,22 +92,17 @@ class Batcher:
         self._dispatcher.start()
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, exc_type: object, exc: BaseException | None, traceback: object) -> None:
         if exc is not None:
             self._dispatcher.reject_waiting(
-                partial(BatcherClosedError, "the batcher was left by an exception")
+                lambda: BatcherClosedError("the batcher was left by an exception")
             )
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Take no more calls, answer those that wait, and end; any number of tasks may await this.
+        """Take no more calls, answer those that wait, and end; several tasks may do this at the same time.
 
-        Cancelling one of them fails the calls that still wait, and ends as soon as the lanes have drained.
+        A cancellation of one of them fails the calls that wait; all return as soon as the lanes have drained.
         """
         await self._dispatcher.aclose()
 

@@ -63,12 +63,12 @@ async def test_everyone_gets_their_own_result() -> None:
     async with Runtime("cpu*2") as runtime, Batcher(double, runtime=runtime) as batcher:
         calls = [batcher.call_nowait(torch.tensor(float(n))) for n in range(16)]
         assert [(await call).item() for call in calls] == [2.0 * n for n in range(16)]
-        told = batcher.statistics()
-    assert (told.num_done, told.num_failed, told.num_queued, told.num_running) == (16, 0, 0, 0)
-    assert told.num_batches == 2
-    assert told.batch_fill == 0.25
-    assert told.wait.p50 <= told.wait.longest
-    assert told.run.p99 > 0
+        stats = batcher.statistics()
+    assert (stats.num_done, stats.num_failed, stats.num_queued, stats.num_running) == (16, 0, 0, 0)
+    assert stats.num_batches == 2
+    assert stats.batch_fill == 0.25
+    assert stats.wait.p50 <= stats.wait.longest
+    assert stats.run.p99 > 0
 
 
 async def test_engine_runs_whole_batches() -> None:
@@ -94,7 +94,7 @@ async def test_engine_runs_whole_batches() -> None:
 
 
 async def test_engine_over_fake_devices() -> None:
-    """An engine on devices of its own serves too."""
+    """An engine on a runtime of its own devices serves too."""
     module = nn.Linear(3, 2)
     async with (
         Runtime(fake_devices(2)) as runtime,
@@ -186,7 +186,7 @@ async def test_any_engine_may_offer_its_lanes() -> None:
 
 
 async def test_lengths_are_padded_and_counted() -> None:
-    """`pad` fills shorter samples; statistics tell how much of the batches was padding."""
+    """`pad` fills shorter samples; statistics show how much of the batches was padding."""
     async with (
         Runtime("cpu") as runtime,
         Batcher(lambda x: x.sum(1), pad=0.0, size_of=len, max_padding=1.0, runtime=runtime) as batcher,
@@ -213,8 +213,8 @@ async def test_one_of_eight_cancelled() -> None:
             other.cancel_scope.cancel()
             device.release()
         assert results == {number: 2.0 * number for number in range(8) if number != 3}
-        told = batcher.statistics()
-        assert (told.num_done, told.num_cancelled) == (7, 1)
+        stats = batcher.statistics()
+        assert (stats.num_done, stats.num_cancelled) == (7, 1)
 
 
 async def test_cancelled_call_leaves_the_queue() -> None:
@@ -247,10 +247,10 @@ async def test_one_poison_of_eight() -> None:
         poisoned = outcomes.pop(3)
         assert isinstance(poisoned, ValueError)
         assert outcomes == [0, 2, 4, 8, 10, 12, 14]
-        told = batcher.statistics()
-        assert (told.num_failed, told.num_done) == (1, 7)
+        stats = batcher.statistics()
+        assert (stats.num_failed, stats.num_done) == (1, 7)
         # Trio starts tasks in any order: the bad sample may have been the one that went ahead alone.
-        assert told.num_retried <= 1
+        assert stats.num_retried <= 1
         assert await call_all(batcher, [8]) == [16]
 
 
@@ -319,8 +319,8 @@ async def test_timeout_is_the_callers_own() -> None:
             await batcher(torch.tensor(3.0), timeout=0.01)
         device.release()
         assert (await patient).item() == 2.0
-        told = batcher.statistics()
-        assert (told.num_timed_out, told.num_cancelled) == (2, 0)
+        stats = batcher.statistics()
+        assert (stats.num_timed_out, stats.num_cancelled) == (2, 0)
 
 
 async def test_priority_goes_first() -> None:
@@ -386,7 +386,7 @@ async def test_leaving_drains() -> None:
 
 
 async def test_leaving_by_an_exception_fails_what_waits() -> None:
-    """The block's own exception comes out bare; calls that waited are told."""
+    """The block's own exception comes out bare; calls that waited fail."""
     device = FakeDevice(held=True)
     waiting: list[Any] = []
 
@@ -456,7 +456,7 @@ async def test_lost_lane_fails_its_callers_and_the_rest_goes_on() -> None:
 
 
 async def test_all_lanes_lost_fails_every_call() -> None:
-    """With no lane left calls fail instead of waiting for ever, and closing works."""
+    """With no lane left every call fails instead of hanging, and closing works."""
     async with (
         Runtime(fake_devices(1, faults={(0, 0): Fault.lose()})) as runtime,
         Batcher(double, max_batch_size=1, runtime=runtime) as batcher,
@@ -478,8 +478,8 @@ async def test_lane_lost_by_others_is_noticed() -> None:
             assert await call_all(batcher, [value]) == [2 * value]
 
 
-async def test_wrong_number_of_results_is_told() -> None:
-    """A `split` of the wrong length fails its callers instead of mixing them up."""
+async def test_wrong_number_of_results_is_refused() -> None:
+    """A `split` of the wrong length fails the calls of the batch instead of mixing their results up."""
     async with (
         Runtime("cpu") as runtime,
         Batcher(double, split=lambda output, samples: [], runtime=runtime) as batcher,
@@ -510,7 +510,7 @@ async def test_results_are_not_kept() -> None:
         (lambda: Batcher(double).call_nowait(1), BatcherClosedError, "batcher is new"),
     ],
 )
-async def test_mistakes_are_told_at_once(
+async def test_mistakes_are_refused_at_once(
     make: Callable[[], object], error: type[Exception], cause: str
 ) -> None:
     """A wrong argument, or a call before the batcher was entered, is refused with its cause."""
@@ -518,8 +518,8 @@ async def test_mistakes_are_told_at_once(
         make()
 
 
-async def test_repr_tells_the_state() -> None:
-    """The state and the counts show."""
+async def test_repr_shows_the_state() -> None:
+    """The state and the counts of a batcher show."""
     async with Runtime("cpu") as runtime:
         batcher = Batcher(double, runtime=runtime)
         assert repr(batcher) == "<Batcher new: 0 queued, 0 running, 0 done>"

@@ -95,6 +95,6 @@ def test_unbind_gives_rows() -> None:
     "output", [torch.tensor(1.0), torch.zeros(3, 2), [1.0, 2.0], {"texts": ["a", "b"]}, "text", 7]
 )
 def test_output_needs_a_row_per_sample(output: object) -> None:
-    """An output that cannot be told apart by samples is refused."""
+    """An output without a row for each sample is refused."""
     with pytest.raises(SplitError, match="of 2 samples"):
         unbind(output, [None, None])

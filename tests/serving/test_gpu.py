@@ -35,7 +35,7 @@ class Picky(nn.Linear):
 
 
 async def outcomes_of(batcher: Batcher, samples: list[Tensor], leave: int | None = None) -> list[Any]:
-    """Call for all samples at once; the caller at `leave` gives up soon."""
+    """Call for all samples at once; the caller at `leave` is cancelled."""
     outcomes: list[Any] = [None] * len(samples)
 
     async def call(position: int) -> None:
@@ -72,7 +72,7 @@ async def test_results_poison_and_leaving(devices: list[str], home: str) -> None
 
 @pytest.mark.parametrize("devices", DEVICES)
 async def test_results_outlive_later_batches(devices: list[str]) -> None:
-    """A result kept while many batches follow stays what it was."""
+    """A result stays what it was while many batches follow."""
     async with (
         DataParallel(nn.Identity(), devices) as engine,
         Batcher(engine, max_batch_size=4) as batcher,

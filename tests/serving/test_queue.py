@@ -1,4 +1,4 @@
-"""The pure queue of a batcher, against a simple model and in single steps."""
+"""The queue of a batcher, pure: against a simple model and in single steps."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.let_in()
 
     def let_in(self) -> None:
-        """The model's admission: one by one, whoever is most urgent of those outside."""
+        """The model's admission: one by one, the most urgent of those outside."""
         while len(self.inside) < min(self.queue.max_queue, len(self.waiting)):
             self.inside.add(self.by_urgency([item for item in self.waiting if item not in self.inside])[0])
 
@@ -124,7 +124,7 @@ class QueueMachine(RuleBasedStateMachine):
             return
         assert len(batch) <= limit
         assert len(batch) == 1 or self.is_within_limits(batch)
-        # A sample that padding kept out may fit again once the batch has grown; cost only rises.
+        # A sample that padding excluded may fit again once the batch has grown; cost only rises.
         if len(batch) < limit and queue.max_padding == 1.0:
             left = [item for item in queued if item not in batch]
             assert not any(self.is_within_limits([*batch, item]) for item in left)
@@ -250,7 +250,7 @@ def test_room_goes_by_priority() -> None:
 
 
 def test_room_goes_by_age_in_the_end() -> None:
-    """Who has waited for room beyond the age cap is let in before every priority, by a batch or a removal."""
+    """An item that has waited for room beyond the age cap is let in before every priority."""
     for leave in ("take", "remove"):
         queue: BatchQueue[Item] = BatchQueue(1, 1, max_age=5.0)
         first, low, high = Item(0.0, 0, 0.0), Item(0.0, 0, 1.0), Item(0.0, 9, 6.0)
@@ -264,7 +264,7 @@ def test_room_goes_by_age_in_the_end() -> None:
 
 
 def test_leaving_the_wait_for_room_is_quick_and_complete() -> None:
-    """However many wait for room, one that gives up leaves in no time, and nothing is kept of it."""
+    """However many wait for room, one is removed quickly, and no reference to it remains."""
     queue: BatchQueue[Item] = BatchQueue(1, 1)
     items = [Item(0.0, n % 7, 0.0) for n in range(20_000)]
     for item in items:
@@ -282,7 +282,7 @@ def test_leaving_the_wait_for_room_is_quick_and_complete() -> None:
 
 
 def test_a_lasting_overload_leaves_nothing_behind() -> None:
-    """Where everybody waits beyond the age cap, what is kept does not grow with those who have left."""
+    """Where all items wait beyond the age cap, nothing grows with the number of those that have left."""
     queue: BatchQueue[Item] = BatchQueue(1, 1, max_age=1.0)
     for n in range(50):
         queue.add(Item(0.0, n % 3, float(n)))
