@@ -9,8 +9,10 @@ if TYPE_CHECKING:
     from . import errors
     from ._devices import parse_devices
     from ._engine.data_parallel import DataParallel, DataParallelStatistics, data_parallel
+    from ._engine.map import BatchStream
     from ._engine.tuner import LaneChoice
     from ._runtime import (
+        Lane,
         LaneState,
         LaneStatistics,
         Runtime,
@@ -18,7 +20,15 @@ if TYPE_CHECKING:
         TraceRecorder,
         default_runtime,
     )
-    from ._serving import Batcher, BatcherStatistics, QueueFull, export_opentelemetry, export_prometheus
+    from ._serving import (
+        Batcher,
+        BatcherStatistics,
+        Call,
+        Percentiles,
+        QueueFull,
+        export_opentelemetry,
+        export_prometheus,
+    )
     from ._verbs.backward import backward
     from ._verbs.gather import gather
     from ._verbs.parallel_apply import parallel_apply
@@ -28,13 +38,17 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BatchStream",
     "Batcher",
     "BatcherStatistics",
+    "Call",
     "DataParallel",
     "DataParallelStatistics",
+    "Lane",
     "LaneChoice",
     "LaneState",
     "LaneStatistics",
+    "Percentiles",
     "QueueFull",
     "Runtime",
     "RuntimeStatistics",
@@ -58,6 +72,7 @@ _MODULES = (
     "errors",
     "_devices",
     "_engine.data_parallel",
+    "_engine.map",
     "_engine.tuner",
     "_runtime",
     "_serving",

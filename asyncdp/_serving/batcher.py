@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .. import _loops
 from .._runtime import Runtime
-from ..errors import BatcherClosedError, DeviceLostError, OtherLoopError, QueueFullError
-from .call import Call
-from .collate import Collate, Split, Stack, unbind
-from .dispatcher import OPEN, BatcherState, Dispatcher
-from .queue import BatchSchedule
+from ..errors import BatcherClosedError, QueueFullError
+from .call import Call, Request
+from .collate import Collate, Split, Stack, Steps, unbind
+from .dispatcher import Dispatcher
+from .queue import BatchQueue
 from .slots import open_slots
 from .statistics import BatcherStatistics, Recorder
-
-if TYPE_CHECKING:
-    from .._engine.data_parallel import DataParallel
 
 
 class Batcher:
@@ -30,8 +24,8 @@ class Batcher:
 
     Args:
         engine: a `DataParallel` engine, each batch of which runs whole on one lane; or a function of
-            one batch, called on a lane; or an async function, awaited on the loop. A tuple made by
-            `collate` holds positional arguments.
+            one batch, called on a lane; or an async function, awaited on the loop. A batch that is a
+            tuple holds positional arguments, a dict keyword arguments.
         max_batch_size: most samples of a batch.
         max_wait: seconds a sample may wait for its batch to fill although a lane is free.
         max_queue: most calls in the queue; awaited calls beyond that wait, `call_nowait` refuses.
@@ -42,7 +36,7 @@ class Batcher:
             unlike samples are slower than smaller batches of like ones.
         max_age: seconds after which a waiting call goes before every priority.
         pad: value that the default `collate` fills shorter tensors with.
-        collate: makes a batch of samples, on a lane; the default stacks tensors.
+        collate: makes a batch of samples, on a lane; the default stacks tensors, arrays and numbers.
         split: makes results of an output and its samples, on a lane; the default gives row i of every
             tensor to sample i, as a view.
         max_in_flight: batches that run at the same time; one per lane if None.
@@ -55,7 +49,7 @@ class Batcher:
 
     def __init__(
         self,
-        engine: DataParallel | Callable[..., Any],
+        engine: Callable[..., Any],
         *,
         max_batch_size: int = 32,
         max_wait: float = 0.0,
@@ -79,43 +73,36 @@ class Batcher:
             raise ValueError(f"max_cost must be more than 0, but got {max_cost}. None sets no limit.")
         if max_cost is not None and size_of is None:
             raise ValueError("max_cost needs to know how long samples are. Pass size_of= too.")
-        slots = open_slots(engine, collate or Stack(pad), split, runtime, max_in_flight)
-        queue: BatchSchedule[Call] = BatchSchedule(
+        slots = open_slots(engine, Steps(collate or Stack(pad), split), runtime, max_in_flight)
+        queue: BatchQueue[Request] = BatchQueue(
             max_batch_size, max_queue, max_wait, max_age, max_cost, max_padding, sized=size_of is not None
         )
         self._dispatcher = Dispatcher(slots, queue, Recorder(max_batch_size))
         self._size_of = size_of
         self._timeout = timeout
-        self._loop: object = None
 
     def __repr__(self) -> str:
-        told = self.statistics()
+        stats = self.statistics()
         return (
-            f"<Batcher {self._dispatcher.state.value}: {told.num_queued} queued, "
-            f"{told.num_running} running, {told.num_done} done>"
+            f"<Batcher {self._dispatcher.state.value}: {stats.num_queued} queued, "
+            f"{stats.num_running} running, {stats.num_done} done>"
         )
 
     async def __aenter__(self) -> Batcher:
-        if self._dispatcher.state is not BatcherState.NEW:
-            raise BatcherClosedError("a batcher can be entered only once")
-        self._loop = _loops.current()
         self._dispatcher.start()
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, exc_type: object, exc: BaseException | None, traceback: object) -> None:
         if exc is not None:
-            self._dispatcher.fail_waiting(partial(BatcherClosedError, "the batcher was left by an exception"))
+            self._dispatcher.reject_waiting(
+                lambda: BatcherClosedError("the batcher was left by an exception")
+            )
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Take no more calls, answer those that wait, and end; wait for that, whoever began it.
+        """Take no more calls, answer those that wait, and end; several tasks may do this at the same time.
 
-        Cancelling this fails the calls that still wait and ends as soon as the lanes have drained.
+        A cancellation of one of them fails the calls that wait; all return as soon as the lanes have drained.
         """
         await self._dispatcher.aclose()
 
@@ -138,10 +125,10 @@ class Batcher:
             ValueError: `timeout`, `priority` or what `size_of` gave is no number that it can be.
             BaseException: what the engine raised for this very sample.
         """
-        return await self._enter(sample, timeout, priority)
+        return await self._submit(sample, timeout, priority)
 
     def call_nowait(self, sample: Any, *, timeout: float | None = None, priority: int = 0) -> Call:
-        """Queue a sample if there is room, and return what to await for its result, or to `cancel`.
+        """Queue a sample if there is room; return its call, to await or to `cancel`.
 
         The arguments are those of an awaited call; `timeout` runs from now on.
 
@@ -153,22 +140,15 @@ class Batcher:
         if queue.is_full:
             self._dispatcher.recorder.num_refused += 1
             raise QueueFullError("this batcher", queue.max_queue)
-        return self._enter(sample, timeout, priority)
+        return Call(self._submit(sample, timeout, priority))
 
     def statistics(self) -> BatcherStatistics:
-        """A snapshot of queue, batches and durations."""
+        """Return a snapshot of queue, batches and durations."""
         queue = self._dispatcher.queue
-        return self._dispatcher.recorder.snapshot(queue.num_queued, queue.num_outside)
+        return self._dispatcher.recorder.statistics(queue.num_queued, queue.num_outside)
 
-    def _enter(self, sample: Any, timeout: float | None, priority: int) -> Call:
-        """Queue a sample; nothing has changed if anything about it is refused."""
-        dispatcher = self._dispatcher
-        if dispatcher.state is not OPEN:
-            raise BatcherClosedError(f"the batcher is {dispatcher.state.value}")
-        if self._loop is not _loops.current():
-            raise OtherLoopError
-        if dispatcher.lost is not None:
-            raise DeviceLostError(dispatcher.lost, "no lane of this batcher is left")
+    def _submit(self, sample: Any, timeout: float | None, priority: int) -> Request:
+        """Queue a sample; if anything about it is wrong, nothing has changed."""
         if timeout is None:
             timeout = self._timeout
         else:
@@ -176,11 +156,7 @@ class Batcher:
         if not isinstance(priority, int):
             raise ValueError(f"priority must be an int, but got {priority!r}. Higher goes first.")
         size = 0.0 if self._size_of is None else _checked_size(self._size_of(sample))
-        queue = dispatcher.queue
-        call = Call(queue, dispatcher.recorder, dispatcher.loop, sample, size, priority, timeout)
-        queue.add(call)
-        dispatcher.notice_call()
-        return call
+        return self._dispatcher.submit(sample, size, priority, timeout)
 
 
 def _check_counts(**counts: int | None) -> None:

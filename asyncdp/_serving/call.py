@@ -1,67 +1,44 @@
-"""One call of a batcher: who waits for what, and which outcome it had."""
+"""One call of a batcher: who waits for what, and how it ended."""
 
 from __future__ import annotations
 
+import enum
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from .._loops import Loop, Waiter, wake
+from .._loops import Loop, Waiter
 from ..errors import CallCancelledError, CallTimeoutError
-from .queue import BatchSchedule, Item
-from .statistics import Recorder
+from .queue import BatchQueue
 
 
-class Call(Item):
+class CallState(enum.Enum):
+    """Whether a call has ended, and how."""
+
+    PENDING = "pending"
+    DONE = "done"
+    FAILED = "failed"
+    TIMED_OUT = "timed out"
+    CANCELLED = "cancelled"
+
+
+class Call:
     """One call of a batcher; await it, once, for its result, or `cancel` it.
 
     It belongs to the event loop of its batcher. Its time runs from the call on, awaited or not.
     """
 
-    __slots__ = (
-        "_call_off",
-        "_error",
-        "_is_counted",
-        "_is_late",
-        "_loop",
-        "_queue",
-        "_recorder",
-        "_value",
-        "_waiter",
-        "done",
-        "sample",
-        "timeout",
-    )
+    __slots__ = ("_request",)
 
-    def __init__(
-        self,
-        queue: BatchSchedule[Call],
-        recorder: Recorder,
-        loop: Loop,
-        sample: Any,
-        size: float,
-        priority: int,
-        timeout: float | None,
-    ) -> None:
-        # Not by super(): it would cost every call one more call.
-        self.size = size
-        self.priority = priority
-        self.arrived = time.perf_counter()
-        self._queue = queue
-        self._recorder = recorder
-        self._loop = loop
-        self.timeout = timeout
-        self._waiter: Waiter | None = None  # made when somebody awaits the call
-        self._call_off: Callable[[], object] | None = None  # what ends that wait in time
-        self._value: Any = None
-        self._error: BaseException | None = None
-        self._is_late = False
-        self._is_counted = False
-        self.sample = sample
-        self.done = False
-        """Whether it has its outcome; a result that comes later is dropped."""
+    def __init__(self, request: Request) -> None:
+        self._request = request
+
+    def __repr__(self) -> str:
+        return f"<Call {self._request.state.value}>"
 
     def __await__(self) -> Generator[Any, None, Any]:
         """Wait for the result of the sample.
@@ -74,25 +51,65 @@ class Call(Item):
             EngineCancelledError: the engine raised a cancellation of its own.
             BaseException: what the engine raised for this very sample.
         """
-        if not self.done:
+        return self._request.__await__()
+
+    def cancel(self) -> bool:
+        """Cancel the call: it leaves the queue at once, or its result is dropped.
+
+        Returns:
+            Whether it was still pending.
+        """
+        return self._request.cancel()
+
+
+@dataclass(slots=True, eq=False, repr=False)
+class Request:
+    """A call as the dispatcher sees it; an item of its queue.
+
+    Attributes:
+        queue: where it waits.
+        outcomes: counts how calls have ended.
+        loop: the event loop of its batcher.
+        sample: what is to run.
+        size, priority, arrived, ordinal: see `Item`.
+        timeout: seconds it may take in all.
+        state: a result that comes when it is no longer pending is dropped.
+    """
+
+    queue: BatchQueue[Request]
+    outcomes: Counter[CallState]
+    loop: Loop
+    sample: Any
+    size: float
+    priority: int
+    arrived: float
+    timeout: float | None
+    ordinal: int = field(init=False)
+    state: CallState = field(default=CallState.PENDING, init=False)
+    _waiter: Waiter | None = field(default=None, init=False)  # made when somebody awaits the call
+    _value: Any = field(default=None, init=False)
+    _error: BaseException | None = field(default=None, init=False)
+    _is_counted: bool = field(default=False, init=False)
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        """Wait for the result, as `Call.__await__` documents."""
+        if self.state is CallState.PENDING:
             if self._waiter is not None:
-                raise RuntimeError("two tasks await one call. Let one of them await it and tell the other.")
-            self._waiter = waiter = self._loop.waiter()
-            if self.timeout is not None:
-                seconds = self.arrived + self.timeout - time.perf_counter()
-                self._call_off = self._loop.call_later(max(0.0, seconds), partial(self.expire, math.inf))
+                raise RuntimeError("two tasks await one call. Await it in one task and pass the result on.")
+            self._waiter = self.loop.waiter()
+            stop_timer = self._start_timer() if self.timeout is not None else None
             try:
-                yield from waiter.__await__()
+                yield from self._waiter.__await__()
             except BaseException:
-                # Also if the outcome came in the same turn of the loop: nobody gets to see it.
+                self._waiter = None
+                # Also if the result came in the same turn of the loop: nobody gets to see it.
                 if not self._is_counted:
-                    self._give_up()
+                    self._end(CallState.CANCELLED, error=CallCancelledError())
                 raise
             finally:
-                if self._call_off is not None:
-                    self._call_off()
-        if not self._is_counted:
-            self._count()
+                if stop_timer is not None:
+                    stop_timer()
+        self._count()
         if self._error is None:
             return self._value
         try:
@@ -102,62 +119,43 @@ class Call(Item):
             del self
 
     def cancel(self) -> bool:
-        """Give the call up: it leaves the queue at once, or its result is dropped.
-
-        Returns:
-            Whether it had no outcome before.
-        """
-        if self.done:
+        """Cancel the call if it is pending; return whether it was."""
+        if self.state is not CallState.PENDING:
             return False
-        self._give_up()
-        if self._waiter is not None:
-            wake(self._waiter)
+        self._end(CallState.CANCELLED, error=CallCancelledError())
         return True
 
-    # Called by the dispatcher.
-
-    def settle(self, value: Any, error: BaseException | None = None) -> None:
-        """Give the call its outcome, unless it has one."""
-        if self.done:
-            return
-        if self._waiter is None:
-            if not self.expire(time.perf_counter()):
-                self.done, self._value, self._error = True, value, error
-                self._count()
-        else:
-            # Counted when the task that waits goes on: it may be cancelled before that.
-            self.done, self._value, self._error = True, value, error
-            if not self._waiter.done():  # as `wake` does, but without its call
-                self._waiter.set_result(None)
+    def complete(self, value: Any, error: BaseException | None = None) -> None:
+        """End a pending call by a result or an error."""
+        # The time of one that nobody awaits is checked by no timer.
+        if self.state is CallState.PENDING and (
+            self.timeout is None or self._waiter is not None or not self.expire(time.perf_counter())
+        ):
+            self._end(CallState.DONE if error is None else CallState.FAILED, value, error)
 
     def expire(self, now: float) -> bool:
-        """Give the call a `CallTimeoutError` if its time is over; tell whether it was."""
-        if self.timeout is None or self.done or now < self.arrived + self.timeout:
+        """End a pending call whose time is over; return whether it was."""
+        if self.timeout is None or self.state is not CallState.PENDING or now < self.arrived + self.timeout:
             return False
-        self._time_out()
-        if self._waiter is None:
-            self._count()
-        else:
-            wake(self._waiter)
+        self._end(CallState.TIMED_OUT, error=CallTimeoutError(self.timeout))
         return True
 
-    def _time_out(self) -> None:
+    def _start_timer(self) -> Callable[[], object]:
         assert self.timeout is not None
-        self.done = self._is_late = True
-        self._error = CallTimeoutError(self.timeout)
-        self._queue.remove(self, time.perf_counter())
+        seconds = self.arrived + self.timeout - time.perf_counter()
+        return self.loop.call_later(max(0.0, seconds), partial(self.expire, math.inf))
 
-    def _give_up(self) -> None:
-        self.done = self._is_counted = True
-        self._value, self._error = None, CallCancelledError()
-        self._recorder.num_cancelled += 1
-        self._queue.remove(self, time.perf_counter())
+    def _end(self, state: CallState, value: Any = None, error: BaseException | None = None) -> None:
+        self.state, self._value, self._error = state, value, error
+        if state is CallState.CANCELLED or state is CallState.TIMED_OUT:
+            self.queue.remove(self, time.perf_counter())
+        # Else counted when the task that waits goes on: it may be cancelled before that.
+        if self._waiter is None or state is CallState.CANCELLED:
+            self._count()
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def _count(self) -> None:
-        self._is_counted = True
-        if self._error is None:
-            self._recorder.num_done += 1
-        elif self._is_late:
-            self._recorder.num_timed_out += 1
-        else:
-            self._recorder.num_failed += 1
+        if not self._is_counted:
+            self._is_counted = True
+            self.outcomes[self.state] += 1

@@ -1,27 +1,56 @@
-"""Samples to a batch, and a batch's output to results; run on a lane."""
+"""Samples to a batch, and a batch's output to results; called on a lane."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _tree
+from .._verbs.batch import arguments
 from ..errors import CollateError, SplitError
 
 Collate = Callable[[Sequence[Any]], Any]
-"""Makes one batch of some samples; a tuple holds positional arguments, anything else is the only one."""
+"""Makes one batch of some samples; a tuple holds positional arguments, a dict keyword arguments."""
 
 Split = Callable[[Any, Sequence[Any]], Sequence[Any]]
 """Takes the output of a batch and its samples, gives one result per sample."""
 
 
 @dataclass(frozen=True)
+class Steps:
+    """How samples become a batch, and an output becomes results."""
+
+    collate: Collate
+    split: Split
+
+    def run(self, function: Callable[..., Any], samples: Sequence[Any]) -> Sequence[Any]:
+        """Collate, call a function and split, in one go."""
+        args, kwargs = arguments(self.collate(samples))
+        return self.results(function(*args, **kwargs), samples)
+
+    def arguments(self, samples: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return what to call an engine with."""
+        return arguments(self.collate(samples))
+
+    def results(self, output: Any, samples: Sequence[Any]) -> Sequence[Any]:
+        """Return one result for each sample."""
+        results = list(self.split(output, samples))
+        if len(results) != len(samples):
+            raise SplitError(f"split gave {len(results)} results instead of one for each", len(samples))
+        return results
+
+
+@dataclass(frozen=True)
 class Stack:
-    """The default `collate`: stack tensors and numbers, leaf by leaf.
+    """The default `collate`: stack tensors, arrays and numbers, leaf by leaf; texts become lists.
+
+    Tensors and NumPy values keep their dtype. Of Python's numbers, floats get torch's default dtype,
+    ints int64 and bools bool.
 
     Args:
         pad: what fills tensors up to the longest of the batch, at the end of each dimension; None
@@ -31,78 +60,81 @@ class Stack:
     pad: float | None = None
 
     def __call__(self, samples: Sequence[Any]) -> Any:
-        """Returns a batch of the samples' structure, each leaf of shape [num_samples, ...]."""
-        if isinstance(samples[0], Tensor):
-            return self._stack(samples)
-        columns: list[list[Any]] = []
-        first, spec = _tree.flatten(samples[0])
-        columns = [[leaf] for leaf in first]
-        for sample in samples[1:]:
-            leaves, other = _tree.flatten(sample)
-            if other != spec:
-                raise CollateError(f"samples differ in structure: {spec} and {other}")
-            for column, leaf in zip(columns, leaves, strict=True):
-                column.append(leaf)
-        return _tree.unflatten(spec, [self._stack(column) for column in columns])
+        """Return a batch of the samples' structure, each leaf of shape [num_samples, ...].
 
-    def _stack(self, leaves: Sequence[Any]) -> Tensor:
-        tensors = [leaf if isinstance(leaf, Tensor) else _number(leaf) for leaf in leaves]
-        dtype, shape = tensors[0].dtype, tensors[0].shape
-        other = shape
+        Raises:
+            CollateError: samples differ in structure, dtype or shape, or hold what cannot be stacked.
+        """
+        every, specs = zip(*map(_tree.flatten, samples), strict=True)
+        for spec in specs:
+            if spec is not specs[0] and spec != specs[0]:
+                raise CollateError(f"samples differ in structure: {specs[0]} and {spec}")
+        columns = zip(*every, strict=True)
+        return _tree.unflatten(specs[0], list(map(self._stack, columns)))
+
+    def _stack(self, column: tuple[Any, ...]) -> Any:
+        tensors = column
+        if set(map(type, column)) != {Tensor}:
+            if all(isinstance(leaf, (str, bytes)) for leaf in column):
+                return list(column)
+            tensors = tuple(map(_tensor, column))
+        first = tensors[0]
+        other = first
         for each in tensors:
-            if each.dtype != dtype:
-                # To convert would change what a sample gives by who happens to be beside it.
-                raise CollateError(f"samples differ in dtype: {dtype} and {each.dtype}")
-            if each.shape != shape:
-                other = each.shape
-        if other is shape:
+            if each.dtype != first.dtype:
+                # A conversion would make the result of a sample depend on the samples beside it.
+                raise CollateError(f"samples differ in dtype: {first.dtype} and {each.dtype}")
+            if each.shape != first.shape:
+                other = each
+        if other is first:
             return torch.stack(tensors)
-        if self.pad is None or any(each.dim() != len(shape) for each in tensors):
-            raise CollateError(f"samples differ in shape: {list(shape)} and {list(other)}")
+        if self.pad is None or any(each.dim() != first.dim() for each in tensors):
+            raise CollateError(f"samples differ in shape: {list(first.shape)} and {list(other.shape)}")
         return _padded(tensors, self.pad)
 
 
-def _number(leaf: Any) -> Tensor:
-    if not isinstance(leaf, (bool, int, float, complex)):
+def _tensor(leaf: Any) -> Tensor:
+    if isinstance(leaf, Tensor):
+        return leaf
+    if not isinstance(leaf, (bool, int, float, complex)) and not hasattr(leaf, "__array__"):
         raise CollateError(f"a {type(leaf).__qualname__} cannot be stacked")
-    return torch.tensor(leaf)
+    try:
+        return torch.as_tensor(leaf)
+    except TypeError as error:
+        raise CollateError(str(error).rstrip(".")) from None
 
 
 def _padded(tensors: Sequence[Tensor], pad: float) -> Tensor:
-    device = tensors[0].device
-    unlike = next((each.device for each in tensors if each.device != device), None)
-    if unlike is not None:
-        raise CollateError(f"samples differ in device: {device} and {unlike}")
+    first = tensors[0]
+    for each in tensors:
+        if each.device != first.device:
+            raise CollateError(f"samples differ in device: {first.device} and {each.device}")
     longest = [max(lengths) for lengths in zip(*(each.shape for each in tensors), strict=True)]
-    batch = tensors[0].new_full((len(tensors), *longest), pad)
+    batch = first.new_full((len(tensors), *longest), pad)
     for row, each in zip(batch, tensors, strict=True):
         row[tuple(slice(length) for length in each.shape)] = each
     return batch
 
 
 def unbind(output: Any, samples: Sequence[Any]) -> Sequence[Any]:
-    """The default `split`: row `i` of every tensor belongs to sample `i`; other leaves to all.
+    """Give row `i` of every tensor to sample `i`, and other leaves to all: the default `split`.
 
     An output of nothing but None and empty containers goes to all, too.
 
     Raises:
         SplitError: a tensor has not one row per sample, or there is none although there are values.
     """
-    if isinstance(output, Tensor):
-        return _rows(output, len(samples))
     leaves, spec = _tree.flatten(output)
-    if not any(isinstance(leaf, Tensor) for leaf in leaves) and any(leaf is not None for leaf in leaves):
+    if not any(map(torch.is_tensor, leaves)) and any(leaf is not None for leaf in leaves):
         raise SplitError(f"a {type(output).__qualname__} without tensors has no row for each", len(samples))
-    columns = [
-        _rows(leaf, len(samples)) if isinstance(leaf, Tensor) else [leaf] * len(samples) for leaf in leaves
-    ]
-    if not columns:
-        return [output] * len(samples)
-    return [_tree.unflatten(spec, list(row)) for row in zip(*columns, strict=True)]
+    columns = [_rows(leaf, len(samples)) for leaf in leaves]
+    rows = zip(*columns, strict=True) if columns else [()] * len(samples)
+    return list(map(partial(_tree.unflatten, spec), rows))
 
 
-def _rows(tensor: Tensor, num_samples: int) -> Sequence[Tensor]:
-    shape = tensor.shape
-    if not shape or shape[0] != num_samples:
-        raise SplitError(f"an output of shape {list(shape)} has not one row for each", num_samples)
-    return tensor.unbind()
+def _rows(leaf: Any, num_samples: int) -> Sequence[Any]:
+    if not isinstance(leaf, Tensor):
+        return [leaf] * num_samples
+    if not leaf.shape or leaf.shape[0] != num_samples:
+        raise SplitError(f"an output of shape {list(leaf.shape)} has not one row for each", num_samples)
+    return leaf.unbind()

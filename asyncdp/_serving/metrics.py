@@ -1,13 +1,12 @@
-"""A batcher's statistics for Prometheus and OpenTelemetry, through their own client libraries."""
+"""Export of a batcher's statistics to Prometheus and OpenTelemetry, through their own client libraries."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MissingExtraError
-from .statistics import BatcherStatistics
 
 if TYPE_CHECKING:
     from .batcher import Batcher
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
 _COUNTS = {
     "done": "calls answered",
     "failed": "calls that got an exception",
-    "cancelled": "calls given up by their callers",
+    "cancelled": "calls cancelled by their callers",
     "timed_out": "calls not answered in time",
     "refused": "calls refused because the queue was full",
     "batches": "batches run",
@@ -25,7 +24,7 @@ _COUNTS = {
 _GAUGES = {
     "num_queued": "calls in the queue",
     "num_outside": "calls that wait for room in the queue",
-    "num_running": "calls in batches under way",
+    "num_running": "calls in running batches",
     "batch_fill": "mean samples of a batch over its limit",
     "padding_waste": "share of all batches that was padding",
 }
@@ -66,18 +65,18 @@ class _Collector:
         self._prefix = prefix
 
     def collect(self) -> Iterator[Any]:
-        """Called by the registry at each scrape."""
+        """Yield the metrics of one scrape."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-        told = self._batcher.statistics()
+        stats = self._batcher.statistics()
         for name, text in _COUNTS.items():
-            yield CounterMetricFamily(f"{self._prefix}_{name}", text, value=getattr(told, f"num_{name}"))
+            yield CounterMetricFamily(f"{self._prefix}_{name}", text, value=getattr(stats, f"num_{name}"))
         for name, text in _GAUGES.items():
-            yield GaugeMetricFamily(f"{self._prefix}_{name}", text, value=getattr(told, name))
+            yield GaugeMetricFamily(f"{self._prefix}_{name}", text, value=getattr(stats, name))
         for name, text in _DURATIONS.items():
             family = GaugeMetricFamily(f"{self._prefix}_{name}_seconds", text, labels=["quantile"])
             for quantile in _QUANTILES:
-                family.add_metric([quantile], getattr(getattr(told, name), quantile))
+                family.add_metric([quantile], getattr(getattr(stats, name), quantile))
             yield family
 
 
@@ -98,26 +97,21 @@ def export_opentelemetry(batcher: Batcher, meter: Any = None, *, prefix: str = "
         raise MissingExtraError("export to OpenTelemetry", "opentelemetry-api", "metrics") from error
     meter = metrics.get_meter("asyncdp") if meter is None else meter
 
-    def observe(read: Callable[[BatcherStatistics], Iterable[Any]], _options: object) -> Iterable[Any]:
-        return read(batcher.statistics())
+    def value(name: str, _options: object) -> Iterable[Any]:
+        return [metrics.Observation(getattr(batcher.statistics(), name))]
 
-    def one(field: str, told: BatcherStatistics) -> Iterable[Any]:
-        return [metrics.Observation(getattr(told, field))]
-
-    def quantiles(field: str, told: BatcherStatistics) -> Iterable[Any]:
-        percentiles = getattr(told, field)
+    def quantiles(name: str, _options: object) -> Iterable[Any]:
+        percentiles = getattr(batcher.statistics(), name)
         return [
             metrics.Observation(getattr(percentiles, quantile), {"quantile": quantile})
             for quantile in _QUANTILES
         ]
 
     for name, text in _COUNTS.items():
-        read = partial(observe, partial(one, f"num_{name}"))
+        read = partial(value, f"num_{name}")
         meter.create_observable_counter(f"{prefix}.{name}", [read], description=text)
     for name, text in _GAUGES.items():
-        meter.create_observable_gauge(
-            f"{prefix}.{name}", [partial(observe, partial(one, name))], description=text
-        )
+        meter.create_observable_gauge(f"{prefix}.{name}", [partial(value, name)], description=text)
     for name, text in _DURATIONS.items():
-        read = partial(observe, partial(quantiles, name))
+        read = partial(quantiles, name)
         meter.create_observable_gauge(f"{prefix}.{name}", [read], unit="s", description=text)

@@ -8,54 +8,38 @@ from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 
-class Item:
+class Item(Protocol):
     """One sample that waits for its batch.
 
     Attributes:
-        size: length of the sample (tokens, pixels); 0 where sizes play no part.
+        size: length of the sample (tokens, pixels); 0 where sizes do not matter.
         priority: higher goes first.
         arrived: when the call was made, in seconds.
-        ordinal: place in the order of arrival, set by the schedule.
+        ordinal: place in the order of arrival, set by the queue.
     """
 
-    __slots__ = ("arrived", "ordinal", "priority", "size")
-
+    size: float
+    priority: int
+    arrived: float
     ordinal: int
-
-    def __init__(self, size: float, priority: int, arrived: float) -> None:
-        self.size = size
-        self.priority = priority
-        self.arrived = arrived
 
 
 ItemT = TypeVar("ItemT", bound=Item)
 
-_MIN_FORGOTTEN = 64  # so many that left are cleared away at once, to make it worth while
+_MIN_STALE = 64  # so many stale entries are removed at once, to make it worth while
 
 
 @dataclass(slots=True)
-class _Level(Generic[ItemT]):
-    """The items of one priority."""
-
-    items: dict[ItemT, None] = field(default_factory=dict)  # in order of arrival
-    by_size: list[tuple[float, int, ItemT]] = field(default_factory=list)
-
-    @property
-    def oldest(self) -> ItemT:
-        return next(iter(self.items))
-
-
-@dataclass(slots=True)
-class BatchSchedule(Generic[ItemT]):
+class BatchQueue(Generic[ItemT]):
     """The queue of a batcher.
 
     At most `max_queue` items are queued; later ones stay outside, and the most urgent is let in as
-    another leaves. A batch is led by the most urgent item of the queue. Most urgent is the oldest one
-    if it has waited for `max_age`, else the first of the highest priority. The leader takes along the
-    items nearest to it in size, so that little is padded and yet nobody starves.
+    another leaves. A batch is led by the most urgent item of the queue: the oldest one if it has waited
+    for `max_age`, else the first of the highest priority. The leader takes along the items nearest to it
+    in size, so that little is padded and yet nobody starves.
 
     Args:
         max_batch_size: most items of a batch.
@@ -65,6 +49,10 @@ class BatchSchedule(Generic[ItemT]):
         max_cost: most items times longest of a batch; an item larger than that goes alone.
         max_padding: most of a batch that may be padding, from 0 to 1.
         sized: whether sizes matter.
+        is_closing: whether nothing more will come, so that a batch need not wait to fill.
+
+    Attributes:
+        num_queued: items in the queue.
     """
 
     max_batch_size: int
@@ -74,18 +62,17 @@ class BatchSchedule(Generic[ItemT]):
     max_cost: float | None = None
     max_padding: float = 1.0
     sized: bool = False
-    closing: bool = False
-    """Nothing more will come: a batch need not wait to fill."""
+    is_closing: bool = False
     num_queued: int = field(default=0, init=False)
-    """Items in the queue."""
-    _levels: dict[int, _Level[ItemT]] = field(default_factory=dict)
-    _ranks: list[int] = field(default_factory=list)  # the priorities of what is queued, highest first
-    _total_size: float = 0.0
-    # By ordinal, so in order of arrival; an `OrderedDict` finds its first in no time after many have left.
-    _outside: OrderedDict[int, ItemT] = field(default_factory=OrderedDict)
-    # Priority, negated, and ordinal of those outside: a heap, which forgets who left only later.
-    _outside_ranks: list[tuple[int, int]] = field(default_factory=list)
-    _ordinals: Iterator[int] = field(default_factory=itertools.count)
+    # By priority, no entry empty; the items in order of arrival.
+    _items: dict[int, dict[ItemT, None]] = field(default_factory=dict, init=False)
+    _by_size: dict[int, list[tuple[float, int, ItemT]]] = field(default_factory=dict, init=False)
+    _total_size: float = field(default=0.0, init=False)
+    # By ordinal, so in order of arrival; unlike a dict, it finds its first at once after many have left.
+    _outside: OrderedDict[int, ItemT] = field(default_factory=OrderedDict, init=False)
+    # A heap of negated priority and ordinal of those outside; entries of those who left go later.
+    _outside_ranks: list[tuple[int, int]] = field(default_factory=list, init=False)
+    _ordinals: Iterator[int] = field(default_factory=itertools.count, init=False)
 
     @property
     def num_outside(self) -> int:
@@ -99,11 +86,11 @@ class BatchSchedule(Generic[ItemT]):
 
     @property
     def may_leave(self) -> bool:
-        """Whether what waits need not wait for more."""
-        return self.max_wait == 0 or self.closing or self._is_batch_full()
+        """Whether what is queued need not wait for more."""
+        return self.max_wait == 0 or self.is_closing or self._is_batch_full()
 
     def add(self, item: ItemT) -> None:
-        """An item arrives."""
+        """Take an item in, or let it wait for room."""
         item.ordinal = next(self._ordinals)
         if self.num_queued < self.max_queue:
             self._enqueue(item)
@@ -112,19 +99,18 @@ class BatchSchedule(Generic[ItemT]):
             self._outside[item.ordinal] = item
 
     def remove(self, item: ItemT, now: float) -> bool:
-        """An item gives up; tell whether it was still waiting."""
-        level = self._levels.get(item.priority)
-        if level is not None and item in level.items:
-            self._dequeue(level, item)
+        """Remove an item; return whether it was still waiting."""
+        if item in self._items.get(item.priority, ()):
+            self._dequeue(item)
             self._let_in(now)
             return True
         if self._outside.pop(item.ordinal, None) is None:
             return False
-        self._forget()
+        self._remove_stale_ranks()
         return True
 
     def ready_at(self) -> float | None:
-        """When the next batch may leave, should nothing more arrive; None if nothing waits."""
+        """Return when the next batch may leave if nothing more arrives; None if nothing is queued."""
         if self.num_queued == 0:
             return None
         oldest = self._oldest().arrived
@@ -135,81 +121,54 @@ class BatchSchedule(Generic[ItemT]):
 
         Args:
             now: the time, in seconds.
-            num_free: places that could run a batch now; what waits is shared out between them, unless
-                batches wait to fill.
+            num_free: places that could run a batch now; what is queued is shared out between them,
+                unless batches wait to fill.
 
         Returns:
-            The items, the leader first; empty if none waits or the batch may still fill.
+            The items, the leader first; empty if none is queued or the batch may still fill.
         """
         if self.num_queued == 0 or (self.max_wait != 0 and self._must_fill(now)):
             return []
         limit = self.max_batch_size
-        if self.max_wait == 0 and num_free > 1:
+        if self.max_wait == 0:
             limit = min(limit, -(-self.num_queued // num_free))
-        if not self.sized and len(self._ranks) == 1 and self.num_queued <= limit:
-            batch = self._take_all()
-        else:
-            batch = self._alike(now, limit) if self.sized else self._in_order(now, limit)
-            for item in batch:
-                self._dequeue(self._levels[item.priority], item)
+        batch = self._alike(now, limit) if self.sized else self._in_order(now, limit)
+        for item in batch:
+            self._dequeue(item)
         if self._outside:
             self._let_in(now)
         return batch
 
     def clear(self) -> list[ItemT]:
         """Take out everything, whether queued or outside."""
-        waiting = [item for level in self._levels.values() for item in level.items]
+        waiting = [item for items in self._items.values() for item in items]
         waiting += self._outside.values()
-        self._levels, self._ranks, self._outside, self._outside_ranks = {}, [], OrderedDict(), []
+        self._items, self._by_size, self._outside, self._outside_ranks = {}, {}, OrderedDict(), []
         self.num_queued, self._total_size = 0, 0.0
         return waiting
 
     def _must_fill(self, now: float) -> bool:
-        """Whether the batch that may leave next still waits for more."""
+        """Return whether the next batch still waits for more."""
         return not self.may_leave and self._oldest().arrived + self.max_wait > now
 
-    def _take_all(self) -> list[ItemT]:
-        """Take out everything of the only priority there is."""
-        items = self._levels[self._ranks[0]].items
-        batch = list(items)
-        items.clear()
-        self._close_level(self._ranks[0])
-        self.num_queued = 0
-        return batch
-
     def _enqueue(self, item: ItemT) -> None:
-        level = self._levels.get(item.priority)
-        if level is None or not level.items:
-            level = self._open_level(item.priority)
-        level.items[item] = None
+        self._items.setdefault(item.priority, {})[item] = None
         self.num_queued += 1
         if self.sized:
-            insort(level.by_size, (item.size, item.ordinal, item))
+            insort(self._by_size.setdefault(item.priority, []), (item.size, item.ordinal, item))
             self._total_size += item.size
 
-    def _dequeue(self, level: _Level[ItemT], item: ItemT) -> None:
-        del level.items[item]
+    def _dequeue(self, item: ItemT) -> None:
+        items = self._items[item.priority]
+        del items[item]
         self.num_queued -= 1
         if self.sized:
-            del level.by_size[bisect_left(level.by_size, (item.size, item.ordinal))]
+            by_size = self._by_size[item.priority]
+            del by_size[bisect_left(by_size, (item.size, item.ordinal))]
             self._total_size -= item.size
-        if not level.items:
-            self._close_level(item.priority)
-
-    def _open_level(self, rank: int) -> _Level[ItemT]:
-        if self._ranks:
-            insort(self._ranks, rank, key=lambda other: -other)
-        else:
-            self._ranks.append(rank)
-        if rank not in self._levels:
-            self._levels[rank] = _Level()
-        return self._levels[rank]
-
-    def _close_level(self, rank: int) -> None:
-        """Nothing of a priority is left."""
-        self._ranks.remove(rank)
-        if len(self._levels) > 1:  # the last one stays, since most often it is the only one there ever is
-            del self._levels[rank]
+        if not items:
+            del self._items[item.priority]
+            self._by_size.pop(item.priority, None)
 
     def _let_in(self, now: float) -> None:
         """Let items in from outside while there is room."""
@@ -220,18 +179,15 @@ class BatchSchedule(Generic[ItemT]):
             item = self._outside.pop(ordinal, None)
             if item is not None:
                 self._enqueue(item)
-        self._forget()
+        self._remove_stale_ranks()
 
-    def _forget(self) -> None:
-        """Clear the heap of those who have left."""
-        if len(self._outside_ranks) > 2 * len(self._outside) + _MIN_FORGOTTEN:
+    def _remove_stale_ranks(self) -> None:
+        if len(self._outside_ranks) > 2 * len(self._outside) + _MIN_STALE:
             self._outside_ranks = [rank for rank in self._outside_ranks if rank[1] in self._outside]
             heapq.heapify(self._outside_ranks)
 
     def _oldest(self) -> ItemT:
-        if len(self._ranks) == 1:
-            return self._levels[self._ranks[0]].oldest
-        return min((self._levels[rank].oldest for rank in self._ranks), key=lambda item: item.ordinal)
+        return min((next(iter(items)) for items in self._items.values()), key=lambda item: item.ordinal)
 
     def _is_batch_full(self) -> bool:
         if self.num_queued >= self.max_batch_size or self.is_full:
@@ -239,43 +195,42 @@ class BatchSchedule(Generic[ItemT]):
         return self.max_cost is not None and self._total_size >= self.max_cost
 
     def _in_order(self, now: float, limit: int) -> list[ItemT]:
-        """The `limit` most urgent items."""
+        """Return the `limit` most urgent items."""
         ordered: Iterable[ItemT] = itertools.chain.from_iterable(
-            self._levels[rank].items for rank in self._ranks
+            map(self._items.__getitem__, sorted(self._items, reverse=True))
         )
-        if len(self._ranks) > 1:
+        if len(self._items) > 1:
             # Everyone past the age cap goes first; dict drops what comes a second time.
             ordered = dict.fromkeys(itertools.chain(self._overdue(now), ordered))
         return list(itertools.islice(ordered, limit))
 
     def _overdue(self, now: float) -> list[ItemT]:
         found: list[ItemT] = []
-        for level in self._levels.values():
-            found += itertools.takewhile(lambda item: item.arrived + self.max_age <= now, level.items)
+        for items in self._items.values():
+            found += itertools.takewhile(lambda item: item.arrived + self.max_age <= now, items)
         return sorted(found, key=lambda item: item.ordinal)
 
     def _alike(self, now: float, limit: int) -> list[ItemT]:
-        """The most urgent item and those nearest to it in size, higher priorities first."""
-        oldest = self._oldest()
-        overdue = oldest.arrived + self.max_age <= now
-        leader = oldest if overdue else self._levels[self._ranks[0]].oldest
+        """Return the most urgent item and those nearest to it in size, higher priorities first."""
+        priorities = sorted(self._items, reverse=True)
+        leader = self._oldest()
+        if leader.arrived + self.max_age > now:
+            leader = next(iter(self._items[priorities[0]]))
         batch = [leader]
         total = longest = leader.size
-        for rank in self._ranks:
-            for item in _nearest_first(self._levels[rank].by_size, leader.size):
+        for priority in priorities:
+            for item in _nearest_first(self._by_size[priority], leader.size):
                 if len(batch) == limit:
                     return batch
-                if item is leader or not self._fits(
-                    len(batch) + 1, total + item.size, max(longest, item.size)
-                ):
-                    continue
-                batch.append(item)
-                total += item.size
-                longest = max(longest, item.size)
+                longer = max(longest, item.size)
+                if item is not leader and self._fits(len(batch) + 1, total + item.size, longer):
+                    batch.append(item)
+                    total += item.size
+                    longest = longer
         return batch
 
     def _fits(self, num_items: int, total: float, longest: float) -> bool:
-        """Whether a batch of these sizes keeps within cost and padding."""
+        """Return whether a batch of these sizes keeps within cost and padding."""
         padded = num_items * longest
         if self.max_cost is not None and padded > self.max_cost:
             return False
@@ -283,16 +238,15 @@ class BatchSchedule(Generic[ItemT]):
 
 
 def _nearest_first(by_size: list[tuple[float, int, ItemT]], size: float) -> Iterator[ItemT]:
-    """The items in the order of their distance from `size`, of equals the shorter one first."""
+    """Yield the items in the order of their distance from `size`, of equals the shorter one first."""
     right = bisect_left(by_size, (size, -1))
     left = right - 1
     while left >= 0 or right < len(by_size):
         goes_left = right == len(by_size) or (
             left >= 0 and size - by_size[left][0] <= by_size[right][0] - size
         )
+        yield by_size[left if goes_left else right][2]
         if goes_left:
-            yield by_size[left][2]
             left -= 1
         else:
-            yield by_size[right][2]
             right += 1

@@ -1,10 +1,12 @@
-"""What a batcher tells about itself."""
+"""The statistics of a batcher."""
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from .call import CallState, Request
 
 _NUM_KEPT = 4096  # the latest durations, which percentiles are made of
 
@@ -20,7 +22,7 @@ class Percentiles:
 
     @classmethod
     def of(cls, seconds: Iterable[float]) -> Percentiles:
-        """The percentiles of some durations, by the nearest rank."""
+        """Compute the percentiles of some durations, by the nearest rank."""
         ordered = sorted(seconds)
         if not ordered:
             return cls(0.0, 0.0, 0.0, 0.0)
@@ -37,13 +39,13 @@ class BatcherStatistics:
     num_outside: int
     """Calls that wait for room in the queue."""
     num_running: int
-    """Calls in batches under way, those that were given up included."""
+    """Calls in running batches, including those that were cancelled or timed out."""
     num_done: int
     """Calls whose results were handed over."""
     num_failed: int
     """Calls that got an exception: of their own sample, of a lost device or of a closed batcher."""
     num_cancelled: int
-    """Calls given up before their outcome was handed over."""
+    """Calls cancelled before their outcome was handed over."""
     num_timed_out: int
     num_refused: int
     """Calls of `call_nowait` that found the queue full."""
@@ -62,52 +64,53 @@ class BatcherStatistics:
     """From the start of a batch to its results."""
 
 
+@dataclass
 class Recorder:
-    """Collects what `BatcherStatistics` tells."""
+    """Collects what `BatcherStatistics` shows; its `num_x` are fields of those."""
 
-    def __init__(self, max_batch_size: int) -> None:
-        self._max_batch_size = max_batch_size
-        self.waits: deque[float] = deque(maxlen=_NUM_KEPT)
-        self.runs: deque[float] = deque(maxlen=_NUM_KEPT)
-        self.num_running = 0
-        self.num_done = 0
-        self.num_failed = 0
-        self.num_cancelled = 0
-        self.num_timed_out = 0
-        self.num_refused = 0
-        self.num_batches = 0
-        self.num_retried = 0
-        self.num_lost_slots = 0
-        self._num_samples = 0
-        self._total_size = 0.0
-        self._padded_size = 0.0
+    max_batch_size: int
+    num_running: int = 0
+    num_refused: int = 0
+    num_batches: int = 0
+    num_retried: int = 0
+    num_lost_slots: int = 0
+    outcomes: Counter[CallState] = field(default_factory=Counter)
+    _waits: deque[float] = field(default_factory=lambda: deque(maxlen=_NUM_KEPT))
+    _runs: deque[float] = field(default_factory=lambda: deque(maxlen=_NUM_KEPT))
+    _num_samples: int = 0
+    _total_size: float = 0.0
+    _padded_size: float = 0.0
 
-    def batch(self, sizes: Sequence[float], waits: Sequence[float]) -> None:
-        """Count a batch: the sizes of its samples, where those matter, and how long they waited."""
-        self.waits.extend(waits)
+    def on_batch_start(self, calls: Sequence[Request], now: float) -> None:
+        """Count a batch whose calls have waited until now."""
+        self.num_running += len(calls)
         self.num_batches += 1
-        self._num_samples += len(waits)
-        if sizes:
-            self._total_size += sum(sizes)
-            self._padded_size += len(sizes) * max(sizes)
+        self._num_samples += len(calls)
+        longest = 0.0
+        for call in calls:
+            self._waits.append(now - call.arrived)
+            self._total_size += call.size
+            longest = max(longest, call.size)
+        self._padded_size += len(calls) * longest
 
-    def snapshot(self, num_queued: int, num_outside: int) -> BatcherStatistics:
-        """Make the statistics of this moment."""
-        capacity = self.num_batches * self._max_batch_size
+    def on_batch_end(self, calls: Sequence[Request], seconds: float) -> None:
+        """Count the end of a batch."""
+        self.num_running -= len(calls)
+        self._runs.append(seconds)
+
+    def statistics(self, num_queued: int, num_outside: int) -> BatcherStatistics:
+        """Return the statistics of this moment."""
+        capacity = self.num_batches * self.max_batch_size
         return BatcherStatistics(
             num_queued=num_queued,
             num_outside=num_outside,
-            num_running=self.num_running,
-            num_done=self.num_done,
-            num_failed=self.num_failed,
-            num_cancelled=self.num_cancelled,
-            num_timed_out=self.num_timed_out,
-            num_refused=self.num_refused,
-            num_batches=self.num_batches,
-            num_retried=self.num_retried,
-            num_lost_slots=self.num_lost_slots,
+            num_done=self.outcomes[CallState.DONE],
+            num_failed=self.outcomes[CallState.FAILED],
+            num_cancelled=self.outcomes[CallState.CANCELLED],
+            num_timed_out=self.outcomes[CallState.TIMED_OUT],
             batch_fill=self._num_samples / capacity if capacity else 0.0,
             padding_waste=1 - self._total_size / self._padded_size if self._padded_size else 0.0,
-            wait=Percentiles.of(self.waits),
-            run=Percentiles.of(self.runs),
+            wait=Percentiles.of(self._waits),
+            run=Percentiles.of(self._runs),
+            **{name: count for name, count in vars(self).items() if name.startswith("num_")},
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -12,8 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from asyncdp import DataParallel, Runtime
-from asyncdp._serving import Batcher
+from asyncdp import Batcher, DataParallel, Runtime
 from asyncdp.errors import (
     BatcherClosedError,
     CallTimeoutError,
@@ -63,12 +63,12 @@ async def test_everyone_gets_their_own_result() -> None:
     async with Runtime("cpu*2") as runtime, Batcher(double, runtime=runtime) as batcher:
         calls = [batcher.call_nowait(torch.tensor(float(n))) for n in range(16)]
         assert [(await call).item() for call in calls] == [2.0 * n for n in range(16)]
-        told = batcher.statistics()
-    assert (told.num_done, told.num_failed, told.num_queued, told.num_running) == (16, 0, 0, 0)
-    assert told.num_batches == 2
-    assert told.batch_fill == 0.25
-    assert told.wait.p50 <= told.wait.longest
-    assert told.run.p99 > 0
+        stats = batcher.statistics()
+    assert (stats.num_done, stats.num_failed, stats.num_queued, stats.num_running) == (16, 0, 0, 0)
+    assert stats.num_batches == 2
+    assert stats.batch_fill == 0.25
+    assert stats.wait.p50 <= stats.wait.longest
+    assert stats.run.p99 > 0
 
 
 async def test_engine_runs_whole_batches() -> None:
@@ -94,7 +94,7 @@ async def test_engine_runs_whole_batches() -> None:
 
 
 async def test_engine_over_fake_devices() -> None:
-    """An engine on devices of its own serves too."""
+    """An engine on a runtime of its own devices serves too."""
     module = nn.Linear(3, 2)
     async with (
         Runtime(fake_devices(2)) as runtime,
@@ -129,8 +129,64 @@ async def test_own_collate_and_split() -> None:
         assert await batcher("ab") == ("abab", "ab")
 
 
+class Scale(nn.Module):
+    """Has parameters of its own names for its two inputs."""
+
+    def forward(self, x: torch.Tensor, *, times: torch.Tensor) -> torch.Tensor:
+        return x * times
+
+
+@pytest.mark.parametrize("kind", ["function", "async function", "engine"])
+async def test_a_dict_holds_keyword_arguments(kind: str) -> None:
+    """A dict sample is stacked key by key, and names the arguments of whatever runs the batch."""
+    module = Scale()
+
+    async def awaited(x: torch.Tensor, *, times: torch.Tensor) -> torch.Tensor:
+        return module(x, times=times)
+
+    async with Runtime("cpu*2") as runtime:
+        engine: Any = {
+            "function": module,
+            "async function": awaited,
+            "engine": DataParallel(module, runtime=runtime),
+        }[kind]
+        async with Batcher(engine, runtime=runtime) as batcher:
+            calls = [batcher.call_nowait({"times": n, "x": torch.tensor(2.0)}) for n in range(4)]
+            assert [(await call).item() for call in calls] == [0.0, 2.0, 4.0, 6.0]
+
+
+async def test_a_dict_with_other_keys_is_refused() -> None:
+    """A dict whose keys are no names cannot be keyword arguments, and the caller gets the remedy."""
+    async with Runtime("cpu") as runtime, Batcher(double, runtime=runtime) as batcher:
+        with pytest.raises(TypeError, match=r"key 1 is no str.*put the dict in a tuple"):
+            await batcher({1: torch.tensor(1.0)})
+
+
+async def test_any_engine_may_offer_its_lanes() -> None:
+    """What has the hook of an engine runs every batch whole, on the lane that the batcher chose."""
+
+    class Engine:
+        def __init__(self, runtime: Runtime) -> None:
+            self.runtime, self.lanes = runtime, runtime.lanes
+            self.seen: list[int] = []
+
+        def __asyncdp_lane_runner__(self) -> Engine:
+            return self
+
+        def run_on(self, position: int, /, x: torch.Tensor) -> torch.Tensor:
+            assert threading.current_thread().name.endswith(self.lanes[position].name)
+            self.seen.append(position)
+            return x * 2
+
+    async with Runtime("cpu*2") as runtime:
+        engine: Any = Engine(runtime)
+        async with Batcher(engine, max_batch_size=2) as batcher:
+            assert await call_all(batcher, [1.0, 2.0, 3.0, 4.0]) == [2.0, 4.0, 6.0, 8.0]
+        assert set(engine.seen) <= {0, 1}
+
+
 async def test_lengths_are_padded_and_counted() -> None:
-    """`pad` fills shorter samples; statistics tell how much of the batches was padding."""
+    """`pad` fills shorter samples; statistics show how much of the batches was padding."""
     async with (
         Runtime("cpu") as runtime,
         Batcher(lambda x: x.sum(1), pad=0.0, size_of=len, max_padding=1.0, runtime=runtime) as batcher,
@@ -157,8 +213,8 @@ async def test_one_of_eight_cancelled() -> None:
             other.cancel_scope.cancel()
             device.release()
         assert results == {number: 2.0 * number for number in range(8) if number != 3}
-        told = batcher.statistics()
-        assert (told.num_done, told.num_cancelled) == (7, 1)
+        stats = batcher.statistics()
+        assert (stats.num_done, stats.num_cancelled) == (7, 1)
 
 
 async def test_cancelled_call_leaves_the_queue() -> None:
@@ -191,10 +247,10 @@ async def test_one_poison_of_eight() -> None:
         poisoned = outcomes.pop(3)
         assert isinstance(poisoned, ValueError)
         assert outcomes == [0, 2, 4, 8, 10, 12, 14]
-        told = batcher.statistics()
-        assert (told.num_failed, told.num_done) == (1, 7)
+        stats = batcher.statistics()
+        assert (stats.num_failed, stats.num_done) == (1, 7)
         # Trio starts tasks in any order: the bad sample may have been the one that went ahead alone.
-        assert told.num_retried <= 1
+        assert stats.num_retried <= 1
         assert await call_all(batcher, [8]) == [16]
 
 
@@ -263,8 +319,8 @@ async def test_timeout_is_the_callers_own() -> None:
             await batcher(torch.tensor(3.0), timeout=0.01)
         device.release()
         assert (await patient).item() == 2.0
-        told = batcher.statistics()
-        assert (told.num_timed_out, told.num_cancelled) == (2, 0)
+        stats = batcher.statistics()
+        assert (stats.num_timed_out, stats.num_cancelled) == (2, 0)
 
 
 async def test_priority_goes_first() -> None:
@@ -330,7 +386,7 @@ async def test_leaving_drains() -> None:
 
 
 async def test_leaving_by_an_exception_fails_what_waits() -> None:
-    """The block's own exception comes out bare; calls that waited are told."""
+    """The block's own exception comes out bare; calls that waited fail."""
     device = FakeDevice(held=True)
     waiting: list[Any] = []
 
@@ -400,7 +456,7 @@ async def test_lost_lane_fails_its_callers_and_the_rest_goes_on() -> None:
 
 
 async def test_all_lanes_lost_fails_every_call() -> None:
-    """With no lane left calls fail instead of waiting for ever, and closing works."""
+    """With no lane left every call fails instead of hanging, and closing works."""
     async with (
         Runtime(fake_devices(1, faults={(0, 0): Fault.lose()})) as runtime,
         Batcher(double, max_batch_size=1, runtime=runtime) as batcher,
@@ -422,8 +478,8 @@ async def test_lane_lost_by_others_is_noticed() -> None:
             assert await call_all(batcher, [value]) == [2 * value]
 
 
-async def test_wrong_number_of_results_is_told() -> None:
-    """A `split` of the wrong length fails its callers instead of mixing them up."""
+async def test_wrong_number_of_results_is_refused() -> None:
+    """A `split` of the wrong length fails the calls of the batch instead of mixing their results up."""
     async with (
         Runtime("cpu") as runtime,
         Batcher(double, split=lambda output, samples: [], runtime=runtime) as batcher,
@@ -454,7 +510,7 @@ async def test_results_are_not_kept() -> None:
         (lambda: Batcher(double).call_nowait(1), BatcherClosedError, "batcher is new"),
     ],
 )
-async def test_mistakes_are_told_at_once(
+async def test_mistakes_are_refused_at_once(
     make: Callable[[], object], error: type[Exception], cause: str
 ) -> None:
     """A wrong argument, or a call before the batcher was entered, is refused with its cause."""
@@ -462,8 +518,8 @@ async def test_mistakes_are_told_at_once(
         make()
 
 
-async def test_repr_tells_the_state() -> None:
-    """The state and the counts show."""
+async def test_repr_shows_the_state() -> None:
+    """The state and the counts of a batcher show."""
     async with Runtime("cpu") as runtime:
         batcher = Batcher(double, runtime=runtime)
         assert repr(batcher) == "<Batcher new: 0 queued, 0 running, 0 done>"

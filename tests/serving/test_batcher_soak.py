@@ -34,7 +34,7 @@ def refuse_poison(x: torch.Tensor) -> torch.Tensor:
 
 
 async def test_every_call_has_exactly_one_outcome() -> None:
-    """Nothing hangs, nobody gets a neighbour's result, counts add up and no tensor is kept."""
+    """Nothing hangs, nobody gets a neighbour's result, counts add up and no tensor stays alive."""
     chance = random.Random(5)
     outcomes: Counter[str] = Counter()
     devices = fake_devices(3)
@@ -53,38 +53,38 @@ async def test_every_call_has_exactly_one_outcome() -> None:
             try:
                 result = await outcome(kind, sample, options)
             except (ValueError, CallTimeoutError, CallCancelledError, DeviceLostError) as error:
-                return told_by(error, kind)
+                return kind_of(error, kind)
             return "right" if result.item() == 2.0 * number else "wrong"
         assert scope.cancelled_caught
         return kind if kind == "cancelled" else "somebody else's cancellation"
 
     async def outcome(kind: str, sample: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
         """Half of the calls are queued first, if there is room, and are awaited a while later."""
-        one = None
+        pending = None
         if kind == "given up" or chance.random() < 0.5:
             try:
-                one = batcher.call_nowait(sample, **options)
+                pending = batcher.call_nowait(sample, **options)
             except QueueFullError:
                 outcomes["refused"] += 1
-        if one is None:
+        if pending is None:
             return await batcher(sample, **options)
         if kind == "given up":
-            group.start_soon(after_a_while, one.cancel)
+            group.start_soon(after_a_while, pending.cancel)
         if kind != "cancelled":  # else its result might be there, unseen, when the cancellation comes
             for _ in range(chance.randrange(3)):
                 await anyio.lowlevel.checkpoint()
-        return await one
+        return await pending
 
     async def after_a_while(act: Any) -> None:
         for _ in range(chance.randrange(3)):
             await anyio.lowlevel.checkpoint()
         act()
 
-    def told_by(error: Exception, kind: str) -> str:
+    def kind_of(error: Exception, kind: str) -> str:
         if isinstance(error, DeviceLostError):
             return "lost"
-        told = {ValueError: "poison", CallTimeoutError: "late", CallCancelledError: "given up"}[type(error)]
-        return told if told == kind else f"somebody else's {told}"
+        found = {ValueError: "poison", CallTimeoutError: "late", CallCancelledError: "given up"}[type(error)]
+        return found if found == kind else f"somebody else's {found}"
 
     async def caller(position: int) -> None:
         nonlocal num_ended
@@ -119,17 +119,17 @@ async def test_every_call_has_exactly_one_outcome() -> None:
     ):
         for position in range(NUM_CALLERS):
             group.start_soon(caller, position)
-    told = batcher.statistics()
-    assert told.num_refused == outcomes.pop("refused") > 0
+    stats = batcher.statistics()
+    assert stats.num_refused == outcomes.pop("refused") > 0
     assert outcomes.total() == NUM_CALLERS * NUM_CALLS
     assert set(outcomes) == {"right", "poison", "late", "cancelled", "given up", "lost"}
     assert outcomes["right"] > 0.75 * NUM_CALLERS * NUM_CALLS
-    assert (told.num_queued, told.num_outside, told.num_running) == (0, 0, 0)
-    assert told.num_done == outcomes["right"]
-    assert told.num_failed == outcomes["poison"] + outcomes["lost"]
-    assert told.num_timed_out == outcomes["late"]
-    assert told.num_cancelled == outcomes["cancelled"] + outcomes["given up"]
-    assert told.num_lost_slots == 1
-    assert 0 < told.padding_waste <= 0.3
+    assert (stats.num_queued, stats.num_outside, stats.num_running) == (0, 0, 0)
+    assert stats.num_done == outcomes["right"]
+    assert stats.num_failed == outcomes["poison"] + outcomes["lost"]
+    assert stats.num_timed_out == outcomes["late"]
+    assert stats.num_cancelled == outcomes["cancelled"] + outcomes["given up"]
+    assert stats.num_lost_slots == 1
+    assert 0 < stats.padding_waste <= 0.3
     gc.collect()
     assert len(samples) == 0

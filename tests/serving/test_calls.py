@@ -1,4 +1,4 @@
-"""One call of a batcher: its time, giving it up, and how it is counted."""
+"""One call of a batcher: its time, its cancellation, and how it is counted."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ async def wait_for(call: Any) -> None:
     await call
 
 
-def outcomes(told: BatcherStatistics) -> tuple[int, int, int, int]:
+def outcomes(stats: BatcherStatistics) -> tuple[int, int, int, int]:
     """How many calls had which outcome: done, failed, cancelled, timed out."""
-    return told.num_done, told.num_failed, told.num_cancelled, told.num_timed_out
+    return stats.num_done, stats.num_failed, stats.num_cancelled, stats.num_timed_out
 
 
 def pass_time(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
@@ -95,8 +95,8 @@ async def test_a_result_that_came_too_late_is_a_timeout(monkeypatch: pytest.Monk
     assert outcomes(batcher.statistics()) == (2, 0, 0, 1)
 
 
-async def test_cancel_gives_up_the_place() -> None:
-    """A call that is cancelled while it waits never runs and frees its place; awaiting it tells so."""
+async def test_cancel_frees_the_place() -> None:
+    """A call that is cancelled while it waits never runs and frees its place; awaiting it raises."""
     device = FakeDevice(held=True)
     seen: list[float] = []
 
@@ -114,7 +114,7 @@ async def test_cancel_gives_up_the_place() -> None:
         assert not call.cancel()
         assert batcher.statistics().num_queued == 0
         last = batcher.call_nowait(torch.tensor(3.0))
-        with pytest.raises(CallCancelledError, match="given up"):
+        with pytest.raises(CallCancelledError, match="the call was"):
             await call
         device.release()
         await running
@@ -124,15 +124,15 @@ async def test_cancel_gives_up_the_place() -> None:
     assert outcomes(batcher.statistics()) == (2, 0, 1, 0)
 
 
-async def test_cancel_wakes_who_awaits_the_call() -> None:
-    """A task that awaits a call, queued or running, is told when another gives the call up."""
+async def test_cancel_wakes_the_task_that_awaits_the_call() -> None:
+    """A task that awaits a call, queued or running, gets an error when another cancels the call."""
     device = FakeDevice(held=True)
-    told: list[str] = []
+    woken: list[str] = []
 
     async def wait(call: Any) -> None:
         with pytest.raises(CallCancelledError):
             await call
-        told.append("given up")
+        woken.append("cancelled")
 
     async with (
         Runtime([device]) as runtime,
@@ -148,10 +148,23 @@ async def test_cancel_wakes_who_awaits_the_call() -> None:
             await anyio.wait_all_tasks_blocked()
             assert running.cancel()
             assert queued.cancel()
-        assert told == ["given up"] * 2
+        assert woken == ["cancelled"] * 2
         device.release()
         assert (await beside).item() == 2.0
     assert outcomes(batcher.statistics()) == (1, 0, 2, 0)
+
+
+async def test_repr_shows_the_state() -> None:
+    """A call shows whether it is pending, or how it has ended."""
+    device = FakeDevice(held=True)
+    async with Runtime([device]) as runtime, Batcher(double, max_batch_size=1, runtime=runtime) as batcher:
+        first, second = batcher.call_nowait(ONE), batcher.call_nowait(ONE)
+        assert repr(first) == "<Call pending>"
+        second.cancel()
+        assert repr(second) == "<Call cancelled>"
+        device.release()
+        await first
+        assert repr(first) == "<Call done>"
 
 
 async def test_a_call_is_awaited_by_one_task() -> None:
@@ -184,10 +197,9 @@ async def test_a_result_that_nobody_gets_to_see_is_not_done() -> None:
         await anyio.wait_all_tasks_blocked()
         # Both in one turn: the result is there when the task learns of its cancellation.
         group.cancel_scope.cancel()
-        call.settle(ONE)
+        call._request.complete(ONE)
         device.release()
-    told = outcomes(batcher.statistics())
-    assert told == (0, 0, 1, 0)
+    assert outcomes(batcher.statistics()) == (0, 0, 1, 0)
 
 
 async def test_calls_that_nobody_awaits_are_counted() -> None:

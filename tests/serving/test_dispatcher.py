@@ -1,4 +1,4 @@
-"""The dispatcher of a batcher: nothing that an engine or a lane does ends it, and closing does."""
+"""The dispatcher of a batcher: nothing that an engine or a lane does ends it; only closing does."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ import pytest
 import torch
 
 from asyncdp import Batcher, Runtime
-from asyncdp._serving.slots import _AsyncSlot, _LaneSlot
 from asyncdp.errors import (
     BatcherClosedError,
     DeviceLostError,
@@ -52,7 +51,7 @@ async def outcomes_of(calls: Sequence[Any]) -> list[Any]:
 
 @pytest.mark.parametrize(("seconds", "sizes"), [(1e-6, [4]), (1.0, [2, 2]), (math.inf, [2, 2])])
 async def test_what_waits_is_shared_out_where_that_pays(seconds: float, sizes: list[int]) -> None:
-    """Two free lanes share what waits, unless the last batch took so little time that two take longer."""
+    """Two free lanes share what waits, unless the last batch was so quick that two batches take longer."""
     seen: list[int] = []
 
     def engine(x: torch.Tensor) -> torch.Tensor:
@@ -99,7 +98,7 @@ async def test_a_cancellation_of_the_engines_own_is_its_samples(
 
 
 async def test_an_engine_may_cancel_what_it_started() -> None:
-    """A cancel scope that expires within an async engine is no end of its batcher."""
+    """A cancel scope that expires within an async engine does not end its batcher."""
 
     async def engine(x: torch.Tensor) -> torch.Tensor:
         with anyio.move_on_after(0):
@@ -142,7 +141,7 @@ async def test_an_engine_that_swallows_its_cancellation_ends_all_the_same() -> N
 
 @pytest.mark.skipif(sys.implementation.name != "cpython", reason="needs coroutines closed when dropped")
 def test_tasks_of_a_dropped_loop_are_closed_quietly() -> None:
-    """A loop that is dropped in mid-batch closes its tasks; that is not taken for the engine's doing."""
+    """A loop that is dropped in mid-batch closes its tasks, which is no error of the engine."""
     loop = asyncio.new_event_loop()
     begun = asyncio.Event()
     seen: list[str] = []
@@ -163,7 +162,7 @@ def test_tasks_of_a_dropped_loop_are_closed_quietly() -> None:
 
     runtime = Runtime("cpu")
     call = loop.run_until_complete(begin())
-    loop.set_exception_handler(lambda *_: None)  # asyncio tells of every task that was pending
+    loop.set_exception_handler(lambda *_: None)  # asyncio reports every pending task
     loop.run_until_complete(loop.shutdown_asyncgens())
     loop.close()
     del loop
@@ -176,7 +175,7 @@ def test_tasks_of_a_dropped_loop_are_closed_quietly() -> None:
 @pytest.mark.parametrize("split", [lambda output, samples: [], lambda output, samples: None])
 @pytest.mark.parametrize("is_async", [False, True])
 async def test_a_wrong_split_fails_its_callers(split: Callable[..., Any], is_async: bool) -> None:
-    """Whatever `split` gives instead of one result for each is told to the callers, batch after batch."""
+    """Calls fail if `split` gives anything but one result for each, batch after batch."""
 
     async def engine(x: torch.Tensor) -> torch.Tensor:
         return x
@@ -281,7 +280,7 @@ async def test_a_slot_moves_on_to_a_living_lane(max_in_flight: int) -> None:
 
 
 async def test_state_ends_closed_without_lanes() -> None:
-    """With all lanes lost calls are told so, and after closing the batcher is closed."""
+    """With all lanes lost calls fail, the batcher stays open, and after closing it is closed."""
     device = FakeDevice()
     async with Runtime([device]) as runtime:
         async with Batcher(double, runtime=runtime) as batcher:
@@ -324,7 +323,7 @@ async def test_every_close_waits_for_the_end() -> None:
 
 
 async def test_a_cancelled_close_ends_the_other_one() -> None:
-    """A close that is given up fails what waits, for every other close of the same batcher too."""
+    """A cancelled close fails what waits, and ends every other close of the same batcher."""
     device = FakeDevice(held=True)
     impatience = anyio.CancelScope()
 
@@ -347,9 +346,9 @@ async def test_a_cancelled_close_ends_the_other_one() -> None:
         assert [type(outcome) for outcome in await outcomes_of(calls)] == [BatcherClosedError] * 2
 
 
-@pytest.mark.parametrize("part", ["take", "batch", "_send_one"])
+@pytest.mark.parametrize("part", ["take", "on_batch_start", "_send_batch"])
 async def test_a_mistake_of_ours_leaves_nobody_hanging(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the batcher itself raises, all calls fail, new ones are refused and closing tells why."""
+    """If the batcher itself raises, all calls fail, new ones are refused and closing raises the cause."""
     devices = fake_devices(2)
     for device in devices:
         device.hold()
@@ -363,7 +362,9 @@ async def test_a_mistake_of_ours_leaves_nobody_hanging(part: str, monkeypatch: p
             raise ZeroDivisionError("ours")
 
         dispatcher = batcher._dispatcher
-        owner = {"take": dispatcher.queue, "batch": dispatcher.recorder, "_send_one": dispatcher}[part]
+        owner = next(
+            each for each in (dispatcher, dispatcher.queue, dispatcher.recorder) if hasattr(each, part)
+        )
         monkeypatch.setattr(type(owner), part, fail)
         for device in devices:
             device.release()
@@ -385,7 +386,10 @@ OWNER: contextvars.ContextVar[str] = contextvars.ContextVar("OWNER", default="no
 
 @pytest.mark.parametrize("is_async", [False, True])
 async def test_batches_run_in_the_context_of_the_batcher(is_async: bool) -> None:
-    """Context variables and autocast are those the batcher was entered with, whoever calls; changes stay."""
+    """Context variables and autocast are those the batcher was entered with, not those of a caller.
+
+    What a batch changes of them, no other batch sees.
+    """
     seen: list[tuple[str, bool]] = []
 
     def engine(x: torch.Tensor) -> torch.Tensor:
@@ -435,28 +439,32 @@ def test_a_batcher_on_one_of_its_own_lanes_is_refused() -> None:
     asyncio.run(outside())
 
 
-@pytest.mark.parametrize("is_async", [False, True])
-async def test_a_batch_that_cannot_begin_fails_its_calls_alone(
-    is_async: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Calls of a batch that its slot refuses to begin are told why, however many; the next one runs."""
-    slot_type = _AsyncSlot if is_async else _LaneSlot
-    begin = slot_type.begin
-    refused = [MemoryError("no room")] * 1201
+class FullDevice(FakeDevice):
+    """A device that refuses its first 1201 tasks."""
 
-    def refuse(slot: Any, *args: Any) -> Any:
-        if refused:
-            raise refused.pop()
-        return begin(slot, *args)
+    captures = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.refused = [MemoryError("no room")] * 1201
+
+    def capture(self) -> None:
+        if self.refused:
+            raise self.refused.pop()
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+async def test_a_batch_that_cannot_begin_fails_its_calls_alone(is_async: bool) -> None:
+    """Calls of a batch that cannot begin get the reason, however many they are; the next one runs."""
 
     async def engine(x: torch.Tensor) -> torch.Tensor:
         return x
 
-    used = engine if is_async else double
-    monkeypatch.setattr(slot_type, "begin", refuse)
     async with (
-        Runtime("cpu") as runtime,
-        Batcher(used, max_batch_size=2000, max_queue=2000, runtime=runtime) as batcher,
+        Runtime([FullDevice()]) as runtime,
+        Batcher(
+            engine if is_async else double, max_batch_size=2000, max_queue=2000, runtime=runtime
+        ) as batcher,
     ):
         calls = [batcher.call_nowait(ONE) for _ in range(1200)]
         assert {type(outcome) for outcome in await outcomes_of(calls)} == {MemoryError}

@@ -11,8 +11,7 @@ from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from prometheus_client import CollectorRegistry, generate_latest
 
-from asyncdp import Batcher, Runtime
-from asyncdp._serving import export_opentelemetry, export_prometheus
+from asyncdp import Batcher, Runtime, export_opentelemetry, export_prometheus
 from asyncdp.errors import MissingExtraError
 
 pytestmark = pytest.mark.anyio

@@ -18,8 +18,9 @@ DEVICES = [["cpu", "cpu"], pytest.param(["cuda:0", "cuda:0"], marks=pytest.mark.
 
 @pytest.fixture(autouse=True)
 def begun() -> None:
-    """Have CUDA read its files before there is an event loop that must not."""
+    """Have torch and CUDA read their files before there is an event loop that must not."""
     torch.manual_seed(0)
+    torch.testing.assert_close(torch.zeros(1), torch.zeros(1))  # imports more of torch at its first call
     if torch.cuda.is_available():
         torch.zeros(1, device="cuda:0").item()
 
@@ -34,7 +35,7 @@ class Picky(nn.Linear):
 
 
 async def outcomes_of(batcher: Batcher, samples: list[Tensor], leave: int | None = None) -> list[Any]:
-    """Call for all samples at once; the caller at `leave` gives up soon."""
+    """Call for all samples at once; the caller at `leave` is cancelled."""
     outcomes: list[Any] = [None] * len(samples)
 
     async def call(position: int) -> None:
@@ -71,7 +72,7 @@ async def test_results_poison_and_leaving(devices: list[str], home: str) -> None
 
 @pytest.mark.parametrize("devices", DEVICES)
 async def test_results_outlive_later_batches(devices: list[str]) -> None:
-    """A result kept while many batches follow stays what it was."""
+    """A result stays what it was while many batches follow."""
     async with (
         DataParallel(nn.Identity(), devices) as engine,
         Batcher(engine, max_batch_size=4) as batcher,

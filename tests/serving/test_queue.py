@@ -1,22 +1,33 @@
-"""The pure schedule of a batcher, against a simple model and in single steps."""
+"""The queue of a batcher, pure: against a simple model and in single steps."""
 
 from __future__ import annotations
 
 import time
 import weakref
+from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
-from asyncdp._serving.queue import BatchSchedule, Item
+from asyncdp._serving.queue import BatchQueue
 
 MAX_AGE = 10.0
 
 
-class ScheduleMachine(RuleBasedStateMachine):
-    """Drives a schedule with arrivals, removals, time and free places; the model is one list."""
+@dataclass(eq=False)
+class Item:
+    """A sample in the queue."""
+
+    size: float
+    priority: int
+    arrived: float
+    ordinal: int = field(default=-1, init=False)
+
+
+class QueueMachine(RuleBasedStateMachine):
+    """Drives a queue with arrivals, removals, time and free places; the model is one list."""
 
     items = Bundle("items")
 
@@ -37,7 +48,7 @@ class ScheduleMachine(RuleBasedStateMachine):
         max_padding: float,
         sized: bool,
     ) -> None:
-        self.schedule: BatchSchedule[Item] = BatchSchedule(
+        self.queue: BatchQueue[Item] = BatchQueue(
             max_batch_size, max_queue, max_wait, MAX_AGE, max_cost if sized else None, max_padding, sized
         )
         self.now = 0.0
@@ -47,7 +58,7 @@ class ScheduleMachine(RuleBasedStateMachine):
     @rule(target=items, size=st.integers(1, 12), priority=st.integers(0, 2))
     def add(self, size: int, priority: int) -> Item:
         item = Item(float(size), priority, self.now)
-        self.schedule.add(item)
+        self.queue.add(item)
         self.waiting.append(item)
         self.let_in()
         return item
@@ -59,16 +70,16 @@ class ScheduleMachine(RuleBasedStateMachine):
     @rule(item=consumes(items))
     def remove(self, item: Item) -> None:
         was_waiting = item in self.waiting
-        assert self.schedule.remove(item, self.now) is was_waiting
-        assert self.schedule.remove(item, self.now) is False
+        assert self.queue.remove(item, self.now) is was_waiting
+        assert self.queue.remove(item, self.now) is False
         if was_waiting:
             self.leave([item])
 
     @rule(num_free=st.integers(1, 3))
     def take(self, num_free: int) -> None:
         queued = self.queued()
-        ready_at = self.schedule.ready_at()
-        batch = self.schedule.take(self.now, num_free)
+        ready_at = self.queue.ready_at()
+        batch = self.queue.take(self.now, num_free)
         assert bool(batch) == (ready_at is not None and ready_at <= self.now)
         if batch:
             self.check(batch, queued, num_free)
@@ -76,7 +87,7 @@ class ScheduleMachine(RuleBasedStateMachine):
 
     @rule(target=items)
     def clear(self) -> object:
-        taken = self.schedule.clear()
+        taken = self.queue.clear()
         assert sorted(map(id, taken)) == sorted(map(id, self.waiting))
         self.waiting, self.inside = [], set()
         return multiple()
@@ -88,8 +99,8 @@ class ScheduleMachine(RuleBasedStateMachine):
         self.let_in()
 
     def let_in(self) -> None:
-        """The model's admission: one by one, whoever is most urgent of those outside."""
-        while len(self.inside) < min(self.schedule.max_queue, len(self.waiting)):
+        """The model's admission: one by one, the most urgent of those outside."""
+        while len(self.inside) < min(self.queue.max_queue, len(self.waiting)):
             self.inside.add(self.by_urgency([item for item in self.waiting if item not in self.inside])[0])
 
     def by_urgency(self, items: list[Item]) -> list[Item]:
@@ -100,32 +111,32 @@ class ScheduleMachine(RuleBasedStateMachine):
 
     def check(self, batch: list[Item], queued: list[Item], num_free: int) -> None:
         """The batch is led by the most urgent item and is as full as limits allow."""
-        schedule = self.schedule
+        queue = self.queue
         assert len(set(batch)) == len(batch)
         assert set(batch) <= set(queued)
         # Who asked for full batches gets them; else all free places get some.
-        most = len(queued) if schedule.max_wait else -(-len(queued) // num_free)
-        limit = min(schedule.max_batch_size, most)
+        most = len(queued) if queue.max_wait else -(-len(queued) // num_free)
+        limit = min(queue.max_batch_size, most)
         urgent = self.by_urgency(queued)
         assert batch[0] is urgent[0]
-        if not schedule.sized:
+        if not queue.sized:
             assert batch == urgent[:limit]
             return
         assert len(batch) <= limit
         assert len(batch) == 1 or self.is_within_limits(batch)
-        # A sample that padding kept out may fit again once the batch has grown; cost only rises.
-        if len(batch) < limit and schedule.max_padding == 1.0:
+        # A sample that padding excluded may fit again once the batch has grown; cost only rises.
+        if len(batch) < limit and queue.max_padding == 1.0:
             left = [item for item in queued if item not in batch]
             assert not any(self.is_within_limits([*batch, item]) for item in left)
-        if schedule.max_cost is None and schedule.max_padding == 1.0:
+        if queue.max_cost is None and queue.max_padding == 1.0:
             self.check_nearest(batch, queued)
 
     def is_within_limits(self, batch: list[Item]) -> bool:
-        """Whether cost and padding of a batch are what the schedule allows."""
+        """Whether cost and padding of a batch are what the queue allows."""
         total = sum(item.size for item in batch)
         padded = len(batch) * max(item.size for item in batch)
-        cost = self.schedule.max_cost
-        return (cost is None or padded <= cost) and total >= padded * (1 - self.schedule.max_padding)
+        cost = self.queue.max_cost
+        return (cost is None or padded <= cost) and total >= padded * (1 - self.queue.max_padding)
 
     def check_nearest(self, batch: list[Item], queued: list[Item]) -> None:
         """No item was passed over for one of its own priority that is less like the leader."""
@@ -142,144 +153,140 @@ class ScheduleMachine(RuleBasedStateMachine):
 
     @invariant()
     def counts_agree(self) -> None:
-        schedule = self.schedule
-        assert schedule.num_queued + schedule.num_outside == len(self.waiting)
-        assert schedule.num_queued == min(schedule.max_queue, len(self.waiting))
-        assert schedule.is_full == (len(self.waiting) >= schedule.max_queue)
+        queue = self.queue
+        assert queue.num_queued + queue.num_outside == len(self.waiting)
+        assert queue.num_queued == min(queue.max_queue, len(self.waiting))
+        assert queue.is_full == (len(self.waiting) >= queue.max_queue)
 
     @invariant()
     def something_is_due(self) -> None:
-        ready_at = self.schedule.ready_at()
+        ready_at = self.queue.ready_at()
         assert (ready_at is None) == (not self.waiting)
         if ready_at is not None:
-            assert ready_at <= min(item.arrived for item in self.queued()) + self.schedule.max_wait
+            assert ready_at <= min(item.arrived for item in self.queued()) + self.queue.max_wait
 
 
-ScheduleMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+QueueMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
-class TestAgainstModel(ScheduleMachine.TestCase):  # type: ignore[name-defined, misc]
+class TestAgainstModel(QueueMachine.TestCase):  # type: ignore[name-defined, misc]
     """Whatever comes in whatever order, every item leaves once, in a batch that keeps all limits."""
 
 
-def make(sizes: list[float], **options: object) -> tuple[BatchSchedule[Item], list[Item]]:
-    schedule: BatchSchedule[Item] = BatchSchedule(4, 100, **options)  # type: ignore[arg-type]
+def make(sizes: list[float], **options: object) -> tuple[BatchQueue[Item], list[Item]]:
+    queue: BatchQueue[Item] = BatchQueue(4, 100, **options)  # type: ignore[arg-type]
     items = [Item(size, 0, 0.0) for size in sizes]
     for item in items:
-        schedule.add(item)
-    return schedule, items
+        queue.add(item)
+    return queue, items
 
 
 def test_like_lengths_go_together() -> None:
     """The oldest sample takes along those nearest to it in length."""
-    schedule, items = make([10, 90, 11, 95, 9, 12], sized=True)
-    assert {item.size for item in schedule.take(0.0)} == {10, 11, 9, 12}
-    assert schedule.take(0.0) == [items[1], items[3]]
+    queue, items = make([10, 90, 11, 95, 9, 12], sized=True)
+    assert {item.size for item in queue.take(0.0)} == {10, 11, 9, 12}
+    assert queue.take(0.0) == [items[1], items[3]]
 
 
 def test_cost_limits_a_batch() -> None:
     """Samples times longest stays within `max_cost`; a longer sample goes alone."""
-    schedule, items = make([5, 5, 5, 50], sized=True, max_cost=12.0)
-    assert schedule.take(0.0) == items[:2]
-    assert schedule.take(0.0) == [items[2]]
-    assert schedule.take(0.0) == [items[3]]
+    queue, items = make([5, 5, 5, 50], sized=True, max_cost=12.0)
+    assert queue.take(0.0) == items[:2]
+    assert queue.take(0.0) == [items[2]]
+    assert queue.take(0.0) == [items[3]]
 
 
 def test_padding_limits_a_batch() -> None:
     """Samples too unlike each other wait for another batch, even if this one is not full."""
-    schedule, items = make([10, 30, 9, 29], sized=True, max_padding=0.1)
-    assert schedule.take(0.0) == [items[0], items[2]]
-    assert schedule.take(0.0) == [items[1], items[3]]
+    queue, items = make([10, 30, 9, 29], sized=True, max_padding=0.1)
+    assert queue.take(0.0) == [items[0], items[2]]
+    assert queue.take(0.0) == [items[1], items[3]]
 
 
 def test_what_waits_is_shared_out() -> None:
     """With two places free each gets half of what waits."""
-    schedule, items = make([0.0] * 4)
-    assert schedule.take(0.0, num_free=2) == items[:2]
-    assert schedule.take(0.0, num_free=1) == items[2:]
+    queue, items = make([0.0] * 4)
+    assert queue.take(0.0, num_free=2) == items[:2]
+    assert queue.take(0.0, num_free=1) == items[2:]
 
 
 def test_a_batch_that_waited_to_fill_is_not_shared_out() -> None:
     """With `max_wait`, however many places are free, a batch takes all that it has waited for."""
-    schedule, items = make([0.0] * 4, max_wait=2.0)
-    assert schedule.take(0.0, num_free=2) == items
-    schedule, items = make([0.0] * 2, max_wait=2.0)
-    assert schedule.take(2.0, num_free=2) == items
+    queue, items = make([0.0] * 4, max_wait=2.0)
+    assert queue.take(0.0, num_free=2) == items
+    queue, items = make([0.0] * 2, max_wait=2.0)
+    assert queue.take(2.0, num_free=2) == items
 
 
 @pytest.mark.parametrize("sized", [False, True])
 def test_age_goes_before_priority(sized: bool) -> None:
     """An item past the age cap leads the next batch, however urgent the others are."""
-    schedule: BatchSchedule[Item] = BatchSchedule(1, 100, max_age=5.0, sized=sized)
+    queue: BatchQueue[Item] = BatchQueue(1, 100, max_age=5.0, sized=sized)
     old, urgent = Item(1.0, 0, 0.0), Item(1.0, 9, 1.0)
-    schedule.add(old)
-    schedule.add(urgent)
-    assert schedule.take(6.0) == [old]
-    schedule.add(Item(1.0, 0, 6.0))
-    assert schedule.take(6.0) == [urgent]
+    queue.add(old)
+    queue.add(urgent)
+    assert queue.take(6.0) == [old]
+    queue.add(Item(1.0, 0, 6.0))
+    assert queue.take(6.0) == [urgent]
 
 
 def test_batch_waits_to_fill_only_when_asked() -> None:
     """`max_wait` holds a batch back until it is full or the oldest item's time has come."""
-    schedule, items = make([0.0] * 3, max_wait=2.0)
-    assert schedule.take(1.9) == []
-    assert schedule.ready_at() == 2.0
-    schedule.add(Item(0.0, 0, 1.9))
-    assert schedule.take(1.9)[:3] == items
+    queue, items = make([0.0] * 3, max_wait=2.0)
+    assert queue.take(1.9) == []
+    assert queue.ready_at() == 2.0
+    queue.add(Item(0.0, 0, 1.9))
+    assert queue.take(1.9)[:3] == items
 
 
 def test_room_goes_by_priority() -> None:
     """Of those who wait for room the most urgent is let in first."""
-    schedule: BatchSchedule[Item] = BatchSchedule(1, 1)
+    queue: BatchQueue[Item] = BatchQueue(1, 1)
     first, low, high = Item(0.0, 0, 0.0), Item(0.0, 0, 0.0), Item(0.0, 5, 0.0)
     for item in (first, low, high):
-        schedule.add(item)
-    assert schedule.num_outside == 2
-    assert [schedule.take(0.0) for _ in range(3)] == [[first], [high], [low]]
+        queue.add(item)
+    assert queue.num_outside == 2
+    assert [queue.take(0.0) for _ in range(3)] == [[first], [high], [low]]
 
 
 def test_room_goes_by_age_in_the_end() -> None:
-    """Who has waited for room beyond the age cap is let in before every priority, by a batch or a removal."""
+    """An item that has waited for room beyond the age cap is let in before every priority."""
     for leave in ("take", "remove"):
-        schedule: BatchSchedule[Item] = BatchSchedule(1, 1, max_age=5.0)
+        queue: BatchQueue[Item] = BatchQueue(1, 1, max_age=5.0)
         first, low, high = Item(0.0, 0, 0.0), Item(0.0, 0, 1.0), Item(0.0, 9, 6.0)
         for item in (first, low, high):
-            schedule.add(item)
+            queue.add(item)
         if leave == "take":
-            assert schedule.take(6.0) == [first]
+            assert queue.take(6.0) == [first]
         else:
-            assert schedule.remove(first, 6.0)
-        assert [schedule.take(6.0) for _ in range(2)] == [[low], [high]]
+            assert queue.remove(first, 6.0)
+        assert [queue.take(6.0) for _ in range(2)] == [[low], [high]]
 
 
 def test_leaving_the_wait_for_room_is_quick_and_complete() -> None:
-    """However many wait for room, one that gives up leaves in no time, and nothing is kept of it."""
-
-    class Watched(Item):
-        """An item that can be referred to weakly."""
-
-    schedule: BatchSchedule[Item] = BatchSchedule(1, 1)
-    items = [Watched(0.0, n % 7, 0.0) for n in range(20_000)]
+    """However many wait for room, one is removed quickly, and no reference to it remains."""
+    queue: BatchQueue[Item] = BatchQueue(1, 1)
+    items = [Item(0.0, n % 7, 0.0) for n in range(20_000)]
     for item in items:
-        schedule.add(item)
+        queue.add(item)
     alive = weakref.WeakSet(items)
     started = time.perf_counter()
     while len(items) > 2:
-        assert schedule.remove(items.pop(), 0.0)
+        assert queue.remove(items.pop(), 0.0)
     del item
     # Looking through those who wait took half a minute.
     assert time.perf_counter() - started < 2
     assert set(alive) == set(items)
-    assert len(schedule._outside_ranks) < 100
-    assert [schedule.take(0.0) for _ in range(3)] == [items[:1], items[1:], []]
+    assert len(queue._outside_ranks) < 100
+    assert [queue.take(0.0) for _ in range(3)] == [items[:1], items[1:], []]
 
 
 def test_a_lasting_overload_leaves_nothing_behind() -> None:
-    """Where everybody waits beyond the age cap, what is kept does not grow with those who have left."""
-    schedule: BatchSchedule[Item] = BatchSchedule(1, 1, max_age=1.0)
+    """Where all items wait beyond the age cap, nothing grows with the number of those that have left."""
+    queue: BatchQueue[Item] = BatchQueue(1, 1, max_age=1.0)
     for n in range(50):
-        schedule.add(Item(0.0, n % 3, float(n)))
+        queue.add(Item(0.0, n % 3, float(n)))
     for n in range(50, 2_000):
-        schedule.add(Item(0.0, n % 3, float(n)))
-        assert schedule.take(float(n))[0].arrived == n - 50
-    assert len(schedule._outside_ranks) < 200
+        queue.add(Item(0.0, n % 3, float(n)))
+        assert queue.take(float(n))[0].arrived == n - 50
+    assert len(queue._outside_ranks) < 200

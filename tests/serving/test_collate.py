@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +18,34 @@ def test_stack_keeps_structure() -> None:
     assert torch.equal(batch["n"][1], torch.tensor([True, False]))
 
 
+@pytest.mark.parametrize(
+    ("sample", "dtype"),
+    [
+        (1.5, torch.get_default_dtype()),
+        (2, torch.int64),
+        (True, torch.bool),
+        (torch.zeros(2, dtype=torch.float64), torch.float64),
+        (np.zeros(2), torch.float64),
+        (np.zeros(2, dtype=np.int16), torch.int16),
+        (np.float64(1.5), torch.float64),
+        (np.bool_(True), torch.bool),
+    ],
+)
+def test_dtypes_are_kept(sample: object, dtype: torch.dtype) -> None:
+    """Tensors and NumPy values keep their dtype, and Python's numbers get those of torch."""
+    batch = Stack()([sample, sample])
+    assert batch.dtype is dtype
+    assert batch.shape[0] == 2
+
+
+def test_texts_become_lists() -> None:
+    """Texts cannot be stacked: a batch has them as a list."""
+    assert Stack()(["one", "two"]) == ["one", "two"]
+    batch = Stack()([{"text": "one", "x": 1}, {"text": "two", "x": 2}])
+    assert batch["text"] == ["one", "two"]
+    assert batch["x"].tolist() == [1, 2]
+
+
 def test_pad_fills_every_dimension() -> None:
     """Shorter tensors are filled at the end of each dimension; the dtype stays."""
     batch = Stack(pad=7)([torch.zeros(1, 2, dtype=torch.int64), torch.ones(2, 1, dtype=torch.int64)])
@@ -29,7 +58,9 @@ def test_pad_fills_every_dimension() -> None:
     [
         ([torch.zeros(1), torch.zeros(2)], r"shape: \[1\] and \[2\].*pad="),
         ([{"a": 1}, {"b": 1}], "structure"),
-        (["text", "more"], "a str cannot be stacked.*collate="),
+        (["text", 1], "a str cannot be stacked.*collate="),
+        ([object(), object()], "a object cannot be stacked"),
+        ([np.array("text"), np.array("more")], "can't convert np.ndarray of type numpy.str_"),
         ([torch.zeros(1), torch.zeros(1, dtype=torch.int64)], "dtype: torch.float32 and torch.int64"),
         ([1, 2.5], "dtype: torch.int64 and torch.float32"),
     ],
@@ -64,6 +95,6 @@ def test_unbind_gives_rows() -> None:
     "output", [torch.tensor(1.0), torch.zeros(3, 2), [1.0, 2.0], {"texts": ["a", "b"]}, "text", 7]
 )
 def test_output_needs_a_row_per_sample(output: object) -> None:
-    """An output that cannot be told apart by samples is refused."""
+    """An output without a row for each sample is refused."""
     with pytest.raises(SplitError, match="of 2 samples"):
         unbind(output, [None, None])
