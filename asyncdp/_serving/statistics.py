@@ -83,15 +83,13 @@ class Recorder:
 
     def on_batch_start(self, calls: Sequence[Request], now: float) -> None:
         """Count a batch whose calls have waited until now."""
+        sizes = [call.size for call in calls]
+        self._waits.extend([now - call.arrived for call in calls])
         self.num_running += len(calls)
         self.num_batches += 1
         self._num_samples += len(calls)
-        longest = 0.0
-        for call in calls:
-            self._waits.append(now - call.arrived)
-            self._total_size += call.size
-            longest = max(longest, call.size)
-        self._padded_size += len(calls) * longest
+        self._total_size += sum(sizes)
+        self._padded_size += len(calls) * max(sizes)
 
     def on_batch_end(self, calls: Sequence[Request], seconds: float) -> None:
         """Count the end of a batch."""
