@@ -16,7 +16,7 @@ from ..errors import CallCancelledError, CallTimeoutError
 from .queue import BatchQueue
 
 
-class CallState(enum.Enum):
+class CallState(enum.StrEnum):  # hashed as a str: every call is counted by its state
     """Whether a call has ended, and how."""
 
     PENDING = "pending"
@@ -104,7 +104,7 @@ class Request:
                 self._waiter = None
                 # Also if the result came in the same turn of the loop: nobody gets to see it.
                 if not self._is_counted:
-                    self._end(CallState.CANCELLED, error=CallCancelledError())
+                    self._withdraw(CallState.CANCELLED, CallCancelledError())
                 raise
             finally:
                 if stop_timer is not None:
@@ -122,7 +122,7 @@ class Request:
         """Cancel the call if it is pending; return whether it was."""
         if self.state is not CallState.PENDING:
             return False
-        self._end(CallState.CANCELLED, error=CallCancelledError())
+        self._withdraw(CallState.CANCELLED, CallCancelledError())
         return True
 
     def complete(self, value: Any, error: BaseException | None = None) -> None:
@@ -137,7 +137,7 @@ class Request:
         """End a pending call whose time is over; return whether it was."""
         if self.timeout is None or self.state is not CallState.PENDING or now < self.arrived + self.timeout:
             return False
-        self._end(CallState.TIMED_OUT, error=CallTimeoutError(self.timeout))
+        self._withdraw(CallState.TIMED_OUT, CallTimeoutError(self.timeout))
         return True
 
     def _start_timer(self) -> Callable[[], object]:
@@ -145,14 +145,17 @@ class Request:
         seconds = self.arrived + self.timeout - time.perf_counter()
         return self.loop.call_later(max(0.0, seconds), partial(self.expire, math.inf))
 
-    def _end(self, state: CallState, value: Any = None, error: BaseException | None = None) -> None:
+    def _withdraw(self, state: CallState, error: BaseException) -> None:
+        """End the call wherever it is; if it still waits, it leaves the queue."""
+        self._end(state, None, error)
+        self.queue.remove(self, time.perf_counter())
+
+    def _end(self, state: CallState, value: Any, error: BaseException | None) -> None:
         self.state, self._value, self._error = state, value, error
-        if state is CallState.CANCELLED or state is CallState.TIMED_OUT:
-            self.queue.remove(self, time.perf_counter())
         # Else counted when the task that waits goes on: it may be cancelled before that.
-        if self._waiter is None or state is CallState.CANCELLED:
+        if self._waiter is None:
             self._count()
-        if self._waiter is not None and not self._waiter.done():
+        elif not self._waiter.done():
             self._waiter.set_result(None)
 
     def _count(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -33,7 +33,7 @@ class Steps:
         args, kwargs = arguments(self.collate(samples))
         return self.results(function(*args, **kwargs), samples)
 
-    def arguments(self, samples: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def arguments(self, samples: Sequence[Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
         """Return what to call an engine with."""
         return arguments(self.collate(samples))
 

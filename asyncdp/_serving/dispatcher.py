@@ -161,7 +161,7 @@ class Dispatcher:
             calls = [call for call in taken if call.timeout is None or not call.expire(now)]
             if not calls:
                 return True
-            self.recorder.on_batch_start(calls, now)
+            self.recorder.on_batch(calls, now)
         except Exception as error:
             _fail_all(taken, _closed_by(error))
             raise
@@ -243,7 +243,8 @@ class Dispatcher:
     def _finish(self, batch: _Batch) -> None:
         """End a batch: its slot takes the next one."""
         self._running.remove(batch)
-        self.recorder.on_batch_end(batch.calls, time.perf_counter() - batch.started)
+        self.recorder.num_running -= len(batch.calls)
+        self.recorder.runs.append(time.perf_counter() - batch.started)
         slot = batch.slot
         if batch.error is not None and slot.lost is not None and not slot.change_lane():
             self._retire(slot)

@@ -75,28 +75,21 @@ class Recorder:
     num_retried: int = 0
     num_lost_slots: int = 0
     outcomes: Counter[CallState] = field(default_factory=Counter)
+    runs: deque[float] = field(default_factory=lambda: deque(maxlen=_NUM_KEPT))
     _waits: deque[float] = field(default_factory=lambda: deque(maxlen=_NUM_KEPT))
-    _runs: deque[float] = field(default_factory=lambda: deque(maxlen=_NUM_KEPT))
     _num_samples: int = 0
     _total_size: float = 0.0
     _padded_size: float = 0.0
 
-    def on_batch_start(self, calls: Sequence[Request], now: float) -> None:
+    def on_batch(self, calls: Sequence[Request], now: float) -> None:
         """Count a batch whose calls have waited until now."""
+        sizes = [call.size for call in calls]
+        self._waits.extend([now - call.arrived for call in calls])
         self.num_running += len(calls)
         self.num_batches += 1
         self._num_samples += len(calls)
-        longest = 0.0
-        for call in calls:
-            self._waits.append(now - call.arrived)
-            self._total_size += call.size
-            longest = max(longest, call.size)
-        self._padded_size += len(calls) * longest
-
-    def on_batch_end(self, calls: Sequence[Request], seconds: float) -> None:
-        """Count the end of a batch."""
-        self.num_running -= len(calls)
-        self._runs.append(seconds)
+        self._total_size += sum(sizes)
+        self._padded_size += len(calls) * max(sizes)
 
     def statistics(self, num_queued: int, num_outside: int) -> BatcherStatistics:
         """Return the statistics of this moment."""
@@ -111,6 +104,6 @@ class Recorder:
             batch_fill=self._num_samples / capacity if capacity else 0.0,
             padding_waste=1 - self._total_size / self._padded_size if self._padded_size else 0.0,
             wait=Percentiles.of(self._waits),
-            run=Percentiles.of(self._runs),
+            run=Percentiles.of(self.runs),
             **{name: count for name, count in vars(self).items() if name.startswith("num_")},
         )

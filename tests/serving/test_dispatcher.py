@@ -346,7 +346,7 @@ async def test_a_cancelled_close_ends_the_other_one() -> None:
         assert [type(outcome) for outcome in await outcomes_of(calls)] == [BatcherClosedError] * 2
 
 
-@pytest.mark.parametrize("part", ["take", "on_batch_start", "_send_batch"])
+@pytest.mark.parametrize("part", ["take", "on_batch", "_send_batch"])
 async def test_a_mistake_of_ours_leaves_nobody_hanging(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """If the batcher itself raises, all calls fail, new ones are refused and closing raises the cause."""
     devices = fake_devices(2)
