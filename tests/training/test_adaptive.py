@@ -37,7 +37,7 @@ class Counting(nn.Module):
 
 
 def adaptive(module: nn.Module) -> asyncdp.DataParallel:
-    """An engine on three lanes that chooses by itself."""
+    """Return an engine on three lanes that chooses by itself."""
     return asyncdp.DataParallel(module, "cpu*3")
 
 

@@ -50,7 +50,7 @@ class Passes:
 
 @pytest.fixture(params=["functional", "engine"])
 def dp(request: pytest.FixtureRequest) -> Iterator[Passes]:
-    """Passes of both forms."""
+    """Return passes of both forms."""
     with asyncio.Runner() as runner:
         passes = Passes(request.param, runner)
         yield passes

@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 
 def leaf(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """A tensor that learns."""
+    """Return a tensor that requires a gradient."""
     return torch.randn(*shape, dtype=dtype, requires_grad=True)
 
 
@@ -44,7 +44,7 @@ def gather_scalars(x: Tensor, y: Tensor) -> Tensor:
 
 
 def replicate_and_apply(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A linear layer with these parameters, on three lanes, by the verbs."""
+    """Run a linear layer with these parameters, on three lanes, by the verbs."""
     module = nn.Linear(2, 2).double()
     module._parameters.update(weight=weight, bias=bias)  # the very tensors that gradcheck varies
     replicas = asyncdp.replicate(module, "cpu*3")

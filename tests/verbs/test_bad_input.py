@@ -23,7 +23,7 @@ PACKED = pack_sequence([torch.zeros(3), torch.zeros(2)])
 
 
 def scripted() -> nn.Module:
-    """A TorchScript module."""
+    """Return a TorchScript module."""
     import warnings
 
     with warnings.catch_warnings():

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*lazily.*")
 
 
 def statistics(module: nn.Module) -> dict[str, Tensor]:
-    """The buffers' values."""
+    """Return the buffers' values."""
     return {name: tensor.clone() for name, tensor in module.named_buffers()}
 
 

@@ -32,7 +32,7 @@ def lanes(kind: str) -> list[LaneDevice]:
 
 @pytest.fixture(params=["both away", "one at home"])
 def dp(request: pytest.FixtureRequest) -> Iterator[Callable[..., Any]]:
-    """Passes over two lanes of one runtime, none of them or only the first at the module's home."""
+    """Return passes over two lanes, none of them or only the first on the module's own device."""
     away: list[LaneDevice] = [*fake_devices(2)] if request.param == "both away" else [FakeDevice(1)]
     with asyncio.Runner() as runner:
         runtime = asyncdp.Runtime([LaneDevice(CPU), *away][-2:])

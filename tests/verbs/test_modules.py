@@ -16,7 +16,7 @@ from .models import MODULES, Fn
 
 
 def gradients(module: nn.Module) -> dict[str, Tensor | None]:
-    """The gradients of all parameters and buffers, by name."""
+    """Return the gradients of all parameters and buffers, by name."""
     tensors = [*module.named_parameters(), *module.named_buffers()]
     return {name: tensor.grad for name, tensor in tensors if tensor.is_leaf}
 

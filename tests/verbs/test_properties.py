@@ -54,7 +54,7 @@ def containers(children: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 
 @st.composite
 def batches(draw: st.DrawFn) -> tuple[Any, int, int]:
-    """A tree, the dimension it can be split on, and a number of lanes."""
+    """Draw a tree, the dimension it can be split on, and a number of lanes."""
     dim = draw(st.integers(-2, 2))
     leaves = st.one_of(tensors(draw(st.integers(0, 9)), dim), plain)
     return draw(st.recursive(leaves, containers, max_leaves=8)), dim, draw(st.integers(1, 5))
