@@ -203,7 +203,7 @@ def test_a_fork_while_locks_are_held() -> None:
         scheduler = scheduler_of(asyncdp.default_runtime())
         replicas = replica_set_of(module, [torch.device("cpu")] * 2)
         engine = asyncdp.DataParallel(module, "cpu*2")
-        long = [replicas._lock, scheduler.lock, default._default_lock, engine._replicas._lock]
+        long = [replicas._lock, scheduler.lock, default._default_lock, engine._route.replicas._lock]
         # For a moment: a fork may wait for these.
         short = [_tree._registering, threads._changing]
         taken, forking, ended = threading.Barrier(2), threading.Event(), threading.Event()

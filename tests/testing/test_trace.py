@@ -425,7 +425,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TraceFileError, match=r"x\.json"):
         summarize(path)
     path.write_text('{"traceEvents": []}')
-    assert "no works" in summarize(path)
+    assert "no tasks" in summarize(path)
 
 
 async def test_the_command_line_shows_the_summary(tmp_path: Path) -> None:
