@@ -41,7 +41,7 @@ from asyncdp._devices import parse_devices
 
 SCRIPT = Path(__file__).resolve()
 RESULTS = SCRIPT.parent.parent / "docs" / "results"
-CONTENDERS = ("plain", "plain-fused", "ddp", "to_thread", "asyncdp", "asyncdp-all")
+CONTENDERS = ("plain", "ddp", "to_thread", "asyncdp", "asyncdp-all")
 
 
 class Place:
@@ -63,8 +63,6 @@ class Place:
         ddp = "DDP gloo, 2 processes x 1 thread" if self.is_cpu else "DDP nccl, 2 processes"
         return {
             "plain": "plain torch, all threads" if self.is_cpu else "plain torch",
-            # As asyncdp's is on the CPU, where nobody says otherwise.
-            **({"plain-fused": "plain torch, SGD(fused=True)"} if self.is_cpu else {}),
             **({"ddp": ddp} if self.has_ddp else {}),
             "to_thread": "plain torch by asyncio.to_thread",
             "asyncdp": "asyncdp",
@@ -167,8 +165,9 @@ WORKLOADS = {
 Step = Callable[[], None]
 
 
-def optimizer_of(module: nn.Module, *, fused: bool | None = None) -> torch.optim.Optimizer:
-    return torch.optim.SGD(module.parameters(), 0.01, momentum=0.9, fused=fused)
+def optimizer_of(module: nn.Module) -> torch.optim.Optimizer:
+    """Return the optimizer that all contenders have."""
+    return torch.optim.SGD(module.parameters(), 0.01, momentum=0.9, fused=True)
 
 
 def plain_step(module: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor]) -> None:
@@ -204,9 +203,9 @@ def made(workload: Workload, device: torch.device) -> tuple[nn.Module, tuple[Ten
     return workload.make().to(device), (inputs.to(device), targets.to(device))
 
 
-def run_plain(workload: Workload, place: Place, fused: bool | None) -> None:
+def run_plain(workload: Workload, place: Place) -> None:
     module, batch = made(workload, place.home)
-    optimizer = optimizer_of(module, fused=fused)
+    optimizer = optimizer_of(module)
 
     def step() -> None:
         plain_step(module, optimizer, batch)
@@ -442,7 +441,6 @@ async def measure_digits(place: Place) -> dict[str, float]:
 
 def table(report: dict[str, Any], titles: dict[str, str]) -> str:
     has_ddp = "ddp" in titles
-    has_fused = "plain-fused" in titles
     lines = [
         "# Training steps",
         "",
@@ -452,15 +450,13 @@ def table(report: dict[str, Any], titles: dict[str, str]) -> str:
         "",
         "| workload | rounds | "
         + " | ".join(f"{title}, ms" for title in titles.values())
-        + (" | asyncdp / better of plain and DDP |" if has_ddp else " | asyncdp / plain |")
-        + (" asyncdp / plain, fused |" if has_fused else ""),
-        "|---|" + "---:|" * (len(titles) + 2 + has_fused),
+        + (" | asyncdp / better of plain and DDP |" if has_ddp else " | asyncdp / plain |"),
+        "|---|" + "---:|" * (len(titles) + 2),
     ]
     for one in report["workloads"].values():
         cells = [str(len(one["contenders"]["plain"]["turns_ms"]))]
         cells += [f"{one['contenders'][name]['median_ms']:.2f}" for name in titles]
-        ratios = [one["ratio"], one["ratio_fused"]] if has_fused else [one["ratio"]]
-        cells += [f"{ratio:.3f}" for ratio in ratios]
+        cells.append(f"{one['ratio']:.3f}")
         lines.append(f"| {one['title']} | {' | '.join(cells)} |")
     lines += [
         "",
@@ -520,8 +516,6 @@ def drive(num_launches: int, workloads: list[str], place: Place, out: Path) -> N
             "contenders": found,
             "ratio": ratio_to(better, found),
         }
-        if "plain-fused" in found:
-            one["ratio_fused"] = ratio_to("plain-fused", found)
         if "ddp" in found:
             one["memory_ratio"] = found["asyncdp"]["peak_mib"] / found["ddp"]["peak_mib"]
         report["workloads"][name] = {**one, "stall": measure_stall(name, place)}
@@ -557,8 +551,8 @@ def main() -> None:
         drive(asked.launches, asked.workloads, place, asked.out)
     elif asked.stall:
         asyncio.run(run_stall(workload, place, asked.stall == "inline"))
-    elif asked.contender in ("plain", "plain-fused"):
-        run_plain(workload, place, fused=asked.contender == "plain-fused" or None)
+    elif asked.contender == "plain":
+        run_plain(workload, place)
     elif asked.contender == "ddp":
         run_ddp(workload, place, asked.rank, asked.port)
     elif asked.contender == "to_thread":

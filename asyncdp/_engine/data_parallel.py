@@ -275,8 +275,8 @@ class DataParallel:
                 no gradient leads back to them.
             targets: what `loss_fn` compares with; split like the inputs. May be None.
             loss_fn: called on every lane with its outputs and its targets; returns one number.
-            optimizer: of torch.optim, over the module's parameters. None only with `reduce_only`. On the
-                CPU it steps by torch's fused kernel, if it has one and says neither `foreach` nor `fused`.
+            optimizer: of torch.optim, over the module's parameters. None only with `reduce_only`.
+                On the CPU `fused=True` makes its step cheapest.
             loss_reduction: whether `loss_fn` gives the "mean" over the rows it gets, or the "sum".
             before_step: called on a lane between reduce and step, with the whole gradients in `.grad`,
                 unscaled: `lambda: clip_grad_norm_(module.parameters(), 1.0)`, say.

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from .._devices.threads import set_intra_op_threads
 from ..errors import ClosureOptimizerError, LossReductionError, NotAnOptimizerError
-from .fused import fused
 from .reducer import Gradients, add_up
 
 
@@ -188,12 +187,10 @@ def commit(held: Held, options: StepOptions, write_buffers: Callable[[], None] |
     if options.reduce_only:
         return
     try:
-        with fused(options.optimizer):
-            if options.scaler is None:
-                options.optimizer.step()
-            else:
-                options.scaler.step(options.optimizer)
-        if options.scaler is not None:
+        if options.scaler is None:
+            options.optimizer.step()
+        else:
+            options.scaler.step(options.optimizer)
             options.scaler.update()
     except BaseException as error:
         _forget_unscaling(options)
