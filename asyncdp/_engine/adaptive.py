@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from .. import _tree
 from .._replicas.replica_set import ReplicaSet
-from .._replicas.snapshot import modules_of
-from .._training.lanes import Modes
+from .._replicas.snapshot import ModuleSnapshot
 from .._training.trainer import count_rows
 from .route import Route
 from .tuner import LaneChoice, Tuner, Workload
@@ -45,7 +44,7 @@ class Adaptive:
         """Run one batch."""
         batch = args if not kwargs else (args, dict(kwargs))
         tensors = tensors_of(batch)
-        workload = self._workload("call", tensors, modules_of(self._module))
+        workload = self._workload("call", tensors, replicas.parts(self._module))
         is_trial = workload.is_learning
         num_lanes = workload.choose()
         num_elements = sum(map(Tensor.numel, tensors))
@@ -58,10 +57,10 @@ class Adaptive:
                 return await self._run(self._all, replicas, args, kwargs)
         return result
 
-    def choose_for_step(self, batch: Any, modes: Modes) -> tuple[int, Callable[[float], None]]:
+    def choose_for_step(self, batch: Any, snapshot: ModuleSnapshot) -> tuple[int, Callable[[float], None]]:
         """The number of lanes for one training step, and what to tell the seconds it took."""
         tensors = tensors_of(batch)
-        workload = self._workload("train_step", tensors, modes.modules)
+        workload = self._workload("train_step", tensors, snapshot)
         num_lanes = workload.choose()
         size = sum(map(Tensor.numel, tensors))
         return num_lanes, partial(workload.record, num_lanes, size=size)
@@ -73,10 +72,10 @@ class Adaptive:
             return await self._route.run_whole(self._module, replicas, args, kwargs)
         return await self._route.run(self._module, replicas, args, kwargs, num_lanes)
 
-    def _workload(self, kind: str, tensors: Sequence[Tensor], modules: Sequence[nn.Module]) -> Workload:
+    def _workload(self, kind: str, tensors: Sequence[Tensor], snapshot: ModuleSnapshot) -> Workload:
         """The workload of a call; one that may not be tuned is fixed here."""
         mode = "train" if self._module.training else "eval"
-        reason = why_fixed(modules)
+        reason = why_fixed(snapshot)
         asked = (kind, mode, _torch_mode(), reason, [*map(_KIND, tensors)])
         if self._latest is not None and asked == self._latest[0]:
             return self._latest[1]  # most calls are as the one before, and spared the making of a key
@@ -140,13 +139,12 @@ def _torch_mode() -> str:
     return f"{mode} autocast" if is_mixed else mode
 
 
-def why_fixed(modules: Sequence[nn.Module]) -> str | None:
-    """Why the results of a module, given with all below it, may depend on how a batch is split, or None."""
+def why_fixed(snapshot: ModuleSnapshot) -> str | None:
+    """Return why the results of a module may depend on how a batch is split, or None."""
     if torch.are_deterministic_algorithms_enabled():
         return "torch's deterministic mode is on"
-    for each in modules:
-        if not each._buffers:
-            continue
+    modules = snapshot.modules
+    for each in (modules[position] for position in snapshot.buffer_owners):
         if isinstance(each, nn.modules.batchnorm._BatchNorm):
             if each.training or each.running_mean is None:
                 return "batch statistics are computed per shard"

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from .._devices import DeviceLike, Devices, parse_devices
 from .._devices.threads import end_own_team
-from .._replicas.buckets import DEFAULT_BUCKET_BYTES
-from .._replicas.replica import check_module
+from .._replicas.copies import DEFAULT_BUCKET_BYTES
 from .._replicas.replica_set import ReplicaSet, replica_set_of
+from .._replicas.snapshot import check_module
 from .._runtime import Lane, Runtime, RuntimeStatistics, default_lanes, scheduler_of
 from .._training.commit import StepOptions
 from .._training.trainer import Trainer
@@ -180,7 +180,7 @@ class DataParallel:
         Returns, raises: as `asyncdp.data_parallel`.
         """
         if len(self._route.lanes) == 1:
-            result = await self._route.run_on_one_lane(self.module, None, args, kwargs)
+            result = await self._route.run_on_one_lane(self.module, self._replicas, args, kwargs)
         elif self._adaptive is not None:
             result = await self._adaptive.call(self._replicas, args, kwargs)
         else:
@@ -210,7 +210,7 @@ class DataParallel:
 
     def pick_lane(self) -> int:
         """The position in `lanes` of the one for a whole batch: the least busy, or 0 where buffers change."""
-        return self._route.pick(self.module)
+        return self._route.pick(self.module, self._replicas)
 
     def _count_pass(self) -> None:
         with self._counting:
@@ -294,13 +294,13 @@ class DataParallel:
         """
         options = StepOptions(loss_fn, optimizer, loss_reduction, before_step, scaler, reduce_only)
         options.check()
-        modes = self._trainer.modes()
+        snapshot = self._trainer.snapshot()
         num_lanes, record = self._num_lanes, None
         if self._adaptive is not None:
-            num_lanes, record = self._adaptive.choose_for_step((inputs, targets), modes)
+            num_lanes, record = self._adaptive.choose_for_step((inputs, targets), snapshot)
         accumulate = self in _accumulating.get()
         return await self._trainer.step(
-            inputs, targets, options, num_lanes, modes, accumulate=accumulate, record=record
+            inputs, targets, options, num_lanes, snapshot, accumulate=accumulate, record=record
         )
 
     @contextmanager

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._replicas.replica_set import LaneModule, ReplicaSet, updates_buffers
-from .._replicas.snapshot import is_on, moves_weights
+from .._replicas.replica_set import LaneModule, ReplicaSet
 from .._runtime import Lane, Scheduler, Task
 from .._runtime.passes import NextStage, Stage
 from .._verbs.gather import gather_to
@@ -44,7 +43,7 @@ class Route:
         most = len(self.lanes) if num_lanes is None else num_lanes
         wholes = Wholes()
         shards = split_arguments(args, kwargs, most, self.dim, wholes)
-        positions = self._positions(len(shards), module)
+        positions = self._positions(len(shards), module, replicas)
 
         def apply_stage(modules: Sequence[LaneModule]) -> Stage:
             return [
@@ -74,24 +73,24 @@ class Route:
     async def run_on_one_lane(
         self,
         module: nn.Module,
-        replicas: ReplicaSet | None,
+        replicas: ReplicaSet,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
     ) -> Any:
         """Run a whole batch on the lane that `pick` picks; a lone lane needs no replicas."""
-        position = self.pick(module)
+        position = self.pick(module, replicas)
         run = partial(self.run_here, position, module, replicas, args, kwargs)
         return await self._run_task(Task(self.lanes[position], run, "run"), len(self.lanes))
 
-    def pick(self, module: nn.Module) -> int:
+    def pick(self, module: nn.Module, replicas: ReplicaSet) -> int:
         """The position of the lane for a whole batch: the least busy, or lane 0 where buffers change."""
-        return self._positions(1, module)[0]
+        return self._positions(1, module, replicas)[0]
 
     def run_here(
         self,
         position: int,
         module: nn.Module,
-        replicas: ReplicaSet | None,
+        replicas: ReplicaSet,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
     ) -> Any:
@@ -102,9 +101,8 @@ class Route:
         device = self.lanes[position].device
         each: Callable[..., Any]
         if len(self.lanes) == 1:
-            each = module if is_on(module, device) else module.to(device)
+            each = module if replicas.parts(module).is_on(device) else module.to(device)
         else:
-            assert replicas is not None
             each = replicas.prepare(module, [position])[0]
         return apply_and_move(each, args, kwargs, device, self.output)
 
@@ -117,12 +115,13 @@ class Route:
         with its own share of the threads: no lane's thread count ever changes.
         """
         lane = self.scheduler.least_busy(self.lanes)[0]
-        if lane is not self.lanes[0] and not updates_buffers(module):
+        if lane is not self.lanes[0] and not replicas.parts(module).updates_buffers():
             return await self.run_on_one_lane(module, replicas, args, kwargs)
         lane = self.lanes[0]
 
         def whole() -> Any:
-            is_able = is_on(module, lane.device) and not moves_weights(module, lane.device)
+            parts = replicas.parts(module)
+            is_able = parts.is_on(lane.device) and not parts.moves_weights(lane.device)
             runner = module if is_able else replicas.prepare(module, [0])[0]
             return gather_to([apply(runner, args, kwargs, lane.device)], self.output, self.dim)
 
@@ -132,9 +131,9 @@ class Route:
         num_threads = self.scheduler.thread_share(num_lanes)
         return (await self.scheduler.run([task], num_threads=num_threads))[0]
 
-    def _positions(self, count: int, module: nn.Module) -> list[int]:
+    def _positions(self, count: int, module: nn.Module, replicas: ReplicaSet) -> list[int]:
         """Which lanes run `count` shards. Where buffers change, lane 0 is needed: its own survive."""
-        if count == len(self.lanes) or updates_buffers(module):
+        if count == len(self.lanes) or replicas.parts(module).updates_buffers():
             return list(range(count))
         chosen = self.scheduler.least_busy(self.lanes, count)
         return [self.lanes.index(lane) for lane in chosen]

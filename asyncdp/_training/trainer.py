@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from .. import _tree
-from .._replicas.snapshot import Outline
+from .._replicas.snapshot import ModuleSnapshot
 from .._runtime import Lane, Scheduler, Task
 from .._runtime.passes import NextStage, Stage
 from .._runtime.task import begin_stage
 from .._verbs.parallel_apply import arguments
 from .._verbs.scatter import split
-from .commit import Accumulated, StepOptions
-from .lanes import Modes, TrainingLanes
+from .commit import AccumulatedGradients, StepOptions
+from .lanes import TrainingLanes
 from .step import Shard, Step, recording
 
 
@@ -41,20 +41,20 @@ class Trainer:
         self._lanes = lanes
         self._output = output
         self._dim = dim
-        self._replicas = TrainingLanes(module, [lane.device for lane in lanes])
-        self._kept = Accumulated(len(lanes))
+        self._replicas = TrainingLanes([lane.device for lane in lanes])
+        self._accumulated = AccumulatedGradients(len(lanes))
         self._module = module
         self._all_threads = scheduler.thread_share(1)
-        self._outline = Outline(module)
+        self._snapshot = ModuleSnapshot.capture(module)
         self._one_at_a_time = anyio.Lock(fast_acquire=True)
         self.num_steps = 0
         """Optimizer steps taken, also those whose caller was cancelled too late to hold them up."""
 
-    def modes(self) -> Modes:
-        """The modes of the module, as of now."""
-        if not self._outline.is_same():
-            self._outline = Outline(self._module)
-        return Modes(self._outline)
+    def snapshot(self) -> ModuleSnapshot:
+        """Return what the module consists of now."""
+        if not self._snapshot.is_current():
+            self._snapshot = ModuleSnapshot.capture(self._module)
+        return self._snapshot
 
     async def step(
         self,
@@ -62,7 +62,7 @@ class Trainer:
         targets: Any,
         options: StepOptions,
         num_lanes: int,
-        modes: Modes,
+        snapshot: ModuleSnapshot,
         *,
         accumulate: bool,
         record: Callable[[float], None] | None = None,
@@ -72,7 +72,7 @@ class Trainer:
         is_weighed = len(shards) > 1 and options.loss_reduction == "mean"
         weights = _weights(num_rows) if is_weighed else [1.0] * len(shards)
         lanes = self._lanes[: len(shards)]
-        step = Step(modes, self._replicas, self._kept, lanes, shards, weights, options, accumulate)
+        step = Step(snapshot, self._replicas, self._accumulated, lanes, shards, weights, options, accumulate)
         stage, following = self._stages(step, lanes)
         share = self._all_threads if len(lanes) == 1 else self._scheduler.thread_share(len(lanes))
         if not self._one_at_a_time.locked():
@@ -120,7 +120,7 @@ class Trainer:
 
     def discard_accumulated(self) -> None:
         """Forget the gradients of steps under `no_sync`."""
-        self._kept.clear()
+        self._accumulated.clear()
 
     def _finish(self, step: Step, shares: Sequence[Tensor]) -> Tensor:
         """After every lane has succeeded: add up the loss, and keep the gradients or step with them."""
@@ -132,7 +132,7 @@ class Trainer:
         for other in shares[1:]:
             loss = loss + other.to(self._output)
         if step.accumulate:
-            step.keep()
+            step.accumulate_gradients()
         else:
             step.commit(self._all_threads)
             self.num_steps += not step.options.reduce_only

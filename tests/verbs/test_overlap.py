@@ -8,7 +8,7 @@ from torch import nn
 
 import asyncdp
 from asyncdp import _autograd
-from asyncdp._replicas.buckets import buckets
+from asyncdp._replicas.copies import buckets
 from asyncdp._replicas.replica_set import ReplicaSet
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import asyncdp
-from asyncdp._replicas.buckets import buckets
+from asyncdp._replicas.copies import buckets
 from asyncdp._runtime.schedule import split_sizes
 
 from .test_scatter import Frozen, Point, Sub, same
