@@ -156,24 +156,6 @@ class ReduceAdd(Function):
         return (None, *Broadcast.apply(ctx.devices, False, grad))
 
 
-def broadcast_first(devices: Sequence[torch.device], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Broadcast without copies on the tensors' own device, with a backward that waits for nobody.
-
-    Autograd runs what was recorded last first, and would put off the reduce-add of a broadcast at the
-    start of a forward to the very end. Moved to the front, it runs as soon as its gradients are there,
-    while the rest of the backward goes on.
-    """
-    outputs: tuple[Tensor, ...] = Broadcast.apply(devices, False, *tensors)
-    node: Any = outputs[0].grad_fn
-    if hasattr(node, "_set_sequence_nr"):  # torch has had it for years, but documents it nowhere
-        node._set_sequence_nr(_AHEAD)
-    return outputs
-
-
-# Behind torch's own accumulation of gradients (2**64 - 1), ahead of everything in a forward.
-_AHEAD = 2**62
-
-
 def concatenate(shards: Sequence[Tensor], dim: int, device: torch.device) -> Tensor:
     """What `Gather` does, for when no gradient will be asked for.
 

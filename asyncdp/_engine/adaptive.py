@@ -44,7 +44,7 @@ class Adaptive:
         """Run one batch."""
         batch = args if not kwargs else (args, dict(kwargs))
         tensors = tensors_of(batch)
-        workload = self._workload("call", tensors, replicas.parts(self._module))
+        workload = self._workload("call", tensors, replicas.snapshots.parts(self._module))
         is_trial = workload.is_learning
         num_lanes = workload.choose()
         num_elements = sum(map(Tensor.numel, tensors))

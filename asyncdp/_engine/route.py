@@ -101,7 +101,7 @@ class Route:
         device = self.lanes[position].device
         each: Callable[..., Any]
         if len(self.lanes) == 1:
-            each = module if replicas.parts(module).is_on(device) else module.to(device)
+            each = module if replicas.snapshots.parts(module).is_on(device) else module.to(device)
         else:
             each = replicas.prepare(module, [position])[0]
         return apply_and_move(each, args, kwargs, device, self.output)
@@ -115,12 +115,12 @@ class Route:
         with its own share of the threads: no lane's thread count ever changes.
         """
         lane = self.scheduler.least_busy(self.lanes)[0]
-        if lane is not self.lanes[0] and not replicas.parts(module).updates_buffers():
+        if lane is not self.lanes[0] and not replicas.snapshots.parts(module).updates_buffers:
             return await self.run_on_one_lane(module, replicas, args, kwargs)
         lane = self.lanes[0]
 
         def whole() -> Any:
-            parts = replicas.parts(module)
+            parts = replicas.snapshots.parts(module)
             is_able = parts.is_on(lane.device) and not parts.moves_weights(lane.device)
             runner = module if is_able else replicas.prepare(module, [0])[0]
             return gather_to([apply(runner, args, kwargs, lane.device)], self.output, self.dim)
@@ -133,7 +133,7 @@ class Route:
 
     def _positions(self, count: int, module: nn.Module, replicas: ReplicaSet) -> list[int]:
         """Which lanes run `count` shards. Where buffers change, lane 0 is needed: its own survive."""
-        if count == len(self.lanes) or replicas.parts(module).updates_buffers():
+        if count == len(self.lanes) or replicas.snapshots.parts(module).updates_buffers:
             return list(range(count))
         chosen = self.scheduler.least_busy(self.lanes, count)
         return [self.lanes.index(lane) for lane in chosen]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._autograd import broadcast_first
+from .._autograd import Broadcast
 from .copies import (
     DEFAULT_BUCKET_BYTES,
     VersionTag,
@@ -28,7 +28,7 @@ from .copies import (
     wait_issued,
 )
 from .replica import Replica, ReplicaCache, Substitutions, substitutions
-from .snapshot import CACHE_ATTRIBUTE, AttributeMap, ModuleSnapshot, check_module
+from .snapshot import CACHE_ATTRIBUTE, AttributeMap, LatestSnapshot, ModuleSnapshot, check_module
 
 # Preparing more than this costs more than a detour over a lane, and would hold up the event loop.
 _MAX_QUICK_MODULES = 256
@@ -100,6 +100,9 @@ class ReplicaSet:
         devices: one per lane.
         bucket_bytes: size of what one reduce-add of gradients covers.
         checksum: read the values of everything copied at every pass, to find changes of any kind.
+
+    Attributes:
+        snapshots: answer what the module consists of.
     """
 
     def __init__(
@@ -114,26 +117,12 @@ class ReplicaSet:
         self._bucket_bytes = bucket_bytes
         self._checksum = checksum
         self._lock = threading.Lock()
-        self._latest: ModuleSnapshot | None = None
+        self.snapshots = LatestSnapshot()
         self._cache = ReplicaCache(len(self._devices))
         self._copies: list[_Copies | None] = []
         self._ready: dict[tuple[int, ...], list[LaneModule]] = {}  # what later passes may use too
         self._buffer_tags: list[VersionTag | None] = []  # empty if buffers may change uncounted
         self._storage_refs = storage_refs(())
-
-    def snapshot(self, module: nn.Module) -> ModuleSnapshot:
-        """Return a snapshot of the module that is current; the latest one, if that still is."""
-        latest = self._latest
-        if latest is None or not latest.is_current():
-            latest = self._latest = ModuleSnapshot.capture(module)
-        return latest
-
-    def parts(self, module: nn.Module) -> ModuleSnapshot:
-        """Return a snapshot whose parts and modes are the module's; its attributes may be older."""
-        latest = self._latest
-        if latest is None or not (latest.has_same_parts() and latest.has_same_modes()):
-            latest = self._latest = ModuleSnapshot.capture(module)
-        return latest
 
     def refresh(self) -> None:
         """Copy everything anew for the next pass, also what was changed behind autograd's back."""
@@ -165,7 +154,7 @@ class ReplicaSet:
             What each of `lanes` shall call.
         """
         with self._lock:
-            snapshot = self.snapshot(module)
+            snapshot = self.snapshots.current(module)
             if not self._follow(snapshot):
                 self._build(snapshot)
             if not self._are_buffers_current(snapshot):
@@ -173,9 +162,9 @@ class ReplicaSet:
             return self._assemble(lanes)
 
     def _is_quick(self, module: nn.Module, num_lanes: int) -> bool:
-        if self._cache.snapshot is None or len(self._cache.snapshot) > _MAX_QUICK_MODULES:
+        if self._cache.snapshot is None or len(self._cache.snapshot.training) > _MAX_QUICK_MODULES:
             return False
-        snapshot = self.snapshot(module)
+        snapshot = self.snapshots.current(module)
         if self._checksum and snapshot.buffers:
             return False
         if not self._follow(snapshot) or not self._are_buffers_current(snapshot):
@@ -183,8 +172,9 @@ class ReplicaSet:
         return not torch.is_grad_enabled() or len(snapshot.parameters) * num_lanes <= _MAX_QUICK_ALIASES
 
     def _follow(self, snapshot: ModuleSnapshot) -> bool:
-        if snapshot is not self._cache.snapshot:
-            self._ready = {}
+        if snapshot is self._cache.snapshot:
+            return True
+        self._ready = {}
         return self._cache.follow(snapshot)
 
     def _build(self, snapshot: ModuleSnapshot) -> None:
@@ -198,7 +188,7 @@ class ReplicaSet:
     def _assemble(self, lanes: Sequence[int]) -> list[LaneModule]:
         snapshot = self._cache.snapshot
         assert snapshot is not None, "the replicas are built"
-        if snapshot.updates_buffers():
+        if snapshot.updates_buffers:
             self._buffer_tags = []
         aliases = self._aliases(lanes, snapshot)
         key = tuple(lanes)
@@ -269,7 +259,7 @@ class ReplicaSet:
         aliases: list[dict[int, Tensor]] = [{} for _ in lanes]
         devices = [self._devices[lane] for lane in lanes]
         for bucket in buckets(trainable, self._bucket_bytes):
-            outputs = broadcast_first(devices, bucket)
+            outputs = Broadcast.apply(devices, False, *bucket)
             for position, own in enumerate(aliases):
                 share = outputs[position * len(bucket) : (position + 1) * len(bucket)]
                 own.update(substitutions(bucket, share))

@@ -7,14 +7,14 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from itertools import chain
+from itertools import chain, starmap
 from operator import attrgetter, call, is_, itemgetter
 from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from ..errors import CompiledModuleError, LazyModuleError, NotAModuleError, UnsupportedModuleError
 
@@ -37,6 +37,7 @@ _EQUALITY_SUFFICES = frozenset({bool, str, type(None), set, torch.dtype, Functio
 
 _CONTAINERS = frozenset({list, tuple, dict, OrderedDict})
 _training = attrgetter("training")
+_device = attrgetter("device")
 
 
 def check_module(module: object) -> None:
@@ -55,7 +56,7 @@ def check_module(module: object) -> None:
 
 
 def _is_lazy(tensor: Tensor | None) -> bool:
-    return isinstance(tensor, UninitializedTensorMixin)
+    return tensor is not None and is_lazy(tensor)
 
 
 class ModuleSnapshot:
@@ -69,6 +70,7 @@ class ModuleSnapshot:
         buffers: every buffer once.
         buffer_owners: the positions of the modules that have buffers, or empty places for them.
         training: the mode of every module.
+        updates_buffers: whether a forward is likely to change buffers: some have an owner in train mode.
         has_rnn: whether one of the modules is recurrent.
     """
 
@@ -99,6 +101,7 @@ class ModuleSnapshot:
         self.buffers = _distinct(each["_buffers"] for each in namespaces)
         self.buffer_owners = [place for place, each in enumerate(namespaces) if each["_buffers"]]
         self.training = [*map(_training, modules)]
+        self.updates_buffers = any(self.training[position] for position in self.buffer_owners)
         self.has_rnn = any(isinstance(each, nn.RNNBase) for each in modules)
 
     @classmethod
@@ -110,12 +113,9 @@ class ModuleSnapshot:
         """
         return cls(module)
 
-    def __len__(self) -> int:
-        return len(self.training)
-
     @property
     def modules(self) -> list[nn.Module]:
-        """The module and all below it, in the order of `module.modules()`."""
+        """Return the module and all below it, in the order of `module.modules()`."""
         root = self._root()
         assert root is not None, "whoever asks for them holds the module"
         return [root, *self._below]
@@ -140,7 +140,7 @@ class ModuleSnapshot:
                 and not any(self._empty_hooks)
                 and [*chain.from_iterable(self._live_names)] == self._names
                 and [*map(type, modules)] == self._types
-                and all(_holds_the_same(now, before) for now, before in self._containers)
+                and (not self._containers or all(starmap(_holds_the_same, self._containers)))
             )
         except Exception:  # an attribute is gone, or its new value cannot be compared
             return False
@@ -179,13 +179,9 @@ class ModuleSnapshot:
                     return None
         return changes
 
-    def updates_buffers(self) -> bool:
-        """Return whether a forward is likely to change buffers: some have an owner in train mode."""
-        return any(self.training[position] for position in self.buffer_owners)
-
     def is_on(self, device: torch.device) -> bool:
         """Return whether all tensors are on a device; `module.to(device)` takes far longer to find out."""
-        return all(tensor.device == device for tensor in self.tensors)
+        return {*map(_device, self.tensors)} <= {device}
 
     def moves_weights(self, device: torch.device) -> bool:
         """Return whether a forward may move the weights in memory while other lanes read them."""
@@ -205,6 +201,27 @@ class ModuleSnapshot:
             and len(mine) == len(theirs)
             and all(a is b and _holds_the_same(x, y) for (a, x), (b, y) in zip(mine, theirs, strict=True))
         )
+
+
+class LatestSnapshot:
+    """The latest snapshot of one module, captured anew only when it has to be."""
+
+    def __init__(self) -> None:
+        self._latest: ModuleSnapshot | None = None
+
+    def current(self, module: nn.Module) -> ModuleSnapshot:
+        """Return a snapshot of the module as it is."""
+        latest = self._latest
+        if latest is None or not latest.is_current():
+            latest = self._latest = ModuleSnapshot.capture(module)
+        return latest
+
+    def parts(self, module: nn.Module) -> ModuleSnapshot:
+        """Return a snapshot that has the parts and modes of the module; its attributes may be older."""
+        latest = self._latest
+        if latest is None or not (latest.has_same_parts() and latest.has_same_modes()):
+            latest = self._latest = ModuleSnapshot.capture(module)
+        return latest
 
 
 def _modules_of(module: nn.Module) -> list[nn.Module]:

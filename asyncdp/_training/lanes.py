@@ -75,7 +75,7 @@ class TrainingLane:
             self._memory = storages(self._copies)  # until the next step
         self._replica.bind(self._tensors, self._cache.changes)
         self._replica.set_modes(snapshot.training)
-        self._versions = self._replica.buffer_versions()
+        self._versions = self._replica.buffer_versions() if snapshot.buffer_owners else {}
         return self._replica.module
 
     def report(self, position: int, leaf: Tensor) -> None:
@@ -107,8 +107,10 @@ class TrainingLane:
 
     def write_back_buffers(self) -> None:
         """Carry what the forward did to this lane's buffers into the module's."""
-        assert self._cache.snapshot is not None, "a forward has run"
-        self._replica.write_back_buffers(self._cache.snapshot, self._versions)
+        snapshot = self._cache.snapshot
+        assert snapshot is not None, "a forward has run"
+        if snapshot.buffer_owners:
+            self._replica.write_back_buffers(snapshot, self._versions)
 
 
 def _hook(lane: weakref.ref[TrainingLane], position: int) -> Callable[[Tensor], None]:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -41,10 +42,11 @@ def _recording() -> Iterator[None]:
 
 
 _NOTHING_TO_CHANGE = nullcontext()
+_is_leaf = attrgetter("is_leaf")
 
 
 class _Prepared(NamedTuple):
-    """What all lanes of a step share."""
+    """Parts of a step that all its lanes share."""
 
     lanes: Sequence[TrainingLane]
     trainable: list[Tensor]
@@ -248,9 +250,9 @@ class Step:
 def _trains_in_place(snapshot: ModuleSnapshot, device: torch.device) -> bool:
     """Return whether a module can train on `device` itself, without a replica."""
     # A hook is to get the whole gradient, accumulated ones included, and only if all is well.
-    return not snapshot.buffer_owners and all(
-        tensor.is_leaf and tensor.device == device and not has_hooks(tensor) for tensor in snapshot.parameters
-    )
+    if snapshot.buffer_owners or not snapshot.is_on(device):
+        return False
+    return not any(map(has_hooks, snapshot.parameters)) and all(map(_is_leaf, snapshot.parameters))
 
 
 def _checked(loss: Any) -> Tensor:

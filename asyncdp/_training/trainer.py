@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _tree
-from .._replicas.snapshot import ModuleSnapshot
+from .._replicas.snapshot import LatestSnapshot, ModuleSnapshot
 from .._runtime import Lane, Scheduler, Task
 from .._runtime.passes import NextStage, Stage
 from .._runtime.task import begin_stage
@@ -45,16 +45,14 @@ class Trainer:
         self._accumulated = AccumulatedGradients(len(lanes))
         self._module = module
         self._all_threads = scheduler.thread_share(1)
-        self._snapshot = ModuleSnapshot.capture(module)
+        self._snapshots = LatestSnapshot()
         self._one_at_a_time = anyio.Lock(fast_acquire=True)
         self.num_steps = 0
         """Optimizer steps taken, also those whose caller was cancelled too late to hold them up."""
 
     def snapshot(self) -> ModuleSnapshot:
         """Return what the module consists of now."""
-        if not self._snapshot.is_current():
-            self._snapshot = ModuleSnapshot.capture(self._module)
-        return self._snapshot
+        return self._snapshots.current(self._module)
 
     async def step(
         self,

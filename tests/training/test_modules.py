@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from asyncdp import _tree
 
@@ -47,3 +47,30 @@ async def test_three_steps(name: str) -> None:
             optimizers[1].step()
     mine, theirs = modules[0].state_dict(), modules[1].state_dict()
     torch.testing.assert_close(mine, theirs, atol=1e-12, rtol=1e-12)
+
+
+class Recalling(nn.Module):
+    """Keeps its last hidden state as a buffer, graph and all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        self.register_buffer("state", torch.zeros(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.layer(x)
+        self.state = hidden.mean(0)
+        return hidden
+
+
+@pytest.mark.parametrize("num_lanes", [1, 2])
+async def test_a_buffer_replaced_by_a_result_survives(num_lanes: int) -> None:
+    """The first lane's new buffer becomes the module's, detached, though it requires gradients."""
+    module = Recalling()
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    x = torch.randn(4, 3)
+    expected = module.layer(x[: 4 // num_lanes]).mean(0).detach()
+    async with engine(module, num_lanes) as one:
+        await one.train_step(x, None, mean_square, optimizer)
+    torch.testing.assert_close(module.state, expected)
+    assert not module.state.requires_grad
