@@ -6,7 +6,7 @@ import sys
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
+from functools import lru_cache
 from itertools import chain, starmap
 from operator import attrgetter, call, is_, itemgetter
 from types import FunctionType, MethodType
@@ -33,7 +33,7 @@ _OF_ALL_MODULES = frozenset(vars(nn.Module()))
 
 # What equals a value of these types can stand for it. Equal numbers may differ in type, equal tensors in
 # everything but values, so values of all other types are compared by identity.
-_EQUALITY_SUFFICES = frozenset({bool, str, type(None), set, torch.dtype, FunctionType, MethodType})
+_EQUALITY_SUFFICES = frozenset({str, type(None), set, torch.dtype, FunctionType, MethodType})
 
 _CONTAINERS = frozenset({list, tuple, dict, OrderedDict})
 _training = attrgetter("training")
@@ -68,6 +68,7 @@ class ModuleSnapshot:
         namespaces: copies of all modules' `__dict__`, without replicas.
         parameters: every parameter once, in the order of `module.parameters()`.
         buffers: every buffer once.
+        tensors: the parameters, then the buffers.
         buffer_owners: the positions of the modules that have buffers, or empty places for them.
         training: the mode of every module.
         updates_buffers: whether a forward is likely to change buffers: some have an owner in train mode.
@@ -99,6 +100,7 @@ class ModuleSnapshot:
         ]
         self.parameters = _distinct(each["_parameters"] for each in namespaces)
         self.buffers = _distinct(each["_buffers"] for each in namespaces)
+        self.tensors = self.parameters + self.buffers
         self.buffer_owners = [place for place, each in enumerate(namespaces) if each["_buffers"]]
         self.training = [*map(_training, modules)]
         self.updates_buffers = any(self.training[position] for position in self.buffer_owners)
@@ -117,13 +119,8 @@ class ModuleSnapshot:
     def modules(self) -> list[nn.Module]:
         """Return the module and all below it, in the order of `module.modules()`."""
         root = self._root()
-        assert root is not None, "whoever asks for them holds the module"
+        assert root is not None, "the caller holds the module"
         return [root, *self._below]
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """Every parameter and buffer, parameters first."""
-        return self.parameters + self.buffers
 
     def is_current(self) -> bool:
         """Return whether nothing at all was replaced, added, removed, renamed or reordered since."""
@@ -255,7 +252,7 @@ def _getter_of(namespace: dict[str, Any]) -> itemgetter[Any]:
     return _getter(*(names if len(names) > 1 else (names or ["training"]) * 2))
 
 
-@cache
+@lru_cache(maxsize=1024)
 def _getter(*names: str) -> itemgetter[Any]:
     return itemgetter(*names)
 

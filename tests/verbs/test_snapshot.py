@@ -25,6 +25,7 @@ def net() -> Any:
     module.register_buffer("count", torch.zeros(1))
     module.layers = [module[0], module[1]]
     module.scale, module.kind, module.constant = 1, "a", torch.ones(1)
+    module.flag = True
     return module
 
 
@@ -58,6 +59,7 @@ STRUCTURAL: list[Callable[[Any], object]] = [
     lambda module: setattr(module, "count", module.count.clone()),
     lambda module: setattr(module, "constant", torch.ones(1)),
     lambda module: setattr(module, "scale", torch.ones(())),
+    lambda module: setattr(module, "flag", torch.tensor(True)),
     lambda module: module.layers.reverse(),
     lambda module: setattr(module, "layers", list(module.layers)),
     lambda module: module[0].register_forward_hook(print),
@@ -68,6 +70,7 @@ STRUCTURAL: list[Callable[[Any], object]] = [
 PLAIN: list[tuple[Callable[[Any], object], dict[tuple[int, str], Any]]] = [
     (lambda module: setattr(module, "scale", 1.0), {(0, "scale"): 1.0}),
     (lambda module: setattr(module, "scale", True), {(0, "scale"): True}),
+    (lambda module: setattr(module, "flag", 1), {(0, "flag"): 1}),
     (lambda module: setattr(module, "kind", None), {(0, "kind"): None}),
     (lambda module: module[1][0].eval(), {(3, "training"): False}),
     (replace_namespace, {(1, "in_features"): 7}),
