@@ -41,15 +41,6 @@ def is_in_backward() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
-def set_sequence_number(node: Any, number: int) -> None:
-    """Set the place of a node among those that autograd could run next; the highest number runs first.
-
-    Where torch has no such method the order stays torch's own, which costs overlap but no result.
-    """
-    if hasattr(node, "_set_sequence_nr"):
-        node._set_sequence_nr(number)
-
-
 def mark_as_parameter(tensor: Tensor) -> None:
     """Have `isinstance(tensor, nn.Parameter)` hold for a tensor that is not of that class.
 

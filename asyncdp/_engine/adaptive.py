@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _tree
-from .._replicas.snapshot import modules_of
-from .._training.lanes import Modes
+from .._replicas.snapshot import ModuleSnapshot
 from .._verbs.batch import Batch
 from .route import Route
 from .tuner import LaneChoice, Tuner, Workload
@@ -37,7 +36,7 @@ class Adaptive:
     async def call(self, batch: Batch) -> Any:
         """Run one batch."""
         tensors = batch.tensors
-        workload = self._workload("call", tensors, modules_of(self._route.module))
+        workload = self._workload("call", tensors, self._route.parts())
         is_trial = workload.is_learning
         num_lanes = workload.choose()
         started = time.perf_counter()
@@ -50,10 +49,10 @@ class Adaptive:
                 return await self._run(batch, self._num_lanes)
         return result
 
-    def choose_for_step(self, batch: Batch, modes: Modes) -> tuple[int, Callable[[float], None]]:
+    def choose_for_step(self, batch: Batch, snapshot: ModuleSnapshot) -> tuple[int, Callable[[float], None]]:
         """Return the number of lanes for one training step, and a function that records its seconds."""
         tensors = batch.tensors
-        workload = self._workload("train_step", tensors, modes.modules)
+        workload = self._workload("train_step", tensors, snapshot)
         num_lanes = workload.choose()
         return num_lanes, partial(workload.record, num_lanes, size=sum(map(Tensor.numel, tensors)))
 
@@ -62,10 +61,10 @@ class Adaptive:
             return self._route.run_whole_with_all_threads(batch)
         return self._route.run_split(batch, num_lanes)
 
-    def _workload(self, kind: str, tensors: Sequence[Tensor], modules: Sequence[nn.Module]) -> Workload:
+    def _workload(self, kind: str, tensors: Sequence[Tensor], snapshot: ModuleSnapshot) -> Workload:
         """Return the workload of a call; one that may not be tuned is fixed here."""
         mode = "train" if self._route.module.training else "eval"
-        reason = why_fixed(modules)
+        reason = why_fixed(snapshot)
         shapes = [ShapeBucket(each.dtype, tuple(map(int.bit_length, each.shape))) for each in tensors]
         workload = self._tuner.workload(WorkloadKey(kind, mode, _torch_mode(), tuple(shapes), reason))
         if reason is not None:
@@ -114,17 +113,12 @@ def _torch_mode() -> str:
     return f"{mode} autocast" if is_mixed else mode
 
 
-def why_fixed(modules: Sequence[nn.Module]) -> str | None:
-    """Return why results may depend on how a batch is split, or None.
-
-    Args:
-        modules: the module and all below it.
-    """
+def why_fixed(snapshot: ModuleSnapshot) -> str | None:
+    """Return why the results of a module may depend on how a batch is split, or None."""
     if torch.are_deterministic_algorithms_enabled():
         return "torch's deterministic mode is on"
-    for each in modules:
-        if not each._buffers:
-            continue
+    modules = snapshot.modules
+    for each in (modules[position] for position in snapshot.buffer_owners):
         if isinstance(each, nn.modules.batchnorm._BatchNorm):
             if each.training or each.running_mean is None:
                 return "batch statistics are computed per shard"

@@ -11,9 +11,9 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from .._devices import DeviceLike, Devices, parse_devices
-from .._replicas.buckets import DEFAULT_BUCKET_BYTES
-from .._replicas.replica import check_module
+from .._replicas.copies import DEFAULT_BUCKET_BYTES
 from .._replicas.replica_set import ReplicaSet, replica_set_of
+from .._replicas.snapshot import check_module
 from .._runtime import Lane, Runtime, RuntimeStatistics, default_lanes, scheduler_of
 from .._runtime.lane_runner import LaneRunner
 from .._training.commit import StepOptions
@@ -261,8 +261,8 @@ class DataParallel:
                 no gradient flows back to them.
             targets: what `loss_fn` compares with; split like the inputs. May be None.
             loss_fn: called on every lane with its outputs and its targets; returns one number.
-            optimizer: of torch.optim, over the module's parameters. None only with `reduce_only`. On the
-                CPU it steps by torch's fused kernel, if it has one and says neither `foreach` nor `fused`.
+            optimizer: of torch.optim, over the module's parameters. None only with `reduce_only`.
+                On the CPU `fused=True` makes its step cheapest.
             loss_reduction: whether `loss_fn` gives the "mean" over the rows it gets, or the "sum".
             before_step: called on a lane between reduce and step, with the whole gradients in `.grad`,
                 unscaled: `lambda: clip_grad_norm_(module.parameters(), 1.0)`, say.
@@ -280,13 +280,13 @@ class DataParallel:
         """
         options = StepOptions(loss_fn, optimizer, loss_reduction, before_step, scaler, reduce_only)
         options.check()
-        modes = self._trainer.modes()
+        snapshot = self._trainer.snapshot()
         batch = Batch.of_step(inputs, targets, self._route.dim)
         num_lanes, record = self._num_lanes, None
         if self._adaptive is not None:
-            num_lanes, record = self._adaptive.choose_for_step(batch, modes)
+            num_lanes, record = self._adaptive.choose_for_step(batch, snapshot)
         return await self._trainer.step(
-            batch, options, num_lanes, modes, accumulate=self in _accumulating.get(), record=record
+            batch, options, num_lanes, snapshot, accumulate=self in _accumulating.get(), record=record
         )
 
     @contextmanager

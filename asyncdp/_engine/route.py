@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._replicas.replica_set import LaneModule, ReplicaSet, updates_buffers
-from .._replicas.snapshot import is_on, moves_weights
+from .._replicas.replica_set import LaneModule, ReplicaSet
+from .._replicas.snapshot import ModuleSnapshot
 from .._runtime import Lane, Runtime, Scheduler, Task
 from .._runtime.passes import NextStage, Stage
 from .._verbs.batch import Batch, move
@@ -49,6 +49,10 @@ class Route:
         self.dim = dim
         self.num_passes = 0
         self._counting = threading.Lock()  # loops and lanes count, each on a thread of its own
+
+    def parts(self) -> ModuleSnapshot:
+        """Return what the module consists of now."""
+        return self.replicas.snapshots.parts(self.module)
 
     def count_pass(self) -> None:
         """Count a pass that succeeded."""
@@ -100,11 +104,12 @@ class Route:
         count ever changes.
         """
         first = self.lanes[0]
-        if self.scheduler.least_busy(self.lanes)[0] is not first and not updates_buffers(self.module):
+        if self.scheduler.least_busy(self.lanes)[0] is not first and not self.parts().updates_buffers:
             return await self.run_whole(batch)
 
         def whole() -> Any:
-            is_ready = is_on(self.module, first.device) and not moves_weights(self.module, first.device)
+            parts = self.parts()
+            is_ready = parts.is_on(first.device) and not parts.moves_weights(first.device)
             module = self.module if is_ready else self.replicas.prepare(self.module, [0])[0]
             output = batch.apply(module, first.device, batch.leaves)
             return gather_to([output], self.output, self.dim)
@@ -114,7 +119,7 @@ class Route:
 
     def pick(self) -> int:
         """Return the position of the lane for a whole batch: the least busy, or 0 if buffers change."""
-        if len(self.lanes) == 1 or updates_buffers(self.module):
+        if len(self.lanes) == 1 or self.parts().updates_buffers:
             return 0
         return self.lanes.index(self.scheduler.least_busy(self.lanes)[0])
 
@@ -123,7 +128,7 @@ class Route:
         device = self.lanes[position].device
         module: Callable[..., Any]
         if len(self.lanes) == 1:
-            module = self.module if is_on(self.module, device) else self.module.to(device)
+            module = self.module if self.parts().is_on(device) else self.module.to(device)
         else:
             module = self.replicas.prepare(self.module, [position])[0]
         args, kwargs = batch.arguments_on(device, batch.leaves)
@@ -137,7 +142,7 @@ class Route:
 
     def _positions(self, count: int) -> list[int]:
         """Return the lanes for `count` shards. If buffers change, lane 0 must run: its own survive."""
-        if count == len(self.lanes) or updates_buffers(self.module):
+        if count == len(self.lanes) or self.parts().updates_buffers:
             return list(range(count))
         return [self.lanes.index(lane) for lane in self.scheduler.least_busy(self.lanes, count)]
 

@@ -11,14 +11,14 @@ import anyio
 import torch
 from torch import Tensor, nn
 
-from .._replicas.snapshot import Outline
+from .._replicas.snapshot import LatestSnapshot, ModuleSnapshot
 from .._runtime import Lane, Scheduler, Task
 from .._runtime.passes import NextStage, Stage
 from .._runtime.schedule import split_sizes
 from .._runtime.task import begin_stage
 from .._verbs.batch import Batch
-from .commit import Accumulated, StepOptions
-from .lanes import Modes, TrainingLanes
+from .commit import AccumulatedGradients, StepOptions
+from .lanes import TrainingLanes
 from .step import Step, recording
 
 
@@ -38,27 +38,25 @@ class Trainer:
         self._scheduler = scheduler
         self._lanes = lanes
         self._output = output
-        self._replicas = TrainingLanes(module, [lane.device for lane in lanes])
-        self._accumulated = Accumulated(len(lanes))
+        self._replicas = TrainingLanes([lane.device for lane in lanes])
+        self._accumulated = AccumulatedGradients(len(lanes))
         self._module = module
         self._all_threads = scheduler.thread_share(1)
-        self._outline = Outline(module)
+        self._snapshots = LatestSnapshot()
         self._one_at_a_time = anyio.Lock(fast_acquire=True)
         self.num_steps = 0
         """Optimizer steps taken, including those whose caller was cancelled too late to stop them."""
 
-    def modes(self) -> Modes:
-        """Return the modes of the module as of now."""
-        if not self._outline.is_same():
-            self._outline = Outline(self._module)
-        return Modes(self._outline)
+    def snapshot(self) -> ModuleSnapshot:
+        """Return what the module consists of now."""
+        return self._snapshots.current(self._module)
 
     async def step(
         self,
         batch: Batch,
         options: StepOptions,
         num_lanes: int,
-        modes: Modes,
+        snapshot: ModuleSnapshot,
         *,
         accumulate: bool,
         record: Callable[[float], None] | None = None,
@@ -67,7 +65,7 @@ class Trainer:
         shards, weights = _divide(batch, num_lanes, options.loss_reduction)
         lanes = self._lanes[: len(shards)]
         inputs = [partial(batch.arguments_on, leaves=leaves) for leaves in shards]
-        step = Step(modes, self._replicas, self._accumulated, lanes, inputs, weights, options, accumulate)
+        step = Step(snapshot, self._replicas, self._accumulated, lanes, inputs, weights, options, accumulate)
         stage, following = self._stages(step, lanes)
         share = self._all_threads if len(lanes) == 1 else self._scheduler.thread_share(len(lanes))
         if not self._one_at_a_time.locked():
@@ -130,7 +128,7 @@ class Trainer:
         for other in shares[1:]:
             loss = loss + other.to(self._output)
         if step.accumulate:
-            step.keep()
+            step.accumulate_gradients()
         else:
             step.commit(self._all_threads)
             self.num_steps += not step.options.reduce_only
