@@ -117,8 +117,9 @@ def why_fixed(snapshot: ModuleSnapshot) -> str | None:
     """Return why the results of a module may depend on how a batch is split, or None."""
     if torch.are_deterministic_algorithms_enabled():
         return "torch's deterministic mode is on"
-    modules = snapshot.modules
-    for each in (modules[position] for position in snapshot.buffer_owners):
+    modules = snapshot.modules if snapshot.buffer_owners else []
+    for position in snapshot.buffer_owners:
+        each = modules[position]
         if isinstance(each, nn.modules.batchnorm._BatchNorm):
             if each.training or each.running_mean is None:
                 return "batch statistics are computed per shard"
