@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, TypeVar
@@ -33,7 +33,7 @@ Modes = tuple[Any, ...]
 """Grad mode, inference mode, autocast's cache; then each device type, whether autocast is on, its dtype."""
 
 
-def current_modes(device_types: tuple[str, ...]) -> Modes:
+def current_modes(device_types: Sequence[str]) -> Modes:
     """Return the modes of the calling thread."""
     name = device_types[0]
     modes: Modes = (
@@ -73,7 +73,7 @@ class Ambient:
 
     __slots__ = ("_contexts", "_default_device", "modes")
 
-    def __init__(self, device_types: tuple[str, ...]) -> None:
+    def __init__(self, device_types: Sequence[str]) -> None:
         self.modes = current_modes(device_types)
         # A set default device is a mode of torch functions; looking for it among none takes microseconds.
         has_modes = num_function_modes() > 0
@@ -121,9 +121,13 @@ class LaneModes:
 
     def __init__(self) -> None:
         self._stack: ExitStack | None = None
-        self._are_brief = False
+        self.are_brief = False
+        """Whether to `leave` them after the task.
 
-    def switch(self, modes: Modes, device_types: tuple[str, ...]) -> None:
+        As long as anything of autocast is entered it keeps its casts of weights, which may change then.
+        """
+
+    def switch(self, modes: Modes, device_types: Sequence[str]) -> None:
         """Let the thread have `modes`, whatever earlier tasks have left switched."""
         if modes == current_modes(device_types):
             return
@@ -131,19 +135,11 @@ class LaneModes:
         present = current_modes(device_types)
         if modes != present:
             self._stack = _entered(modes, present)
-            self._are_brief = modes[2:] != present[2:]
-
-    def rest(self) -> None:
-        """Leave what must not outlast a task.
-
-        As long as anything of autocast is entered it keeps its casts of weights, which may change then.
-        """
-        if self._are_brief:
-            self.leave()
+            self.are_brief = modes[2:] != present[2:]
 
     def leave(self) -> None:
         """Let the thread have the modes that it began with."""
         if self._stack is not None:
             self._stack.close()
             self._stack = None
-            self._are_brief = False
+            self.are_brief = False

@@ -128,11 +128,6 @@ this_thread = _Thread()
 """The lane whose thread this is, and the task it runs."""
 
 
-def current_lane() -> Lane | None:
-    """Return the lane whose thread this is, or None."""
-    return this_thread.lane
-
-
 def begin_stage() -> bool:
     """Go on to another stage of the pass within the task that this lane runs: cheaper than a task of its own.
 
