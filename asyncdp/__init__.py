@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import errors
     from ._devices import parse_devices
+    from ._engine.calls import EngineView
     from ._engine.data_parallel import DataParallel, DataParallelStatistics, data_parallel
     from ._engine.map import BatchStream
     from ._engine.tuner import LaneChoice
@@ -44,6 +45,7 @@ __all__ = [
     "Call",
     "DataParallel",
     "DataParallelStatistics",
+    "EngineView",
     "Lane",
     "LaneChoice",
     "LaneState",
@@ -71,6 +73,7 @@ __all__ = [
 _MODULES = (
     "errors",
     "_devices",
+    "_engine.calls",
     "_engine.data_parallel",
     "_engine.map",
     "_engine.tuner",

@@ -63,7 +63,7 @@ class Adaptive:
 
     def _workload(self, kind: str, tensors: Sequence[Tensor], snapshot: ModuleSnapshot) -> Workload:
         """Return the workload of a call; one that may not be tuned is fixed here."""
-        mode = "train" if self._route.module.training else "eval"
+        mode = "train" if snapshot.training[0] else "eval"
         reason = why_fixed(snapshot)
         shapes = [ShapeBucket(each.dtype, tuple(map(int.bit_length, each.shape))) for each in tensors]
         workload = self._tuner.workload(WorkloadKey(kind, mode, _torch_mode(), tuple(shapes), reason))
@@ -119,11 +119,11 @@ def why_fixed(snapshot: ModuleSnapshot) -> str | None:
         return "torch's deterministic mode is on"
     modules = snapshot.modules if snapshot.buffer_owners else []
     for position in snapshot.buffer_owners:
-        each = modules[position]
+        each, is_training = modules[position], snapshot.training[position]
         if isinstance(each, nn.modules.batchnorm._BatchNorm):
-            if each.training or each.running_mean is None:
+            if is_training or each.running_mean is None:
                 return "batch statistics are computed per shard"
-        elif each.training:
+        elif is_training:
             return "a module in train mode has buffers, which may hold statistics of batches"
     return None
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._replicas.order import Use, passes, wait_turn
 from .._replicas.replica_set import LaneModule, ReplicaSet
 from .._replicas.snapshot import ModuleSnapshot
 from .._runtime import Lane, Runtime, Scheduler, Task
@@ -25,11 +26,12 @@ class Route:
 
     Args:
         module: what to run.
-        replicas: its replicas, one per lane; a single lane uses none.
+        replicas: its replicas, one per lane; a single lane runs the module itself.
         scheduler: the scheduler of the lanes.
         lanes: where to run.
         output: the device that results go to.
         dim: the dimension that is split and concatenated.
+        only_replicas: leave the module itself alone even where a lane could run it.
     """
 
     def __init__(
@@ -40,6 +42,8 @@ class Route:
         lanes: Sequence[Lane],
         output: torch.device,
         dim: int,
+        *,
+        only_replicas: bool = False,
     ) -> None:
         self.module = module
         self.replicas = replicas
@@ -47,8 +51,16 @@ class Route:
         self.lanes = tuple(lanes)
         self.output = output
         self.dim = dim
+        self._only_replicas = only_replicas
         self.num_passes = 0
         self._counting = threading.Lock()  # loops and lanes count, each on a thread of its own
+
+    def in_mode(self, training: bool) -> Route:
+        """Make a route over the same lanes whose calls always run in one mode."""
+        replicas = self.replicas.in_mode(self.module, training)
+        return Route(
+            self.module, replicas, self.scheduler, self.lanes, self.output, self.dim, only_replicas=True
+        )
 
     def parts(self) -> ModuleSnapshot:
         """Return what the module consists of now."""
@@ -60,7 +72,19 @@ class Route:
             self.num_passes += 1
 
     async def run_split(self, batch: Batch, num_lanes: int) -> Any:
-        """Scatter, replicate, apply and gather on at most `num_lanes` lanes.
+        """Scatter, replicate, apply and gather on at most `num_lanes` lanes, not beside a training step.
+
+        All shards get the weights of one moment.
+        """
+        use = Use(self.parts())
+        is_turn = passes.arrive(use)
+        try:
+            return await self._run_split(batch, num_lanes, None if is_turn else use)
+        finally:
+            passes.leave(use)
+
+    async def _run_split(self, batch: Batch, num_lanes: int, waiting: Use | None) -> Any:
+        """Do what `run_split` does when the turn of `waiting` has come.
 
         Only views are made on the calling thread; everything else happens on lanes.
         """
@@ -71,24 +95,39 @@ class Route:
 
         def apply_stage(modules: Sequence[LaneModule]) -> Stage:
             return [
-                Task(lane, partial(batch.apply, module, lane.device, shard), "run", is_replica=True)
-                for lane, module, shard in zip(lanes, modules, shards, strict=True)
+                Task(lane, partial(self._apply, batch, position, module, shard), "run", is_replica=True)
+                for lane, position, module, shard in zip(lanes, positions, modules, shards, strict=True)
             ]
 
         def gather_stage(outputs: Sequence[Any], last: Lane) -> Stage:
             return [Task(self._gather_lane(last), partial(self.gather, outputs, split_inputs), "gather")]
 
         following: list[NextStage] = [gather_stage]
-        ready = self.replicas.prepare_nowait(self.module, positions)
+        ready = None if waiting else self.replicas.prepare_nowait(self.module, positions)
         if ready is not None:
             stage = apply_stage(ready)
         else:
-            prepare = partial(self.replicas.prepare, self.module, positions)
-            stage = [Task(self.lanes[0], prepare, "replicate")]
+            stage = [Task(self.lanes[0], partial(self._prepare, positions), "replicate")]
             following.insert(0, lambda results, _: apply_stage(results[0]))
         num_threads = self.scheduler.thread_share(len(lanes))
-        results = await self.scheduler.run(stage, following, num_threads=num_threads, lanes=self.lanes)
+        ambient = None
+        if waiting is not None:
+            self.scheduler.check_open()
+            ambient = self.scheduler.ambient()
+            await wait_turn(waiting)
+        results = await self.scheduler.run(
+            stage, following, num_threads=num_threads, ambient=ambient, lanes=self.lanes
+        )
         return results[0]
+
+    def _prepare(self, positions: Sequence[int]) -> list[LaneModule]:
+        with self.replicas.readers[0]:
+            return self.replicas.prepare(self.module, positions)
+
+    def _apply(self, batch: Batch, position: int, module: Callable[..., Any], shard: list[Any]) -> Any:
+        """Run one lane's shard, on its thread."""
+        with self.replicas.readers[position]:
+            return batch.apply(module, self.lanes[position].device, shard)
 
     async def run_whole(self, batch: Batch) -> Any:
         """Run a whole batch on the lane that `pick` picks."""
@@ -108,10 +147,12 @@ class Route:
             return await self.run_whole(batch)
 
         def whole() -> Any:
-            parts = self.parts()
-            is_ready = parts.is_on(first.device) and not parts.moves_weights(first.device)
-            module = self.module if is_ready else self.replicas.prepare(self.module, [0])[0]
-            output = batch.apply(module, first.device, batch.leaves)
+            with self.replicas.readers[0]:
+                parts = self.parts()
+                is_ready = not self._only_replicas and parts.is_on(first.device)
+                is_ready = is_ready and not parts.moves_weights(first.device)
+                module = self.module if is_ready else self.replicas.prepare(self.module, [0])[0]
+                output = batch.apply(module, first.device, batch.leaves)
             return gather_to([output], self.output, self.dim)
 
         num_threads = self.scheduler.thread_share(1)
@@ -127,12 +168,14 @@ class Route:
         """Run one whole batch on this thread; a single lane runs the module itself, moved to its device."""
         device = self.lanes[position].device
         module: Callable[..., Any]
-        if len(self.lanes) == 1:
-            module = self.module if self.parts().is_on(device) else self.module.to(device)
-        else:
-            module = self.replicas.prepare(self.module, [position])[0]
-        args, kwargs = batch.arguments_on(device, batch.leaves)
-        return move(module(*args, **kwargs), self.output)
+        with self.replicas.readers[position]:
+            if len(self.lanes) == 1 and not self._only_replicas:
+                module = self.module if self.parts().is_on(device) else self.module.to(device)
+            else:
+                module = self.replicas.prepare(self.module, [position])[0]
+            args, kwargs = batch.arguments_on(device, batch.leaves)
+            output = module(*args, **kwargs)
+        return move(output, self.output)
 
     def gather(self, outputs: Sequence[Any], split_inputs: SplitInputs) -> Any:
         """Gather the outputs of a pass's shards, and end its forward."""

@@ -67,6 +67,9 @@ class Loop(Protocol):
             What cancels the task, callable from any thread. Keep it: it keeps the task alive.
         """
 
+    def is_closed(self) -> bool:
+        """Return whether the loop has ended for good, and its tasks with it; from any thread."""
+
     def is_cancelled(self) -> bool:
         """Return whether the running task was cancelled, or there is none."""
 

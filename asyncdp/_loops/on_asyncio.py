@@ -21,6 +21,7 @@ class AsyncioLoop:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         # Refers to the loop but weakly: the table of all of these would else keep it for ever.
+        self._loop = weakref.ref(loop)
         self._mailbox = _Mailbox(loop)
         weakref.finalize(loop, self._mailbox.close)
 
@@ -42,6 +43,10 @@ class AsyncioLoop:
     def spawn(self, function: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], object]:
         loop = get_running_loop()
         return partial(_call_from_any_thread, loop, loop.create_task(function()).cancel)
+
+    def is_closed(self) -> bool:
+        loop = self._loop()
+        return loop is None or loop.is_closed()
 
     def is_cancelled(self) -> bool:
         task = asyncio.current_task()

@@ -27,8 +27,16 @@ from .copies import (
     storages,
     wait_issued,
 )
+from .reading import Reader
 from .replica import Replica, ReplicaCache, Substitutions, substitutions
-from .snapshot import CACHE_ATTRIBUTE, AttributeMap, LatestSnapshot, ModuleSnapshot, check_module
+from .snapshot import (
+    CACHE_ATTRIBUTE,
+    AttributeMap,
+    LatestInMode,
+    LatestSnapshot,
+    ModuleSnapshot,
+    check_module,
+)
 
 # Preparing more than this costs more than a detour over a lane, and would hold up the event loop.
 _MAX_QUICK_MODULES = 256
@@ -100,9 +108,11 @@ class ReplicaSet:
         devices: one per lane.
         bucket_bytes: size of what one reduce-add of gradients covers.
         checksum: read the values of everything copied at every pass, to find changes of any kind.
+        training: the mode in which the replicas run; the module's own if None.
 
     Attributes:
         snapshots: answer what the module consists of.
+        readers: each lane's right to read the module.
     """
 
     def __init__(
@@ -111,18 +121,24 @@ class ReplicaSet:
         devices: Sequence[torch.device],
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
         checksum: bool = False,
+        training: bool | None = None,
     ) -> None:
         check_module(module)
         self._devices = list(devices)
         self._bucket_bytes = bucket_bytes
         self._checksum = checksum
         self._lock = threading.Lock()
-        self.snapshots = LatestSnapshot()
+        self.snapshots = LatestSnapshot() if training is None else LatestInMode(training)
+        self.readers = [Reader(module, self.snapshots, device) for device in self._devices]
         self._cache = ReplicaCache(len(self._devices))
         self._copies: list[_Copies | None] = []
         self._ready: dict[tuple[int, ...], list[LaneModule]] = {}  # what later passes may use too
         self._buffer_tags: list[VersionTag | None] = []  # empty if buffers may change uncounted
         self._storage_refs = storage_refs(())
+
+    def in_mode(self, module: nn.Module, training: bool) -> ReplicaSet:
+        """Make a set like this one, whose replicas always run in one mode."""
+        return ReplicaSet(module, self._devices, self._bucket_bytes, self._checksum, training)
 
     def refresh(self) -> None:
         """Copy everything anew for the next pass, also what was changed behind autograd's back."""
@@ -188,7 +204,7 @@ class ReplicaSet:
     def _assemble(self, lanes: Sequence[int]) -> list[LaneModule]:
         snapshot = self._cache.snapshot
         assert snapshot is not None, "the replicas are built"
-        if snapshot.updates_buffers:
+        if snapshot.changes_uncounted:
             self._buffer_tags = []
         aliases = self._aliases(lanes, snapshot)
         key = tuple(lanes)

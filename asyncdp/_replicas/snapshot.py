@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import weakref
 from collections import OrderedDict
@@ -73,6 +74,7 @@ class ModuleSnapshot:
         buffer_owners: the positions of the modules that have buffers, or empty places for them.
         training: the mode of every module.
         updates_buffers: whether a forward is likely to change buffers: some have an owner in train mode.
+        changes_uncounted: whether forwards may change buffers without counting a version.
         has_rnn: whether one of the modules is recurrent.
     """
 
@@ -105,6 +107,7 @@ class ModuleSnapshot:
         self.buffer_owners = [place for place, each in enumerate(namespaces) if each["_buffers"]]
         self.training = [*map(_training, modules)]
         self.updates_buffers = any(self.training[position] for position in self.buffer_owners)
+        self.changes_uncounted = self.updates_buffers
         self.has_rnn = any(isinstance(each, nn.RNNBase) for each in modules)
 
     @classmethod
@@ -142,6 +145,19 @@ class ModuleSnapshot:
             )
         except Exception:  # an attribute is gone, or its new value cannot be compared
             return False
+
+    def in_mode(self, training: bool) -> ModuleSnapshot:
+        """Return a snapshot of the module as if each module in it were in train mode, or in eval mode."""
+        forced = copy.copy(self)
+        forced.namespaces = [{**namespace, "training": training} for namespace in self.namespaces]
+        forced.training = [training] * len(self.training)
+        forced.updates_buffers = training and bool(self.buffer_owners)
+        forced.changes_uncounted = self.changes_uncounted or forced.updates_buffers
+        return forced
+
+    def has_same_root(self, other: ModuleSnapshot) -> bool:
+        """Return whether the other is a snapshot of the same module."""
+        return self._root is other._root  # a module has only one weak reference
 
     def has_same_parts(self) -> bool:
         """Return whether parameters, buffers and submodules are the same, in less time than `is_current`."""
@@ -220,6 +236,31 @@ class LatestSnapshot:
         if latest is None or not (latest.has_same_parts() and latest.has_same_modes()):
             latest = self._latest = ModuleSnapshot.capture(module)
         return latest
+
+
+class LatestInMode(LatestSnapshot):
+    """The latest snapshot of one module as if it were in one mode, whatever its flags say.
+
+    Args:
+        training: the mode.
+    """
+
+    def __init__(self, training: bool) -> None:
+        super().__init__()
+        self._training = training
+        self._forced: tuple[ModuleSnapshot, ModuleSnapshot] | None = None
+
+    def current(self, module: nn.Module) -> ModuleSnapshot:
+        return self._in_mode(super().current(module))
+
+    def parts(self, module: nn.Module) -> ModuleSnapshot:
+        return self._in_mode(super().parts(module))
+
+    def _in_mode(self, snapshot: ModuleSnapshot) -> ModuleSnapshot:
+        pair = self._forced
+        if pair is None or pair[0] is not snapshot:
+            pair = self._forced = (snapshot, snapshot.in_mode(self._training))
+        return pair[1]
 
 
 def _modules_of(module: nn.Module) -> list[nn.Module]:

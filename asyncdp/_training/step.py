@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .._replicas.copies import wait_issued
+from .._replicas.order import Use
+from .._replicas.reading import in_turn
 from .._replicas.snapshot import ModuleSnapshot
 from .._runtime import Lane
 from .._verbs.batch import positional
@@ -147,7 +149,9 @@ class Step:
             lanes, trainable, reducer, _ = self._prepare()
             gradients = [self._own_gradients] if reducer is None else reducer.gradients
             self._accumulated.add(trainable, gradients)
-            lanes[0].write_back_buffers()
+            if self._snapshot.buffer_owners:
+                with in_turn(self._change()):
+                    lanes[0].write_back_buffers()
         self._accumulated.add(self._saved.tensors, [direct])
         self._saved.restore()
         self._is_done = True
@@ -168,7 +172,8 @@ class Step:
         lanes, trainable, reducer, _ = self._prepare()
         sums = self._own_sums(trainable) if reducer is None else reducer.sums()
         deliver(self._saved, trainable, sums, self._accumulated.of(self._saved.outsiders))
-        commit(self._saved, self.options, lanes[0].write_back_buffers)
+        with in_turn(self._change()):
+            commit(self._saved, self.options, lanes[0].write_back_buffers)
         self._accumulated.clear()
 
     def _commit_in_place(self, trainable: list[Tensor]) -> None:
@@ -177,8 +182,13 @@ class Step:
             self._own_gradients = [None] * len(trainable)  # they are in `.grad` already
             sums = self._own_sums(trainable)
             deliver(self._saved, trainable, sums, self._accumulated.of(self._saved.outsiders))
-        commit(self._saved, self.options, None)
+        with in_turn(self._change()):
+            commit(self._saved, self.options, None)
         self._accumulated.clear()
+
+    def _change(self) -> Use:
+        """Return what the end of this step does to the module, for its place in the order of tasks."""
+        return Use(self._snapshot, changes=True, optimizer=self.options.optimizer)
 
     def undo(self) -> None:
         """Restore the gradients after a failure or a cancellation, when all lanes are done."""

@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import anyio
 import torch
 from torch import Tensor, nn
 
+from .. import _loops
+from .._replicas.order import Use, passes, wait_turn
 from .._replicas.snapshot import LatestSnapshot, ModuleSnapshot
 from .._runtime import Lane, Scheduler, Task
 from .._runtime.passes import NextStage, Stage
@@ -43,7 +44,6 @@ class Trainer:
         self._module = module
         self._all_threads = scheduler.thread_share(1)
         self._snapshots = LatestSnapshot()
-        self._one_at_a_time = anyio.Lock(fast_acquire=True)
         self.num_steps = 0
         """Optimizer steps taken, including those whose caller was cancelled too late to stop them."""
 
@@ -68,22 +68,20 @@ class Trainer:
         step = Step(snapshot, self._replicas, self._accumulated, lanes, inputs, weights, options, accumulate)
         stage, following = self._stages(step, lanes)
         share = self._all_threads if len(lanes) == 1 else self._scheduler.thread_share(len(lanes))
-        if not self._one_at_a_time.locked():
-            self._one_at_a_time.acquire_nowait()
-            ambient = None
-        else:  # a step that has to wait must not find the state that torch has by then
-            # In a forked child the step that it waits for never ends.
-            self._scheduler.check_open()
-            ambient = self._scheduler.ambient()
-            await self._one_at_a_time.acquire()
-        started = time.perf_counter()
+        use = Use(snapshot, changes=True, optimizer=options.optimizer, loop=_loops.current())
+        ambient = None
         try:
+            if not passes.arrive(use):  # what has to wait must not find the state that torch has by then
+                self._scheduler.check_open()
+                ambient = self._scheduler.ambient()
+                await wait_turn(use)
+            started = time.perf_counter()
             results = await self._scheduler.run(stage, following, num_threads=share, ambient=ambient)
         except BaseException:
             step.undo()
             raise
         finally:
-            self._one_at_a_time.release()
+            passes.leave(use)
         if record is not None:
             record(time.perf_counter() - started)
         return results[0]  # type: ignore[no-any-return]
