@@ -227,8 +227,7 @@ class DataParallel(Calls):
         A step that fails or is cancelled changes no parameter, gradient, buffer or optimizer state.
         Once the optimizer has begun it runs to its end, and a cancellation goes on after a whole step.
         Only an error that the optimizer itself raises can leave a step half done, and says so.
-        Steps of one module run one after the other, whichever engine and event loop they come from; so do
-        those of modules that share trainable parameters or an optimizer.
+        Steps of one module run one after the other, whichever engine and event loop they come from.
 
         Args:
             inputs: a tuple holds positional arguments, anything else is the only one. They are data:
