@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         export_opentelemetry,
         export_prometheus,
     )
+    from ._tree import PerRow, Whole
     from ._verbs.backward import backward
     from ._verbs.gather import gather
     from ._verbs.parallel_apply import parallel_apply
@@ -48,11 +49,13 @@ __all__ = [
     "LaneChoice",
     "LaneState",
     "LaneStatistics",
+    "PerRow",
     "Percentiles",
     "QueueFull",
     "Runtime",
     "RuntimeStatistics",
     "TraceRecorder",
+    "Whole",
     "backward",
     "data_parallel",
     "default_runtime",
@@ -76,6 +79,7 @@ _MODULES = (
     "_engine.tuner",
     "_runtime",
     "_serving",
+    "_tree",
     "_verbs.backward",
     "_verbs.gather",
     "_verbs.parallel_apply",

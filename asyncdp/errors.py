@@ -96,8 +96,19 @@ class LengthMismatchError(AsyncDPError, ValueError):
         super().__init__(
             f"inputs differ in length along dim {dim}: "
             f"{first[0]} has {first[1]} and {other[0]} has {other[1]}. "
-            "Give every tensor the same length there, or pass what belongs to the whole batch "
-            "as something other than a tensor with that dimension."
+            "Give every tensor the same length there. Wrap what belongs to the whole batch in asyncdp.Whole, "
+            "and a list with one entry per row in asyncdp.PerRow."
+        )
+
+
+class AmbiguousSequenceError(AsyncDPError, ValueError):
+    """A list or tuple beside tensors is as long as they are, and may hold one entry per row or not."""
+
+    def __init__(self, name: str, got: object, num_rows: int) -> None:
+        super().__init__(
+            f"{name} is a {type(got).__qualname__} of {num_rows} entries beside tensors of {num_rows} rows, "
+            "which can be read in two ways. One entry per row: wrap it in asyncdp.PerRow, and each lane gets "
+            "the entries of its rows. The same for every lane: wrap it in asyncdp.Whole."
         )
 
 
@@ -112,23 +123,29 @@ class CountMismatchError(AsyncDPError, ValueError):
 
 
 class UnsplittableError(AsyncDPError, TypeError):
-    """An input does not have its rows along one dimension; `name` is its name for the user."""
+    """An input does not have its rows along one dimension.
 
-    def __init__(self, got: object, name: str = "an input") -> None:
-        super().__init__(
-            f"{name} is a {type(got).__qualname__}, which cannot be split along a dimension. "
-            "Pass the padded tensor and the lengths, and pack inside forward."
-        )
+    Args:
+        kind: what it is, for the user.
+        name: its name for the user.
+        remedy: how to pass it instead.
+    """
+
+    def __init__(self, kind: str, name: str, remedy: str) -> None:
+        super().__init__(f"{name} is a {kind}, which cannot be split along a dimension. {remedy}")
+
+
+_SAME_STRUCTURE = (
+    "Return the same structure from every shard, with tensors where values differ, and a list with one entry "
+    "per row as asyncdp.PerRow(list)."
+)
 
 
 class GatherError(AsyncDPError, ValueError):
     """The outputs of the replicas do not fit together."""
 
-    def __init__(self, cause: str) -> None:
-        super().__init__(
-            f"cannot gather the outputs of the replicas: {cause}. "
-            "Return the same structure from every shard, with tensors where values differ."
-        )
+    def __init__(self, cause: str, remedy: str = _SAME_STRUCTURE) -> None:
+        super().__init__(f"cannot gather the outputs of the replicas: {cause}. {remedy}")
 
 
 class ReduceAddSizeError(AsyncDPError, ValueError):

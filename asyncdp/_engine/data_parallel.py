@@ -282,6 +282,7 @@ class DataParallel:
         options.check()
         snapshot = self._trainer.snapshot()
         batch = Batch.of_step(inputs, targets, self._route.dim)
+        batch.check_sequences(self._num_lanes)
         num_lanes, record = self._num_lanes, None
         if self._adaptive is not None:
             num_lanes, record = self._adaptive.choose_for_step(batch, snapshot)
