@@ -68,7 +68,7 @@ class Route:
         else happens on lanes.
         """
         batch.check_sequences(num_lanes)
-        if num_lanes > 1 and batch.num_rows is None:
+        if batch.is_whole(num_lanes):
             return await self.run_whole(batch)
         split_inputs = SplitInputs()
         shards = batch.split(num_lanes, split_inputs)

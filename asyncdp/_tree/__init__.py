@@ -68,7 +68,13 @@ def unflatten(spec: optree.PyTreeSpec, leaves: Sequence[Any]) -> Any:
 
 def paths(spec: optree.PyTreeSpec) -> list[str]:
     """Return each leaf's path as Python writes it: "[0]['mask']", or "" for a lone leaf."""
-    return [accessor.codify("") for accessor in spec.accessors()]
+    return [_without_packed(accessor).codify("") for accessor in spec.accessors()]
+
+
+def _without_packed(accessor: Any) -> Any:
+    """Leave out the way into a packed sequence, whose only leaf is itself."""
+    is_packed = len(accessor) > 0 and accessor[-1].type is PackedSequence
+    return accessor[:-1] if is_packed else accessor
 
 
 def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:

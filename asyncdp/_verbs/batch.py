@@ -119,6 +119,16 @@ class Batch:
         """The shapes of all tensors, and the lengths of all `PerRow`."""
         return tuple(leaf.shape if isinstance(leaf, Tensor) else len(leaf) for leaf in self.shaped)
 
+    def is_whole(self, num_lanes: int) -> bool:
+        """Return whether the batch runs as it is: nothing in it has rows, or one lane gets what has none.
+
+        Raises:
+            LengthMismatchError, UnsplittableError: as `num_rows`.
+        """
+        if num_lanes == 1 and any(map(rows.is_unsplittable, self.leaves)):
+            return True
+        return self.num_rows is None
+
     def check_sequences(self, num_lanes: int) -> None:
         """Refuse a list or tuple that may or may not hold one entry per row, if the batch may be split.
 
@@ -129,7 +139,11 @@ class Batch:
         if num_lanes == 1:
             return
         num_rows = self.num_rows
-        if num_rows is None or num_rows < 2:
+        if num_rows is not None:
+            self._check_sequences(num_rows)
+
+    def _check_sequences(self, num_rows: int, *, of_tensors: bool = True) -> None:
+        if num_rows < 2:
             return
         values = (*self._args, *self._kwargs.values())
         for position, (value, spec) in enumerate(zip(values, self._specs, strict=True)):
@@ -137,7 +151,7 @@ class Batch:
                 continue
             # The inputs of a step are arguments if they are a tuple.
             is_arguments = position == 0 and self._names is not None and type(value) is tuple
-            found = rows.ambiguous(value, num_rows, self.dim, is_root=is_arguments)
+            found = rows.ambiguous(value, num_rows, self.dim, except_root=is_arguments, of_tensors=of_tensors)
             if found is not None:
                 path, sequence = found
                 raise AmbiguousSequenceError(self._root_names()[position] + path, sequence, num_rows)
@@ -208,11 +222,13 @@ class Batch:
         found: dict[int, Tensor | PerRow] = {}
         for position, leaf in enumerate(self.leaves):
             if rows.is_unsplittable(leaf):
-                raise rows.unsplittable(leaf, self._leaf_names()[position])
+                name = self._leaf_names()[position]
+                raise rows.unsplittable(leaf, name)
             length = rows.length(leaf, self.dim)
             if length is None:
                 continue
             if num_rows is not None and length != num_rows:
+                self._check_sequences(num_rows, of_tensors=False)  # whose entries may differ in length
                 names = self._leaf_names()
                 first = names[next(iter(found))], num_rows
                 raise LengthMismatchError(self.dim, first, (names[position], length))

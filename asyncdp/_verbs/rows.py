@@ -53,7 +53,9 @@ def detached(leaf: Any) -> Any:
     return Whole(_tree.map_leaves(detached, leaf.value)) if isinstance(leaf, Whole) else leaf
 
 
-def ambiguous(tree: Any, num_rows: int, dim: int, *, is_root: bool = False) -> tuple[str, Any] | None:
+def ambiguous(
+    tree: Any, num_rows: int, dim: int, *, except_root: bool, of_tensors: bool
+) -> tuple[str, Any] | None:
     """Return the path to a list or tuple that may hold one entry per row, and itself; None if there is none.
 
     Tensors with rows, alone or in sequences of their own (the layers of a model), are in no doubt.
@@ -62,12 +64,13 @@ def ambiguous(tree: Any, num_rows: int, dim: int, *, is_root: bool = False) -> t
         tree: an input.
         num_rows: the length of the tensors beside it.
         dim: the dimension that is split.
-        is_root: whether `tree` itself is in no doubt.
+        except_root: whether `tree` itself is in no doubt.
+        of_tensors: whether sequences of tensors without rows are in doubt.
     """
     for path, sequence in _sequences(tree, (list, tuple)):
-        if len(sequence) == num_rows and not (is_root and sequence is tree):
+        if len(sequence) == num_rows and not (except_root and sequence is tree):
             has_other = any(not _has_rows(entry, num_rows, dim) for entry in sequence)
-            if has_other and any(entry is not None for entry in sequence):
+            if has_other and (of_tensors or not _is_all_tensors(sequence)) and not _is_all_none(sequence):
                 return path, sequence
     return None
 
@@ -77,9 +80,7 @@ def unmarked(output: Any, num_rows: int) -> dict[str, list[Any]]:
     return {
         path: sequence
         for path, sequence in _sequences(output, (list,))
-        if len(sequence) == num_rows
-        and any(not _is_all_tensors(entry) for entry in sequence)
-        and any(entry is not None for entry in sequence)
+        if len(sequence) == num_rows and not _is_all_tensors(sequence) and not _is_all_none(sequence)
     }
 
 
@@ -103,6 +104,10 @@ def _has_rows(entry: Any, num_rows: int, dim: int) -> bool:
     if type(entry) in (list, tuple):
         return all(_has_rows(each, num_rows, dim) for each in entry)
     return entry is None or (isinstance(entry, (Tensor, PerRow)) and length(entry, dim) == num_rows)
+
+
+def _is_all_none(sequence: Any) -> bool:
+    return all(entry is None for entry in sequence)
 
 
 def _is_all_tensors(entry: Any) -> bool:
