@@ -14,7 +14,7 @@ from .. import _tree
 from .._runtime import trace
 from .._runtime.schedule import split_sizes
 from .._tree import PerRow
-from ..errors import AmbiguousSequenceError, LengthMismatchError
+from ..errors import AmbiguousSequenceError, LengthMismatchError, MetaTensorError, UnsplittableError
 from . import rows
 from .inplace import SplitInputs
 from .moving import moved_leaves
@@ -79,14 +79,15 @@ class Batch:
         """Every value within the arguments that is no container."""
 
     @classmethod
-    def of_step(cls, inputs: Any, targets: Any, dim: int) -> Batch:
-        """Make the batch of a training step: data that no gradient flows back to.
+    def of_step(cls, inputs: Any, targets: Any, dim: int, num_lanes: int) -> Batch:
+        """Make the batch of a training step on up to `num_lanes` lanes: data that no gradient flows back to.
 
         The backwards of several lanes would race for the gradients of shared inputs.
         """
         batch = cls((inputs, targets), {}, dim, ("inputs", "targets"))
         if any(map(_REQUIRES_GRAD, _tree.tensors(batch.leaves))):
             batch.leaves = [rows.detached(leaf) for leaf in batch.leaves]
+        batch.check_sequences(num_lanes)
         return batch
 
     @property
@@ -120,14 +121,17 @@ class Batch:
         return tuple(leaf.shape if isinstance(leaf, Tensor) else len(leaf) for leaf in self.shaped)
 
     def is_whole(self, num_lanes: int) -> bool:
-        """Return whether the batch runs as it is: nothing in it has rows, or one lane gets what has none.
+        """Return whether the batch runs as it is: nothing in it has rows, or nobody has to know which.
 
         Raises:
             LengthMismatchError, UnsplittableError: as `num_rows`.
         """
-        if num_lanes == 1 and any(map(rows.is_unsplittable, self.leaves)):
-            return True
-        return self.num_rows is None
+        try:
+            return self.num_rows is None
+        except (AmbiguousSequenceError, UnsplittableError):
+            if num_lanes == 1:
+                return True
+            raise
 
     def check_sequences(self, num_lanes: int) -> None:
         """Refuse a list or tuple that may or may not hold one entry per row, if the batch may be split.
@@ -224,6 +228,8 @@ class Batch:
             if rows.is_unsplittable(leaf):
                 name = self._leaf_names()[position]
                 raise rows.unsplittable(leaf, name)
+            if isinstance(leaf, Tensor) and leaf.is_meta:
+                raise MetaTensorError(self._leaf_names()[position])
             length = rows.length(leaf, self.dim)
             if length is None:
                 continue

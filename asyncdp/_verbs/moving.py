@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import _tree
 from .._tree import PerRow, Whole
+from ..errors import MetaTensorError
 
 
 def move(tree: Any, device: torch.device) -> Any:
@@ -45,7 +46,11 @@ def _moved_tree(tree: Any, device: torch.device, *, objects: bool) -> Any:
 def _moved(leaf: Any, device: torch.device, objects: bool) -> Any:
     if isinstance(leaf, (Tensor, _tree.Packed)):
         # Only towards CUDA: the other way the copy might be read on the host before it has arrived.
-        return leaf if leaf.device == device else leaf.to(device, non_blocking=device.type == "cuda")
+        if leaf.device == device:
+            return leaf
+        if isinstance(leaf, Tensor) and leaf.is_meta:
+            raise MetaTensorError(f"a tensor of shape {list(leaf.shape)}")
+        return leaf.to(device, non_blocking=device.type == "cuda")
     if isinstance(leaf, PerRow):
         entries = list(leaf)
         there = _moved_tree(entries, device, objects=objects)

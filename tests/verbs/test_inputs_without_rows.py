@@ -138,6 +138,19 @@ async def test_two_readings_are_refused(num_lanes: Any, value: Any, name: str) -
     assert not ran
 
 
+async def test_one_lane_needs_no_words() -> None:
+    """Where nothing is split nothing is in doubt, in calls and in steps."""
+    module = Fn(lambda m, x, y: x * m.scale, scale=nn.Parameter(torch.ones(())))
+    names, targets = ["a"] * 4, [{"boxes": torch.ones(2, 4)}] * 4
+    for devices, num_lanes in (("cpu", "auto"), ("cpu*2", 1)):
+        async with asyncdp.DataParallel(module, devices, num_lanes=num_lanes) as engine:
+            assert torch.equal(await engine(numbered(4), names), numbered(4))
+            assert torch.equal(await engine(numbered(4), targets), numbered(4))
+            optimizer = torch.optim.SGD(module.parameters(), 0.0)
+            loss = await engine.train_step((numbered(4), names), targets, lambda x, y: x.sum(), optimizer)
+            assert loss == 6
+
+
 async def test_the_same_for_every_lane(how: Any) -> None:
     """A `Whole` reaches every forward as it is, whatever its length, tensors included."""
     seen: list[Any] = []

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-
-class AsyncDPError(Exception):
-    """Base class of every error that asyncdp itself raises."""
-
+from .base import AsyncDPError as AsyncDPError
+from .inputs import AmbiguousSequenceError as AmbiguousSequenceError
+from .inputs import GatherError as GatherError
+from .inputs import LengthMismatchError as LengthMismatchError
+from .inputs import MetaTensorError as MetaTensorError
+from .inputs import OffloadedModuleError as OffloadedModuleError
+from .inputs import UnsplittableError as UnsplittableError
 
 # --- devices ---------------------------------------------------------------------------------
 
@@ -89,29 +92,6 @@ class LazyModuleError(AsyncDPError, ValueError):
         )
 
 
-class LengthMismatchError(AsyncDPError, ValueError):
-    """Inputs of one pass differ in length along the dimension they are split on."""
-
-    def __init__(self, dim: int, first: tuple[str, int], other: tuple[str, int]) -> None:
-        super().__init__(
-            f"inputs differ in length along dim {dim}: "
-            f"{first[0]} has {first[1]} and {other[0]} has {other[1]}. "
-            "Give every tensor the same length there. Wrap what belongs to the whole batch in asyncdp.Whole, "
-            "and a list with one entry per row in asyncdp.PerRow."
-        )
-
-
-class AmbiguousSequenceError(AsyncDPError, ValueError):
-    """A list or tuple beside tensors is as long as they are, and may hold one entry per row or not."""
-
-    def __init__(self, name: str, got: object, num_rows: int) -> None:
-        super().__init__(
-            f"{name} is a {type(got).__qualname__} of {num_rows} entries beside tensors of {num_rows} rows, "
-            "which can be read in two ways. One entry per row: wrap it in asyncdp.PerRow, and each lane gets "
-            "the entries of its rows. The same for every lane: wrap it in asyncdp.Whole."
-        )
-
-
 class CountMismatchError(AsyncDPError, ValueError):
     """The lists of `parallel_apply` differ in length."""
 
@@ -120,32 +100,6 @@ class CountMismatchError(AsyncDPError, ValueError):
             f"Must have as many {what} as modules, but got {num_given} {what} for {num_modules} modules. "
             "Pass one entry per module."
         )
-
-
-class UnsplittableError(AsyncDPError, TypeError):
-    """An input does not have its rows along one dimension.
-
-    Args:
-        kind: what it is, for the user.
-        name: its name for the user.
-        remedy: how to pass it instead.
-    """
-
-    def __init__(self, kind: str, name: str, remedy: str) -> None:
-        super().__init__(f"{name} is a {kind}, which cannot be split along a dimension. {remedy}")
-
-
-_SAME_STRUCTURE = (
-    "Return the same structure from every shard, with tensors where values differ, and a list with one entry "
-    "per row as asyncdp.PerRow(list)."
-)
-
-
-class GatherError(AsyncDPError, ValueError):
-    """The outputs of the replicas do not fit together."""
-
-    def __init__(self, cause: str, remedy: str = _SAME_STRUCTURE) -> None:
-        super().__init__(f"cannot gather the outputs of the replicas: {cause}. {remedy}")
 
 
 class ReduceAddSizeError(AsyncDPError, ValueError):
@@ -347,13 +301,16 @@ class LossReductionError(AsyncDPError, ValueError):
         )
 
 
+_REDUCE = 'Reduce it to a mean or a sum inside loss_fn, and name which one in loss_reduction="mean".'
+
+
 class LossNotScalarError(AsyncDPError, ValueError):
     """The result of `loss_fn` is nothing that a backward can start from."""
 
-    def __init__(self, got: object) -> None:
+    def __init__(self, got: object, remedy: str = _REDUCE) -> None:
         super().__init__(
             f"loss_fn must return one number as a tensor that depends on the parameters, but returned {got}. "
-            'Reduce it to a mean or a sum inside loss_fn, and name which one in loss_reduction="mean".'
+            f"{remedy}"
         )
 
 
