@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         export_opentelemetry,
         export_prometheus,
     )
+    from ._tree import PerRow, Whole
     from ._verbs.backward import backward
     from ._verbs.gather import gather
     from ._verbs.parallel_apply import parallel_apply
@@ -50,11 +51,13 @@ __all__ = [
     "LaneChoice",
     "LaneState",
     "LaneStatistics",
+    "PerRow",
     "Percentiles",
     "QueueFull",
     "Runtime",
     "RuntimeStatistics",
     "TraceRecorder",
+    "Whole",
     "backward",
     "data_parallel",
     "default_runtime",
@@ -79,6 +82,7 @@ _MODULES = (
     "_engine.tuner",
     "_runtime",
     "_serving",
+    "_tree",
     "_verbs.backward",
     "_verbs.gather",
     "_verbs.parallel_apply",

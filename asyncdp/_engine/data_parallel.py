@@ -254,7 +254,7 @@ class DataParallel(Calls):
         options = StepOptions(loss_fn, optimizer, loss_reduction, before_step, scaler, reduce_only)
         options.check()
         snapshot = self._trainer.snapshot()
-        batch = Batch.of_step(inputs, targets, self._route.dim)
+        batch = Batch.of_step(inputs, targets, self._route.dim, self._num_lanes)
         num_lanes, record = self._num_lanes, None
         if self._adaptive is not None:
             num_lanes, record = self._adaptive.choose_for_step(batch, snapshot)

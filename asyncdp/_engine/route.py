@@ -16,9 +16,11 @@ from .._replicas.replica_set import LaneModule, ReplicaSet
 from .._replicas.snapshot import ModuleSnapshot
 from .._runtime import Lane, Runtime, Scheduler, Task
 from .._runtime.passes import NextStage, Stage
-from .._verbs.batch import Batch, move
-from .._verbs.gather import gather_to
+from .._runtime.schedule import split_sizes
+from .._verbs.batch import Batch
+from .._verbs.gather import check_rows, gather_to
 from .._verbs.inplace import SplitInputs
+from .._verbs.moving import move
 
 
 class Route:
@@ -86,8 +88,12 @@ class Route:
     async def _run_split(self, batch: Batch, num_lanes: int, waiting: Use | None) -> Any:
         """Do what `run_split` does when the turn of `waiting` has come.
 
-        Only views are made on the calling thread; everything else happens on lanes.
+        A batch without rows runs once, on one lane. Only views are made on the calling thread; everything
+        else happens on lanes.
         """
+        batch.check_sequences(num_lanes)
+        if batch.is_whole(num_lanes):
+            return await self.run_whole(batch)
         split_inputs = SplitInputs()
         shards = batch.split(num_lanes, split_inputs)
         positions = self._positions(len(shards))
@@ -100,7 +106,8 @@ class Route:
             ]
 
         def gather_stage(outputs: Sequence[Any], last: Lane) -> Stage:
-            return [Task(self._gather_lane(last), partial(self.gather, outputs, split_inputs), "gather")]
+            function = partial(self.gather, outputs, batch, split_inputs)
+            return [Task(self._gather_lane(last), function, "gather")]
 
         following: list[NextStage] = [gather_stage]
         ready = None if waiting else self.replicas.prepare_nowait(self.module, positions)
@@ -153,6 +160,8 @@ class Route:
                 is_ready = is_ready and not parts.moves_weights(first.device)
                 module = self.module if is_ready else self.replicas.prepare(self.module, [0])[0]
                 output = batch.apply(module, first.device, batch.leaves)
+            if batch.num_rows is None:
+                return move(output, self.output)
             return gather_to([output], self.output, self.dim)
 
         num_threads = self.scheduler.thread_share(1)
@@ -177,8 +186,10 @@ class Route:
             output = module(*args, **kwargs)
         return move(output, self.output)
 
-    def gather(self, outputs: Sequence[Any], split_inputs: SplitInputs) -> Any:
-        """Gather the outputs of a pass's shards, and end its forward."""
+    def gather(self, outputs: Sequence[Any], batch: Batch, split_inputs: SplitInputs) -> Any:
+        """Gather the outputs of a batch's shards, and end its forward."""
+        if batch.num_rows is not None:
+            check_rows(outputs, split_sizes(batch.num_rows, len(outputs)))
         output = gather_to(outputs, self.output, self.dim)
         split_inputs.end_forward(output)
         return output

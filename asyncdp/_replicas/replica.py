@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .refusals import warn_if_compiled
 from .snapshot import CACHE_ATTRIBUTE, PLAIN, AttributeMap, ModuleSnapshot
 
 Substitutions = Mapping[int, Tensor]
@@ -43,6 +44,7 @@ class Replica:
 
     def __init__(self, snapshot: ModuleSnapshot, *, deep: bool) -> None:
         originals = snapshot.modules
+        warn_if_compiled(originals)
         self._modules = [*map(_bare_copy, originals, snapshot.namespaces)]
         self.module = self._modules[0]
         self._bound: Substitutions = {}

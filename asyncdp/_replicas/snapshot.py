@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import CompiledModuleError, LazyModuleError, NotAModuleError, UnsupportedModuleError
+from .refusals import check_placement
 
 CACHE_ATTRIBUTE = "_asyncdp_replicas"
 """The attribute of a module that holds its replicas; no snapshot and no replica has it."""
@@ -55,6 +56,7 @@ def check_module(module: object) -> None:
         if any(map(_is_lazy, chain(each._parameters.values(), each._buffers.values()))):
             tensors = chain(module.named_parameters(), module.named_buffers())
             raise LazyModuleError(next(name for name, tensor in tensors if _is_lazy(tensor)))
+        check_placement(module, each)
 
 
 def _is_lazy(tensor: Tensor | None) -> bool:

@@ -23,6 +23,12 @@ from .commit import AccumulatedGradients, SavedGradients, StepOptions, commit, d
 from .lanes import TrainingLane, TrainingLanes
 from .reducer import Gradients, Reducer, add_accumulated
 
+_RECORD = (
+    "Check that parameters require gradients and that nothing detaches them. A checkpoint with "
+    "use_reentrant=True records nothing around a first layer, since inputs of a step require no gradients: "
+    "call it with use_reentrant=False."
+)
+
 # Below this an optimizer's step takes less time than changing the thread count twice.
 _MIN_ELEMENTS_FOR_THREADS = 2**21
 
@@ -269,7 +275,7 @@ def _checked(loss: Any) -> Tensor:
     if loss.numel() != 1:
         raise LossNotScalarError(f"a tensor of shape {list(loss.shape)}")
     if not loss.requires_grad:
-        raise LossNotScalarError("a tensor without a gradient function")
+        raise LossNotScalarError("a tensor without a gradient function", _RECORD)
     return loss.reshape(()) if loss.dim() else loss
 
 

@@ -135,8 +135,9 @@ class Trainer:
 
 def _divide(batch: Batch, num_lanes: int, loss_reduction: str) -> tuple[list[list[Any]], list[float]]:
     """Return the shards of a batch, and the weight of each one's loss."""
-    num_rows = batch.num_rows
-    if num_rows is None or num_lanes == 1:  # with nothing to split, every lane would do the whole step
+    # With nothing to split, every lane would do the whole step.
+    num_rows = None if batch.is_whole(num_lanes) else batch.num_rows
+    if num_rows is None or num_lanes == 1:
         return [batch.leaves], [1.0]
     shards = batch.split(num_lanes)
     if loss_reduction == "sum" or num_rows == 0:

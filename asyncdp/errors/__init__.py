@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-
-class AsyncDPError(Exception):
-    """Base class of every error that asyncdp itself raises."""
-
+from .base import AsyncDPError as AsyncDPError
+from .inputs import AmbiguousSequenceError as AmbiguousSequenceError
+from .inputs import GatherError as GatherError
+from .inputs import LengthMismatchError as LengthMismatchError
+from .inputs import MetaTensorError as MetaTensorError
+from .inputs import OffloadedModuleError as OffloadedModuleError
+from .inputs import UnsplittableError as UnsplittableError
 
 # --- devices ---------------------------------------------------------------------------------
 
@@ -89,18 +92,6 @@ class LazyModuleError(AsyncDPError, ValueError):
         )
 
 
-class LengthMismatchError(AsyncDPError, ValueError):
-    """Inputs of one pass differ in length along the dimension they are split on."""
-
-    def __init__(self, dim: int, first: tuple[str, int], other: tuple[str, int]) -> None:
-        super().__init__(
-            f"inputs differ in length along dim {dim}: "
-            f"{first[0]} has {first[1]} and {other[0]} has {other[1]}. "
-            "Give every tensor the same length there, or pass what belongs to the whole batch "
-            "as something other than a tensor with that dimension."
-        )
-
-
 class CountMismatchError(AsyncDPError, ValueError):
     """The lists of `parallel_apply` differ in length."""
 
@@ -108,26 +99,6 @@ class CountMismatchError(AsyncDPError, ValueError):
         super().__init__(
             f"Must have as many {what} as modules, but got {num_given} {what} for {num_modules} modules. "
             "Pass one entry per module."
-        )
-
-
-class UnsplittableError(AsyncDPError, TypeError):
-    """An input does not have its rows along one dimension; `name` is its name for the user."""
-
-    def __init__(self, got: object, name: str = "an input") -> None:
-        super().__init__(
-            f"{name} is a {type(got).__qualname__}, which cannot be split along a dimension. "
-            "Pass the padded tensor and the lengths, and pack inside forward."
-        )
-
-
-class GatherError(AsyncDPError, ValueError):
-    """The outputs of the replicas do not fit together."""
-
-    def __init__(self, cause: str) -> None:
-        super().__init__(
-            f"cannot gather the outputs of the replicas: {cause}. "
-            "Return the same structure from every shard, with tensors where values differ."
         )
 
 
@@ -330,13 +301,16 @@ class LossReductionError(AsyncDPError, ValueError):
         )
 
 
+_REDUCE = 'Reduce it to a mean or a sum inside loss_fn, and name which one in loss_reduction="mean".'
+
+
 class LossNotScalarError(AsyncDPError, ValueError):
     """The result of `loss_fn` is nothing that a backward can start from."""
 
-    def __init__(self, got: object) -> None:
+    def __init__(self, got: object, remedy: str = _REDUCE) -> None:
         super().__init__(
             f"loss_fn must return one number as a tensor that depends on the parameters, but returned {got}. "
-            'Reduce it to a mean or a sum inside loss_fn, and name which one in loss_reduction="mean".'
+            f"{remedy}"
         )
 
 
