@@ -22,7 +22,7 @@ from .blocks import Batch, BlockRows, OpenBlock
 from .options import InferOptions
 from .records import Failure, Record
 from .report.monitor import Monitor
-from .steps import Steps, arguments, to_columns
+from .steps import Steps, arguments_of, to_columns
 from .task_groups import plain_task_group
 
 # Two batches per lane: one runs while the next one waits right behind it.
@@ -216,7 +216,7 @@ class Pipeline:
 
     def _collate(self, items: Sequence[Any]) -> Any:
         with self._monitor.timed("collate"):
-            return arguments(self._steps.collate(items))
+            return arguments_of(self._steps.collate(items))
 
     def _store(self, output: Any, batch: Batch) -> None:
         """Put the outputs of a batch into its block, in a worker thread."""

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .._verbs.batch import arguments
 from ..errors import JobError
 from .records import Columns
 
@@ -19,7 +20,7 @@ class Steps:
 
     Attributes:
         preprocess: values of some records -> one item each. Must be importable to run in processes.
-        collate: items of one batch -> what the model is called with, see `arguments`.
+        collate: items of one batch -> what the model is called with, see `arguments_of`.
         postprocess: output of one batch -> columns, or one entry per record.
         cost: item -> its length; batches are made of items of similar length.
     """
@@ -57,11 +58,12 @@ def image_to_tensor(image: Any) -> torch.Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1).float().div_(255)
 
 
-def arguments(batch: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-    """Return a batch as arguments: mappings by keyword, tuples by position, anything else as the only one."""
-    if isinstance(batch, Mapping):
-        return (), batch
-    return (batch if isinstance(batch, tuple) else (batch,)), {}
+def arguments_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments that a collated batch stands for.
+
+    A mapping of any class, such as a tokenizer's `BatchEncoding`, holds keyword arguments.
+    """
+    return arguments(dict(batch) if isinstance(batch, Mapping) else batch)
 
 
 def default_collate(items: Sequence[Any]) -> Any:
