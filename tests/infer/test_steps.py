@@ -13,7 +13,6 @@ from asyncdp.errors import JobError
 from asyncdp.infer.model.models import InferenceModule
 from asyncdp.infer.steps import arguments_of, default_collate, length_of, to_columns
 
-
 Pair = namedtuple("Pair", "mean spread")
 
 

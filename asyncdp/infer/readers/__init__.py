@@ -88,6 +88,7 @@ class Inputs:
                 position += count
                 continue
             skip = max(0, start - position) if count is not None else 0
+            end = position + (count or 0)
             position += skip
             for row in self._reader.rows(file, self.selection, skip):
                 self.num_records_read = position + 1
@@ -95,6 +96,8 @@ class Inputs:
                     identity = position if row.id is None else row.id
                     yield Record(position, identity, row.value, row.where, row.error)
                 position += 1
+            if count is not None and position != end:
+                raise file.broken(f"it states {count} rows, but has {position - end + count}")
         self.num_records_read = position
 
     def count_records(self) -> int | None:

@@ -92,6 +92,7 @@ def _num_rows(shapes: dict[str, Sequence[int]]) -> int:
 def _npy(path: Path) -> Iterator[tuple[_Arrays, int]]:
     # Unlike np.load this closes the file on failure; it refuses arrays of objects by itself.
     array = np.lib.format.open_memmap(path, mode="r")
+    _check_size("it", array.offset + array.nbytes, path.stat().st_size)
     yield {"value": array}, _num_rows({"value": array.shape})
 
 
@@ -99,8 +100,16 @@ def _npy(path: Path) -> Iterator[tuple[_Arrays, int]]:
 def _npz(path: Path) -> Iterator[tuple[_Arrays, int]]:
     with zipfile.ZipFile(path) as archive, contextlib.ExitStack() as stack:
         names = archive.namelist()
+        if len(set(names)) != len(names):
+            raise ValueError("two of its arrays have the same name")
         arrays = {name.removesuffix(".npy"): _StoredArray(archive, name, stack) for name in names}
         yield arrays, _num_rows({name: array.shape for name, array in arrays.items()})
+
+
+def _check_size(what: str, stated: int, found: int) -> None:
+    """Fail when there is more behind the array of a header: numpy would leave it unread."""
+    if found > stated:
+        raise ValueError(f"{what} goes on for {found - stated} bytes behind the array that its header states")
 
 
 class _StoredArray:
@@ -110,6 +119,8 @@ class _StoredArray:
         with archive.open(name) as stream:
             self.shape, by_columns, self._dtype = _header(stream, name)
             self._start = stream.tell()
+            stated = self._start + self._dtype.itemsize * math.prod(self.shape)
+            _check_size(name, stated, archive.getinfo(name).file_size)
         self._order: Literal["C", "F"] = "F" if by_columns else "C"
         self._open = lambda: stack.enter_context(archive.open(name))
         self._stream: IO[bytes] | None = None

@@ -20,6 +20,7 @@ from ..records import Row
 STDIN = Path("-")
 
 _MAX_LINE = 64 << 20
+_CHUNK = 1 << 16
 _BROKEN_STREAM = (EOFError, OSError, zlib.error, lzma.LZMAError)
 
 
@@ -145,7 +146,7 @@ class InputFile:
             raise self.broken(error) from error
 
     def lines(self) -> Generator[tuple[int, bytes], None, None]:
-        """Yield the number (from 1) and the bytes of every line, without its end."""
+        """Yield the number (from 1) and the bytes of every line, with its end."""
         with self.open() as stream:
             number = 0
             # A bounded readline: a file without line ends must not fill the memory.
@@ -155,7 +156,7 @@ class InputFile:
                     raise self.broken(f"line {number} is longer than {_MAX_LINE >> 20} MiB")
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")
-                yield number, line.rstrip(b"\r\n")
+                yield number, line
 
     def broken(self, why: object) -> DamagedInputError:
         """Build the error for a file that cannot be read to its end."""
@@ -164,6 +165,44 @@ class InputFile:
             f"{self.name} cannot be read: {cause}",
             "The file is damaged, half-written or of another format (see --input-format).",
         )
+
+
+class _Streams(io.RawIOBase):
+    """Decompresses one stream after another, to the end of the file.
+
+    `bz2.open` and `lzma.open` take a stream whose first bytes are damaged for the end of the file.
+    """
+
+    def __init__(self, raw: IO[bytes], new_decompressor: Callable[[], Any]) -> None:
+        self._raw, self._new = raw, new_decompressor
+        self._stream = new_decompressor()
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill `buffer` with at least a byte, or return 0 at the end."""
+        data = b""
+        while not data:
+            begin = b""
+            if self._stream.eof:
+                begin = self._begin_of_next(self._stream.unused_data)
+                if not begin:
+                    return 0
+                self._stream = self._new()
+            elif self._stream.needs_input and not (begin := self._raw.read(_CHUNK)):
+                raise EOFError("the compressed file ended before its end-of-stream marker")
+            data = self._stream.decompress(begin, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def _begin_of_next(self, rest: bytes) -> bytes:
+        while not (begin := rest.lstrip(b"\0")):  # zeros are padding
+            rest = self._raw.read(_CHUNK)
+            if not rest:
+                break
+        return begin
 
 
 @contextlib.contextmanager
@@ -177,8 +216,8 @@ def _open_zstd(raw: IO[bytes]) -> Iterator[IO[bytes]]:
 
 COMPRESSIONS: dict[str, Callable[[Any], contextlib.AbstractContextManager[Any]]] = {
     ".gz": gzip.open,
-    ".bz2": bz2.open,
-    ".xz": lzma.open,
+    ".bz2": lambda raw: io.BufferedReader(_Streams(raw, bz2.BZ2Decompressor)),
+    ".xz": lambda raw: io.BufferedReader(_Streams(raw, lzma.LZMADecompressor)),
     ".zst": _open_zstd,
 }
 """What opens a compressed file, by suffix."""

@@ -19,7 +19,9 @@ class ParquetReader:
 
     def inspect(self, path: Path) -> Contents:
         """Return the number of rows that the footer states, and the columns of the schema."""
-        with _open(InputFile(path)) as parquet:
+        file = InputFile(path)
+        with _open(file) as parquet:
+            _check_counts(file, parquet.metadata)
             return Contents(parquet.metadata.num_rows, parquet.schema_arrow.names)
 
     def rows(self, file: InputFile, selection: Selection, start: int) -> Iterator[Row]:
@@ -46,6 +48,27 @@ def _open(file: InputFile) -> Any:
         return pyarrow.parquet.ParquetFile(file.path, pre_buffer=False)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise file.broken(error) from error
+
+
+def _check_counts(file: InputFile, metadata: Any) -> None:
+    """Fail when the numbers of rows in a footer contradict each other: Arrow goes by one of them.
+
+    Raises:
+        DamagedInputError: with both numbers.
+    """
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    total = sum(group.num_rows for group in groups)
+    if total != metadata.num_rows:
+        raise file.broken(f"its footer states {metadata.num_rows} rows, its row groups {total}")
+    flat = [metadata.schema.column(index).max_repetition_level == 0 for index in range(metadata.num_columns)]
+    for number, group in enumerate(groups):
+        for index, is_flat in enumerate(flat):
+            found = group.column(index).num_values
+            if found != group.num_rows if is_flat else found < group.num_rows:
+                name = metadata.schema.column(index).path
+                raise file.broken(
+                    f"row group {number} states {group.num_rows} rows, but {found} values of column {name!r}"
+                )
 
 
 def _groups_from(parquet: Any, start: int) -> tuple[list[int], int]:

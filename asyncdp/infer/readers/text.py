@@ -27,7 +27,7 @@ class LinesReader(Reader):
         for number, line in file.lines():
             where = f"{file.name}:{number}"
             try:
-                yield Row(line.decode(), None, where)
+                yield Row(line.rstrip(b"\r\n").decode(), None, where)
             except UnicodeDecodeError as error:
                 yield Row(None, None, where, error)
 
@@ -50,7 +50,7 @@ class JsonlReader(Reader):
 
 
 class CsvReader(Reader):
-    """A header line, then one record per row; quoted fields may hold line ends."""
+    """A header line, then one record per row; quoted fields may hold line ends, which stay as they are."""
 
     def __init__(self, delimiter: str) -> None:
         self._delimiter = delimiter
@@ -66,20 +66,29 @@ class CsvReader(Reader):
         reader = self._parser(file.lines())
         header = self._header(file, reader)
         while True:
+            first = reader.line_num + 1
+            where = f"{file.name}:{first}"
             try:
                 fields = next(reader)
             except StopIteration:
                 return
             except csv.Error as error:
-                yield Row(None, None, f"{file.name}:{reader.line_num}", error)
+                # One quote too many or too few swallows the rows up to the next quote, or to the end.
+                if reader.line_num > first or "unexpected end of data" in str(error):
+                    raise file.broken(
+                        f"a quote that is opened in line {first} is not closed as it should ({error} in "
+                        f"line {reader.line_num}), so that the rows between cannot be told apart"
+                    ) from error
+                yield Row(None, None, where, error)
                 continue
             if fields:
-                yield self._row(fields, header, selection, f"{file.name}:{reader.line_num}")
+                lines = "" if reader.line_num == first else f", in the lines {first} to {reader.line_num}"
+                yield self._row(fields, header, selection, where, lines)
 
     def _parser(self, lines: Iterator[tuple[int, bytes]]) -> Any:
         csv.field_size_limit(_MAX_FIELD)
         # surrogateescape lets a line that is no UTF-8 through, to be reported as one bad record.
-        texts = (line.decode(errors="surrogateescape") + "\n" for _, line in lines)
+        texts = (line.decode(errors="surrogateescape") for _, line in lines)
         return csv.reader(texts, delimiter=self._delimiter, strict=True)
 
     def _header(self, file: InputFile, reader: Iterator[list[str]]) -> list[str]:
@@ -91,9 +100,9 @@ class CsvReader(Reader):
             raise file.broken("two columns of the header have the same name")
         return header
 
-    def _row(self, fields: list[str], header: list[str], selection: Selection, where: str) -> Row:
+    def _row(self, fields: list[str], header: list[str], selection: Selection, where: str, lines: str) -> Row:
         if len(fields) != len(header):
-            wrong = ValueError(f"{len(fields)} fields, but the header has {len(header)}")
+            wrong = ValueError(f"{len(fields)} fields{lines}, but the header has {len(header)}")
             return Row(None, None, where, wrong)
         try:
             "".join(fields).encode()
