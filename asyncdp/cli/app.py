@@ -57,6 +57,9 @@ def infer(
     postprocess: Annotated[str | None, typer.Option(help="module:function, output to columns.")] = None,
     workers: Annotated[int, typer.Option(help="Workers that preprocess.")] = 1,
     worker_processes: Annotated[bool, typer.Option("--worker-processes", help="Use processes.")] = False,
+    input_dtype: Annotated[
+        str | None, typer.Option(help="Of the model's numbers: float32, or ids=int64,x=float32.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
     autocast: Annotated[str | None, typer.Option(help="float16 or bfloat16.")] = None,
     compile: Annotated[bool, typer.Option("--compile", help="Compile the model.")] = False,

@@ -56,7 +56,6 @@ class Job:
         self.inputs = open_inputs(
             options.inputs, options.input_format, options.selection, output=options.output
         )
-        self.steps = make_steps(options, self.inputs.format_name)
         self.model = load_model(
             options.model,
             weights=options.weights,
@@ -65,6 +64,7 @@ class Job:
             compile=options.compile,
             allow_pickle=options.allow_unsafe_pickle,
         )
+        self.steps = make_steps(options, self.inputs.format_name, self.model)
 
     async def run(self, reporter: Reporter | None = None, monitor: Monitor | None = None) -> Summary:
         """Run the job to its end.

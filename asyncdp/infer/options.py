@@ -8,6 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from ..errors import JobUsageError
+from .dtypes import parse_dtypes
 from .model.models import DTYPES
 from .output.writers import WRITERS
 from .readers import FORMATS, STDIN, Selection
@@ -35,6 +36,7 @@ class InferOptions:
         output: folder for the shards.
         window: records that are sorted by length together.
         shard_size: records per block, hence per shard.
+        input_dtype: dtype of the numbers that the model gets, for all or as `name=dtype` by input.
         shard: part of the blocks to do, as `i/n` counting from 1.
     """
 
@@ -58,6 +60,7 @@ class InferOptions:
     postprocess: str | None = None
     workers: int = 1
     worker_processes: bool = False
+    input_dtype: str | None = None
     dtype: str | None = None
     autocast: str | None = None
     compile: bool = False
@@ -85,6 +88,11 @@ class InferOptions:
         if self.resume and str(STDIN) in self.inputs:
             raise JobUsageError(
                 "Standard input cannot be read a second time", "Save it to a file for jobs to be resumed."
+            )
+        if parse_dtypes(self.input_dtype) and (self.collate or self.task):
+            raise JobUsageError(
+                f"--input-dtype has no effect beside {'--collate' if self.collate else '--task'}",
+                "Leave one of them out.",
             )
         self.part  # noqa: B018  raises where --shard is no part
 

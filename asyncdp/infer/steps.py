@@ -11,6 +11,7 @@ import torch
 
 from .._verbs.batch import arguments
 from ..errors import JobError
+from .dtypes import InputDtypes
 from .records import Columns
 
 
@@ -33,7 +34,7 @@ class Steps:
     @property
     def pads(self) -> bool:
         """Whether the items of a batch may be padded to the longest one; stacking them never does."""
-        return self.collate is not default_collate
+        return not isinstance(self.collate, Stack)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,33 +67,46 @@ def arguments_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return arguments(dict(batch) if isinstance(batch, Mapping) else batch)
 
 
-def default_collate(items: Sequence[Any]) -> Any:
-    """Stack numbers and arrays into one tensor, dicts entry by entry; texts stay a list.
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """Stacks numbers and arrays into one tensor, dicts entry by entry; texts stay a list.
 
-    Raises:
-        ValueError: the items of a batch differ in shape, or are no numbers.
+    A batch whose records differ is refused, so that it is halved and none gets its dtype from a neighbour.
     """
-    first = items[0]
-    if isinstance(first, Mapping):
-        return {name: default_collate([item[name] for item in items]) for name in first}
-    if isinstance(first, str | bytes):
-        return (list(items),)
-    try:
-        return torch.stack([to_tensor(item) for item in items])
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"the records of a batch do not stack into one tensor ({error})") from error
+
+    dtypes: InputDtypes = InputDtypes()  # noqa: RUF009  frozen
+
+    def __call__(self, items: Sequence[Any]) -> Any:
+        """Collate the items of one batch.
+
+        Raises:
+            ValueError: the items differ in shape, dtype or names, or are no numbers.
+        """
+        if isinstance(items[0], str | bytes):
+            return (list(items),)
+        return self._stacked(items, "")
+
+    def _stacked(self, items: Sequence[Any], name: str) -> Any:
+        first = items[0]
+        if isinstance(first, Mapping):
+            if any(not isinstance(item, Mapping) or item.keys() != first.keys() for item in items):
+                raise ValueError("the records of a batch differ in their names")
+            return {key: self._stacked([item[key] for item in items], name or key) for key in first}
+        if isinstance(first, str | bytes):
+            return list(items)
+        try:
+            tensors = [self.dtypes.tensor(item, name) for item in items]
+            if len({tensor.dtype for tensor in tensors}) > 1:
+                raise ValueError("they differ in dtype")
+            return torch.stack(tensors)
+        except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+            what = f"input {name!r}: " if name else ""
+            raise ValueError(
+                f"{what}the records of a batch do not stack into one tensor ({error})"
+            ) from error
 
 
-def to_tensor(item: Any) -> torch.Tensor:
-    """Return numbers as a tensor, of a dtype that does not depend on the rest of the batch.
-
-    A tensor keeps its dtype. So does everything else, except doubles, which become torch's default dtype:
-    numbers of Python and arrays of NumPy are double unless another dtype was chosen.
-    """
-    tensor = torch.as_tensor(item)
-    if isinstance(item, torch.Tensor) or tensor.dtype != torch.float64:
-        return tensor
-    return tensor.to(torch.get_default_dtype())
+default_collate = Stack()
 
 
 def length_of(item: Any) -> int:
