@@ -46,6 +46,8 @@ def infer(
     output_format: Annotated[str, typer.Option(help="parquet jsonl npy safetensors")] = "parquet",
     column: Annotated[list[str] | None, typer.Option(help="Column for the model; repeatable.")] = None,
     id_column: Annotated[str | None, typer.Option(help="Column with the id; else the row index.")] = None,
+    keep: Annotated[list[str] | None, typer.Option(help="Column to copy to the output; repeatable.")] = None,
+    rename: Annotated[list[str] | None, typer.Option(help="Of the output: old=new; repeatable.")] = None,
     devices: Annotated[str | None, typer.Option(help="cpu*4, cuda, cuda:0,cuda:1 ...; else all.")] = None,
     batch_size: Annotated[int, typer.Option(help="Most records per batch.")] = 32,
     max_batch_cost: Annotated[int | None, typer.Option(help="Most records times longest.")] = None,
@@ -76,6 +78,7 @@ def infer(
 ) -> None:
     """Run a model over all records of some files."""
     given = {**locals(), "inputs": tuple(inputs), "columns": tuple(column or ())}
+    given |= {"keep": tuple(keep or ()), "rename": tuple(rename or ())}
     with _exit_codes(as_json=as_json):
         options = InferOptions(
             **{field.name: given[field.name] for field in dataclasses.fields(InferOptions)}

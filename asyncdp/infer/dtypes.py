@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -106,7 +107,7 @@ def _exactly(item: Any, dtype: torch.dtype) -> torch.Tensor:
     misfits = _misfits(source, result)
     if bool(misfits.any()):
         raise _misfit(source[misfits].flatten()[0].item(), dtype)
-    if isinstance(item, list | tuple | int | float) and source.is_floating_point():
+    if isinstance(item, list | tuple | int | float | Decimal) and source.is_floating_point():
         _check_whole_numbers(item, source, dtype)
     return result
 
@@ -118,9 +119,9 @@ def _wide(item: Any) -> torch.Tensor:
     try:
         numbers = torch.as_tensor(item)
     except (ValueError, RuntimeError) as error:
-        if "Overflow" not in str(error):
+        if "Overflow" not in str(error) and "Decimal" not in str(error):
             raise
-        return torch.as_tensor(item, dtype=torch.float64)
+        return torch.as_tensor(_floats(item), dtype=torch.float64)
     return torch.as_tensor(item, dtype=torch.float64) if numbers.is_floating_point() else numbers
 
 
@@ -139,10 +140,8 @@ def _check_whole_numbers(item: Any, source: torch.Tensor, dtype: torch.dtype) ->
     if not dtype.is_floating_point or not bool((source.abs() > 2 / torch.finfo(dtype).eps).any()):
         return
     for number in _numbers(item):
-        if (
-            type(number) is int
-            and torch.tensor(float(number), dtype=torch.float64).to(dtype).item() != number
-        ):
+        is_whole = type(number) is int or (isinstance(number, Decimal) and number % 1 == 0)
+        if is_whole and torch.tensor(float(number), dtype=torch.float64).to(dtype).item() != number:
             raise _misfit(number, dtype)
 
 
@@ -152,6 +151,10 @@ def _numbers(item: Any) -> Iterator[Any]:
             yield from _numbers(entry)
     else:
         yield item
+
+
+def _floats(item: Any) -> Any:
+    return [_floats(entry) for entry in item] if isinstance(item, list | tuple) else float(item)
 
 
 def _misfit(number: object, dtype: torch.dtype) -> ValueError:

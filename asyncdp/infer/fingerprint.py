@@ -37,7 +37,17 @@ _FINGERPRINTED = (
         "postprocess",
         "columns",
     ),
-    *("id_column", "batch_size", "max_batch_cost", "window", "shard_size", "output_format", "order"),
+    *(
+        "id_column",
+        "keep",
+        "rename",
+        "batch_size",
+        "max_batch_cost",
+        "window",
+        "shard_size",
+        "output_format",
+        "order",
+    ),
 )
 
 

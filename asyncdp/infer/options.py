@@ -36,6 +36,8 @@ class InferOptions:
         output: folder for the shards.
         window: records that are sorted by length together.
         shard_size: records per block, hence per shard.
+        keep: columns of the input that are copied into the output.
+        rename: new names of output columns, each as `old=new`.
         input_dtype: dtype of the numbers that the model gets, for all or as `name=dtype` by input.
         shard: part of the blocks to do, as `i/n` counting from 1.
     """
@@ -49,6 +51,8 @@ class InferOptions:
     output_format: str = "parquet"
     columns: tuple[str, ...] = ()
     id_column: str | None = None
+    keep: tuple[str, ...] = ()
+    rename: tuple[str, ...] = ()
     devices: str | None = None
     batch_size: int = 32
     max_batch_cost: int | None = None
@@ -94,6 +98,9 @@ class InferOptions:
                 f"--input-dtype has no effect beside {'--collate' if self.collate else '--task'}",
                 "Leave one of them out.",
             )
+        for entry in self.rename:
+            if not all(entry.partition("=")):
+                raise JobUsageError(f"--rename {entry} names no two columns", "Write old=new.")
         self.part  # noqa: B018  raises where --shard is no part
 
     @property
@@ -107,7 +114,12 @@ class InferOptions:
     @property
     def selection(self) -> Selection:
         """Which columns the readers should pick."""
-        return Selection(self.columns, self.id_column)
+        return Selection(self.columns, self.id_column, self.keep)
+
+    @property
+    def new_names(self) -> dict[str, str]:
+        """New names of output columns by the old ones."""
+        return dict(entry.split("=", 1) for entry in self.rename)
 
 
 def _flag(name: str) -> str:

@@ -12,7 +12,7 @@ import torch
 from .._verbs.batch import arguments
 from ..errors import JobError
 from .dtypes import InputDtypes
-from .records import Columns
+from .records import Columns, Record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +145,38 @@ def to_columns(output: Any, num_records: int) -> Columns:
             "Return other columns, or change them with --postprocess.",
         )
     return columns
+
+
+def with_kept(
+    columns: Columns, records: Sequence[Record], keep: Sequence[str], new_names: Mapping[str, str]
+) -> Columns:
+    """Add the columns that are copied from the input, and rename what is to be renamed.
+
+    Raises:
+        JobError: two columns have the same name, or none has a name that is to be changed.
+    """
+    kept = {name: _kept([record.kept[name] for record in records]) for name in keep}
+    named = [*kept.items(), *columns.items()]
+    for old in new_names.keys() - kept.keys() - columns.keys():
+        listed = ", ".join(map(repr, (*kept, *columns)))
+        raise JobError(f"There is no column {old!r} to rename", f"The output has {listed}.")
+    # Where both have the name, that of the input is meant, which makes room for the other.
+    names = [new_names.get(name, name) for name in kept]
+    names += [name if name in kept else new_names.get(name, name) for name in columns]
+    for name in names:
+        if names.count(name) > 1 or name == "id":
+            raise JobError(
+                f"The output would have two columns {name!r}", "Give one another name: --rename old=new."
+            )
+    return dict(zip(names, (values for _, values in named), strict=True))
+
+
+def _kept(values: list[Any]) -> Any:
+    """Return entries of arrays as one array where they are of one shape and dtype, all others as a list."""
+    first = values[0]
+    if isinstance(first, torch.Tensor):
+        return _column(torch.stack(values))
+    return np.stack(values) if isinstance(first, np.ndarray | np.generic) else values
 
 
 def _named(output: Any) -> Mapping[Any, Any]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from ...errors import JobError, MissingExtraError
 from ..records import Columns
+from ..values import as_json, as_python, as_text, is_arrow
 
 Encoder = Callable[[IO[bytes], Sequence[Any], Columns], None]
 
@@ -20,7 +21,7 @@ def _write_parquet(file: IO[bytes], ids: Sequence[Any], columns: Columns) -> Non
     import pyarrow
     import pyarrow.parquet
 
-    arrays = {"id": pyarrow.array(ids), **{name: _arrow(values) for name, values in columns.items()}}
+    arrays = {"id": _arrow(list(ids)), **{name: _arrow(values) for name, values in columns.items()}}
     # A dictionary of floats that hardly repeat costs time and memory, and is thrown away.
     repeating = [name for name, values in columns.items() if isinstance(values, list)]
     pyarrow.parquet.write_table(pyarrow.table(arrays), file, use_dictionary=repeating or False)
@@ -29,9 +30,9 @@ def _write_parquet(file: IO[bytes], ids: Sequence[Any], columns: Columns) -> Non
 def _write_jsonl(file: IO[bytes], ids: Sequence[Any], columns: Columns) -> None:
     """Write one JSON object per record."""
     lists = [_listed(values) for values in columns.values()]
-    for identity, *entries in zip(ids, *lists, strict=True):
+    for identity, *entries in zip(map(as_text, ids), *lists, strict=True):
         row = {"id": identity, **dict(zip(columns, entries, strict=True))}
-        file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        file.write(json.dumps(row, ensure_ascii=False, default=as_json).encode() + b"\n")
 
 
 def _write_npy(file: IO[bytes], ids: Sequence[Any], columns: Columns) -> None:
@@ -53,7 +54,7 @@ def _write_safetensors(file: IO[bytes], ids: Sequence[Any], columns: Columns) ->
     if all(isinstance(identity, int) for identity in ids):
         tensors["id"] = _id_array(ids)
     else:
-        metadata["ids"] = json.dumps(list(ids))
+        metadata["ids"] = json.dumps([as_text(identity) for identity in ids])
     file.write(safetensors.numpy.save(tensors, metadata))
 
 
@@ -109,29 +110,44 @@ def _arrow(values: Any) -> Any:
     import pyarrow
 
     if isinstance(values, list):
-        return pyarrow.array(values)
+        return _arrow_of_list(values)
     array = pyarrow.array(np.ascontiguousarray(values).reshape(-1))
     for size in reversed(values.shape[1:]):
         array = pyarrow.FixedSizeListArray.from_arrays(array, size)
     return array
 
 
+def _arrow_of_list(values: list[Any]) -> Any:
+    import pyarrow
+
+    first: Any = values[0] if values else None
+    if is_arrow(first):
+        if any(not is_arrow(value) or value.type != first.type for value in values):
+            raise TypeError(f"its values are of several types, {first.type} among them")
+        # Arrow itself refuses null scalars of lists.
+        return pyarrow.array([value if value.is_valid else None for value in values], first.type)
+    try:
+        return pyarrow.array(values)
+    except OverflowError:
+        return pyarrow.array(values, pyarrow.uint64())
+
+
 def _listed(values: Any) -> list[Any]:
-    return values.tolist() if isinstance(values, np.ndarray) else [_plain(value) for value in values]
-
-
-def _plain(value: Any) -> Any:
-    return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
+    if isinstance(values, np.ndarray) and values.dtype.kind not in "mM":
+        return values.tolist()  # type: ignore[no-any-return]
+    return list(values)
 
 
 def _id_array(ids: Sequence[Any]) -> np.ndarray[Any, Any]:
     kind = np.int64 if all(isinstance(identity, int) for identity in ids) else np.str_
-    return np.array(ids, dtype=kind)
+    return np.array([as_text(identity) for identity in ids], dtype=kind)
 
 
 def _numeric(name: str, values: Any) -> np.ndarray[Any, Any]:
     try:
-        array = np.asarray(values)
+        array = np.asarray(
+            [as_python(v) if is_arrow(v) else v for v in values] if isinstance(values, list) else values
+        )
     except ValueError:
         array = np.empty(0, dtype=object)
     if array.dtype.kind not in "biufc":

@@ -94,7 +94,7 @@ class Inputs:
                 self.num_records_read = position + 1
                 if position >= start:
                     identity = position if row.id is None else row.id
-                    yield Record(position, identity, row.value, row.where, row.error)
+                    yield Record(position, identity, row.value, row.where, row.error, row.kept)
                 position += 1
             if count is not None and position != end:
                 raise file.broken(f"it states {count} rows, but has {position - end + count}")

@@ -45,9 +45,10 @@ class ArrayReader:
                 parts = _read(file, wanted, begin, end)
                 for index in range(end - begin):
                     entry: Any = {name: part[index] for name, part in parts.items()}
+                    kept = {name: entry[name] for name in selection.keep}
                     if not selection.columns and selection.id_column is None and len(entry) == 1:
                         (entry,) = entry.values()
-                    yield _row(selection, entry, f"{file.name} row {begin + index}")
+                    yield _row(selection, entry, f"{file.name} row {begin + index}", kept)
 
     @contextlib.contextmanager
     def _opened(self, file: InputFile) -> Iterator[tuple[_Arrays, int]]:
@@ -71,11 +72,11 @@ def _read(file: InputFile, arrays: _Arrays, begin: int, end: int) -> dict[str, A
     return {name: np.array(part) if isinstance(part, np.memmap) else part for name, part in parts.items()}
 
 
-def _row(selection: Selection, entry: Any, where: str) -> Row:
+def _row(selection: Selection, entry: Any, where: str, kept: Mapping[str, Any]) -> Row:
     if isinstance(entry, dict) and selection.id_column in entry:
         identity = entry[selection.id_column]
         entry[selection.id_column] = identity if identity.ndim else identity.item()
-    return selection.row(entry, where)
+    return selection.row(entry, where, kept=kept)
 
 
 def _num_rows(shapes: dict[str, Sequence[int]]) -> int:

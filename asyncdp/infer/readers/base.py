@@ -10,7 +10,7 @@ import io
 import lzma
 import sys
 import zlib
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
@@ -31,25 +31,36 @@ class Selection:
     Attributes:
         columns: names of the wanted columns; one gives its bare value, none the whole entry.
         id_column: name of the column that holds the id, else None.
+        keep: names of the columns that are copied into the output.
     """
 
     columns: tuple[str, ...] = ()
     id_column: str | None = None
+    keep: tuple[str, ...] = ()
 
     @property
     def named(self) -> list[str]:
         """All columns that were asked for by name, each once."""
-        return list(dict.fromkeys((*self.columns, *filter(None, [self.id_column]))))
+        return list(dict.fromkeys((*self.columns, *self.keep, *filter(None, [self.id_column]))))
 
     @property
     def needed(self) -> list[str] | None:
         """The columns that must be read, None for all."""
         return self.named if self.columns else None
 
-    def row(self, entry: Any, where: str) -> Row:
-        """Pick value and id out of one entry; what is missing becomes the error of the row."""
+    def row(self, entry: Any, where: str, identity: Any = None, kept: Mapping[str, Any] | None = None) -> Row:
+        """Pick value, id and what is kept out of one entry; what is missing becomes the error of the row.
+
+        Args:
+            entry: all that was read.
+            where: file and line or row.
+            identity: the id where it is not in the entry.
+            kept: what is kept where it is not in the entry.
+        """
         try:
-            return Row(self._value(entry), self._id(entry), where)
+            kept = {name: _pick(entry, name) for name in self.keep} if kept is None else kept
+            identity = self._id(entry) if identity is None else identity
+            return Row(self._value(entry), identity, where, kept=kept)
         except _Missing as missing:
             return Row(None, None, where, ValueError(str(missing)))
 
