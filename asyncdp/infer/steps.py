@@ -187,7 +187,8 @@ def _named(output: Any) -> Mapping[Any, Any]:
     if isinstance(output, tuple):
         return {f"output_{index}": values for index, values in enumerate(output)}
     if isinstance(output, list) and output and all(isinstance(entry, Mapping) for entry in output):
-        return {name: [entry.get(name) for entry in output] for name in output[0]}
+        names = dict.fromkeys(name for entry in output for name in entry)
+        return {name: [entry.get(name) for entry in output] for name in names}
     return {"output": output}
 
 

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
 
 import numpy as np
 
 from ...errors import JobError, MissingExtraError
+from ..blocks import schema_of
 from ..records import Columns
 from ..values import as_json, as_python, as_text, is_arrow
+from .schema import write_table
 
 Encoder = Callable[[IO[bytes], Sequence[Any], Columns], None]
 
 
 def _write_parquet(file: IO[bytes], ids: Sequence[Any], columns: Columns) -> None:
-    """Write one row per record; a vector per record becomes a fixed-size list."""
+    """Write one row per record."""
+    write_table(file, make_table(ids, columns), schema_of(columns))
+
+
+def make_table(ids: Sequence[Any], columns: Columns) -> Any:
+    """Return a table of Arrow with one row per record; a vector per record becomes a fixed-size list."""
     import pyarrow
-    import pyarrow.parquet
 
     arrays = {"id": _arrow(list(ids)), **{name: _arrow(values) for name, values in columns.items()}}
-    # A dictionary of floats that hardly repeat costs time and memory, and is thrown away.
-    repeating = [name for name, values in columns.items() if isinstance(values, list)]
-    pyarrow.parquet.write_table(pyarrow.table(arrays), file, use_dictionary=repeating or False)
+    return pyarrow.table(arrays)
 
 
 def _write_jsonl(file: IO[bytes], ids: Sequence[Any], columns: Columns) -> None:
@@ -72,9 +77,20 @@ def write_shard(format_name: str, file: IO[bytes], ids: Sequence[Any], columns: 
     Raises:
         JobError: the format cannot hold what is in a column; the error names it.
     """
+    with naming_culprit(format_name, ids, columns):
+        WRITERS[format_name](file, ids, columns)
+
+
+@contextlib.contextmanager
+def naming_culprit(format_name: str, ids: Sequence[Any], columns: Columns) -> Iterator[None]:
+    """Turn an error of a block of code that writes columns into one that names the column.
+
+    Raises:
+        JobError: with what to do.
+    """
     encode = WRITERS[format_name]
     try:
-        encode(file, ids, columns)
+        yield
     except (JobError, OSError, ImportError):
         raise
     except Exception as error:
