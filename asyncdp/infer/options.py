@@ -11,7 +11,7 @@ from ..errors import JobUsageError
 from .dtypes import parse_dtypes
 from .model.models import DTYPES
 from .output.writers import WRITERS
-from .readers import FORMATS, STDIN, Selection
+from .readers import FORMATS, STDIN, Dialect, Selection
 
 _ALLOWED: dict[str, Collection[str]] = {
     "input_format": FORMATS,
@@ -36,6 +36,7 @@ class InferOptions:
         output: folder for the shards.
         window: records that are sorted by length together.
         shard_size: records per block, hence per shard.
+        encoding, delimiter, quote, allow_nan: see `readers.Dialect`.
         keep: columns of the input that are copied into the output.
         rename: new names of output columns, each as `old=new`.
         input_dtype: dtype of the numbers that the model gets, for all or as `name=dtype` by input.
@@ -48,6 +49,10 @@ class InferOptions:
     weights: str | None = None
     task: str | None = None
     input_format: str | None = None
+    encoding: str | None = None
+    delimiter: str | None = None
+    quote: str = '"'
+    allow_nan: bool = False
     output_format: str = "parquet"
     columns: tuple[str, ...] = ()
     id_column: str | None = None
@@ -98,6 +103,16 @@ class InferOptions:
                 f"--input-dtype has no effect beside {'--collate' if self.collate else '--task'}",
                 "Leave one of them out.",
             )
+        for name in ("delimiter", "quote"):
+            value = getattr(self.dialect, name)
+            if value is not None and (len(value) != 1 or value in "\r\n"):
+                raise JobUsageError(f"{_flag(name)} {value!r} is no single character", "Give one, as in ';'.")
+        try:
+            "".encode(self.encoding or "utf-8")
+        except LookupError:
+            raise JobUsageError(
+                f"--encoding {self.encoding} is unknown", "Give one of Python's, as cp1252 or utf-16."
+            ) from None
         for entry in self.rename:
             if not all(entry.partition("=")):
                 raise JobUsageError(f"--rename {entry} names no two columns", "Write old=new.")
@@ -115,6 +130,12 @@ class InferOptions:
     def selection(self) -> Selection:
         """Which columns the readers should pick."""
         return Selection(self.columns, self.id_column, self.keep)
+
+    @property
+    def dialect(self) -> Dialect:
+        """How the text files are written."""
+        delimiter = self.delimiter and self.delimiter.replace("\\t", "\t")
+        return Dialect(self.encoding, delimiter, self.quote, self.allow_nan)
 
     @property
     def new_names(self) -> dict[str, str]:

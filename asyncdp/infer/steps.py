@@ -132,7 +132,7 @@ def to_columns(output: Any, num_records: int) -> Columns:
     """
     columns = {str(name): _column(values) for name, values in _named(output).items()}
     for name, values in columns.items():
-        length = len(values) if np.ndim(values) or isinstance(values, list) else None
+        length = len(values) if isinstance(values, list) or np.ndim(values) else None
         if length != num_records:
             found = "no" if length is None else length
             raise JobError(
@@ -169,6 +169,33 @@ def with_kept(
                 f"The output would have two columns {name!r}", "Give one another name: --rename old=new."
             )
     return dict(zip(names, (values for _, values in named), strict=True))
+
+
+def check_texts(columns: Columns) -> None:
+    """Fail where a text is no valid Unicode, which no file can hold.
+
+    Raises:
+        ValueError: with the column; the record at fault can be found by halving the batch.
+    """
+    for name, values in columns.items():
+        if isinstance(values, list):
+            try:
+                _encode(values)
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"column {name!r} of the output holds no valid Unicode text: {error}"
+                ) from None
+
+
+def _encode(value: Any) -> None:
+    if isinstance(value, str):
+        value.encode()
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            _encode(entry)
+    elif isinstance(value, dict):
+        for pair in value.items():
+            _encode(pair)
 
 
 def _kept(values: list[Any]) -> Any:

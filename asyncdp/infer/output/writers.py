@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
 
@@ -37,7 +38,26 @@ def _write_jsonl(file: IO[bytes], ids: Sequence[Any], columns: Columns) -> None:
     lists = [_listed(values) for values in columns.values()]
     for identity, *entries in zip(map(as_text, ids), *lists, strict=True):
         row = {"id": identity, **dict(zip(columns, entries, strict=True))}
-        file.write(json.dumps(row, ensure_ascii=False, default=as_json).encode() + b"\n")
+        file.write(_json_line(row))
+
+
+def _json_line(row: dict[str, Any]) -> bytes:
+    """Return a line of JSON, which has no word for NaN and infinity: they are null."""
+    try:
+        text = json.dumps(row, ensure_ascii=False, default=as_json, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_finite(row), ensure_ascii=False, default=as_json, allow_nan=False)
+    return text.encode() + b"\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind not in "mM":
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _write_npy(file: IO[bytes], ids: Sequence[Any], columns: Columns) -> None:

@@ -30,9 +30,9 @@ class ArrayReader:
     def __init__(self, opener: _Opener) -> None:
         self._opener = opener
 
-    def inspect(self, path: Path) -> Contents:
+    def inspect(self, file: InputFile) -> Contents:
         """Return the length along the first dimension, and the names; the array of a .npy file is `value`."""
-        with self._opened(InputFile(path)) as (arrays, length):
+        with self._opened(file) as (arrays, length):
             return Contents(length, list(arrays))
 
     def rows(self, file: InputFile, selection: Selection, start: int) -> Iterator[Row]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import codecs
 import contextlib
 import dataclasses
 import gzip
@@ -14,13 +15,21 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
-from ...errors import DamagedInputError
+from ...errors import DamagedInputError, InputError
 from ..records import Row
 
 STDIN = Path("-")
 
 _MAX_LINE = 64 << 20
 _CHUNK = 1 << 16
+# That of UTF-16 in little endian begins that of UTF-32.
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 _BROKEN_STREAM = (EOFError, OSError, zlib.error, lzma.LZMAError)
 
 
@@ -101,6 +110,23 @@ def _pick(entry: Any, name: str) -> Any:
     return entry[name]
 
 
+@dataclasses.dataclass(frozen=True)
+class Dialect:
+    """How text files are written.
+
+    Attributes:
+        encoding: a codec of Python; None obeys a byte order mark, and is else UTF-8.
+        delimiter: between the fields of a table, None for that of the format.
+        quote: around fields of a table.
+        allow_nan: whether JSON may hold NaN and Infinity.
+    """
+
+    encoding: str | None = None
+    delimiter: str | None = None
+    quote: str = '"'
+    allow_nan: bool = False
+
+
 class Contents(NamedTuple):
     """What a reader knows of a file before it reads the rows; None where only the rows show it."""
 
@@ -114,7 +140,7 @@ class Reader(Protocol):
     binary: bool = False
     """Whether the file must be seekable and uncompressed."""
 
-    def inspect(self, path: Path) -> Contents:
+    def inspect(self, file: InputFile) -> Contents:
         """Return what is cheap to know of a file; by default nothing."""
         return Contents()
 
@@ -125,11 +151,15 @@ class Reader(Protocol):
 class InputFile:
     """One input file, decompressed by its suffix, that knows how much of it has been read."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, dialect: Dialect | None = None) -> None:
         self.path = path
         self.name = "standard input" if path == STDIN else str(path)
         self.num_bytes = 0 if path == STDIN else path.stat().st_size
+        self.dialect = dialect or Dialect()
+        self.warnings: list[str] = []
         self._raw: IO[bytes] | None = None
+        self._lines: Any = None
+        self._encoding = "utf-8"
 
     @property
     def num_bytes_read(self) -> int:
@@ -146,6 +176,7 @@ class InputFile:
         Raises:
             DamagedInputError: a compressed file is cut short or damaged.
         """
+        self._lines = None
         if self.path == STDIN:
             yield sys.stdin.buffer
             return
@@ -157,17 +188,48 @@ class InputFile:
             raise self.broken(error) from error
 
     def lines(self) -> Generator[tuple[int, bytes], None, None]:
-        """Yield the number (from 1) and the bytes of every line, with its end."""
+        """Yield the number (from 1) and the bytes of every line, with its end; `decode` reads them.
+
+        Raises:
+            InputError: the file is in an encoding that must be named, or a line is too long.
+        """
         with self.open() as stream:
             number = 0
             # A bounded readline: a file without line ends must not fill the memory.
-            while line := stream.readline(_MAX_LINE + 1):
+            while line := self._transcoded(stream).readline(_MAX_LINE + 1):
                 number += 1
                 if len(line) > _MAX_LINE:
-                    raise self.broken(f"line {number} is longer than {_MAX_LINE >> 20} MiB")
+                    raise InputError(
+                        f"{self.name}: line {number} is longer than {_MAX_LINE >> 20} MiB",
+                        "Split it: a record is read as a whole. Is it a text file, with line ends?",
+                    )
                 if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
+                    line = self._without_mark(line)
                 yield number, line
+
+    def decode(self, line: bytes, errors: str = "strict") -> str:
+        """Decode a line."""
+        return line.decode(self._encoding, errors)
+
+    def _transcoded(self, stream: IO[bytes]) -> Any:
+        """Return the stream itself, or one in UTF-8 where a line end is other bytes than in ASCII."""
+        if self._lines is None:
+            head = stream.peek(4)[:4]  # type: ignore[attr-defined]
+            marked = next((name for mark, name in _MARKS if head.startswith(mark)), "utf-8")
+            self._encoding = self.dialect.encoding or marked
+            self._lines = stream
+            if "a\n".encode(self._encoding) != b"a\n":
+                self._lines = _Recoded(self, stream, self._encoding)
+                self._encoding = "utf-8"
+        return self._lines
+
+    def _without_mark(self, line: bytes) -> bytes:
+        if self.dialect.encoding is None and b"\0" in line[:_CHUNK]:
+            raise InputError(
+                f"{self.name} is no text in UTF-8: there are NULs in its first line",
+                "Name its encoding, for instance --encoding utf-16-le, or its format with --input-format.",
+            )
+        return line.removeprefix(codecs.BOM_UTF8) if self._encoding == "utf-8" else line
 
     def broken(self, why: object) -> DamagedInputError:
         """Build the error for a file that cannot be read to its end."""
@@ -214,6 +276,30 @@ class _Streams(io.RawIOBase):
             if not rest:
                 break
         return begin
+
+
+class _Recoded:
+    """Lines of a text in UTF-8, whatever its encoding."""
+
+    def __init__(self, file: InputFile, stream: IO[bytes], encoding: str) -> None:
+        self._file = file
+        self._stream = stream
+        self._decoder = codecs.getincrementaldecoder(encoding)()
+        self._rest = ""
+        self._is_at_end = False
+
+    def readline(self, size: int) -> bytes:
+        """Return the next line with its end, or its first characters if it is too long."""
+        while "\n" not in self._rest and len(self._rest) < size and not self._is_at_end:
+            data = self._stream.read(_CHUNK)
+            self._is_at_end = not data
+            try:
+                self._rest += self._decoder.decode(data, self._is_at_end)
+            except UnicodeError as error:
+                raise self._file.broken(error) from error
+        end = self._rest.find("\n") + 1 or len(self._rest)
+        line, self._rest = self._rest[:end], self._rest[end:]
+        return line.encode("utf-8", "surrogatepass")
 
 
 @contextlib.contextmanager

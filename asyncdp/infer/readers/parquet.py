@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...errors import InputError
@@ -19,9 +18,8 @@ class ParquetReader:
 
     binary = True
 
-    def inspect(self, path: Path) -> Contents:
+    def inspect(self, file: InputFile) -> Contents:
         """Return the number of rows that the footer states, and the columns of the schema."""
-        file = InputFile(path)
         with _open(file) as parquet:
             _check_counts(file, parquet.metadata)
             names = parquet.schema_arrow.names
