@@ -10,14 +10,21 @@ import torch
 
 from .._devices import parse_devices
 from ..errors import JobUsageError
+from .dtypes import InputDtypes, parse_dtypes
+from .model.models import LoadedModel
 from .model.names import load_name
 from .options import InferOptions
 from .readers import decode_image
-from .steps import EachValue, Steps, default_collate, image_to_tensor, length_of, same
+from .steps import EachValue, Stack, Steps, image_to_tensor, length_of, same
 
 
-def make_steps(options: InferOptions, input_format: str) -> Steps:
+def make_steps(options: InferOptions, input_format: str, model: LoadedModel) -> Steps:
     """Put together the functions around the model.
+
+    Args:
+        options: names of the functions.
+        input_format: format of the input files.
+        model: says what it expects.
 
     Raises:
         JobUsageError: a function that was named cannot be imported.
@@ -27,8 +34,9 @@ def make_steps(options: InferOptions, input_format: str) -> Steps:
 
         steps = embed_steps(Path(options.model))
     else:
+        dtypes = InputDtypes(parse_dtypes(options.input_dtype), model.input_dtypes)
         prepare = image_to_tensor if input_format == "images" else same
-        steps = Steps(EachValue(prepare), default_collate, same, length_of)
+        steps = Steps(EachValue(prepare), Stack(dtypes), same, length_of)
     named = {name: getattr(options, name) for name in ("preprocess", "collate", "postprocess")}
     own = {name: _load_function(spec, f"--{name}") for name, spec in named.items() if spec is not None}
     if "preprocess" in own:

@@ -9,10 +9,10 @@ from pathlib import Path
 from ...errors import InputError
 from ..records import Record
 from . import arrays, images, parquet, text
-from .base import COMPRESSIONS, STDIN, Contents, InputFile, Reader, Selection
+from .base import COMPRESSIONS, STDIN, Contents, Dialect, InputFile, Reader, Selection
 from .images import decode_image
 
-__all__ = ["FORMATS", "STDIN", "InputFile", "Inputs", "Selection", "decode_image", "open_inputs"]
+__all__ = ["FORMATS", "STDIN", "Dialect", "InputFile", "Inputs", "Selection", "decode_image", "open_inputs"]
 
 FORMATS: dict[str, Reader] = {
     "jsonl": text.JsonlReader(),
@@ -41,7 +41,12 @@ _SUFFIXES = {
 
 
 def open_inputs(
-    specs: Sequence[str], format_name: str | None, selection: Selection, *, output: Path | None = None
+    specs: Sequence[str],
+    format_name: str | None,
+    selection: Selection,
+    *,
+    output: Path | None = None,
+    dialect: Dialect | None = None,
 ) -> Inputs:
     """Find the files that `specs` name.
 
@@ -49,13 +54,14 @@ def open_inputs(
         specs: paths, folders, glob patterns, or `-` for standard input.
         format_name: one of `FORMATS`, or None to go by the suffixes.
         selection: which columns are wanted.
+        dialect: how text files are written.
         output: a folder whose files are passed over: a resumed job must not read its own shards.
 
     Raises:
         InputError: a file is missing or a pipe, its format is unknown, or formats are mixed.
     """
     paths = [path for spec in specs for path in _expand(spec)]
-    files = [InputFile(path) for path in (paths if output is None else _outside(output, paths))]
+    files = [InputFile(path, dialect) for path in (paths if output is None else _outside(output, paths))]
     names = {format_name or _format_of(file) for file in files}
     if len(names) != 1:
         raise InputError(
@@ -88,13 +94,16 @@ class Inputs:
                 position += count
                 continue
             skip = max(0, start - position) if count is not None else 0
+            end = position + (count or 0)
             position += skip
             for row in self._reader.rows(file, self.selection, skip):
                 self.num_records_read = position + 1
                 if position >= start:
                     identity = position if row.id is None else row.id
-                    yield Record(position, identity, row.value, row.where, row.error)
+                    yield Record(position, identity, row.value, row.where, row.error, row.kept)
                 position += 1
+            if count is not None and position != end:
+                raise file.broken(f"it states {count} rows, but has {position - end + count}")
         self.num_records_read = position
 
     def count_records(self) -> int | None:
@@ -110,6 +119,11 @@ class Inputs:
         done = sum(file.num_bytes_read for file in self.files)
         return int(self.num_records_read * total / done) if done and total else None
 
+    @property
+    def warnings(self) -> list[str]:
+        """What a person should know of the files."""
+        return [text for file in self.files for text in file.warnings]
+
     def _inspect(self, file: InputFile) -> int | None:
         """Return the number of rows where it is known.
 
@@ -121,7 +135,7 @@ class Inputs:
                 f"{file.name} cannot be read as {self.format_name}",
                 "This format needs a plain, uncompressed file on disk.",
             )
-        num_rows, names = Contents() if is_stdin else self._reader.inspect(file.path)
+        num_rows, names = Contents() if is_stdin else self._reader.inspect(file)
         missing = [] if names is None else [name for name in self.selection.named if name not in names]
         if missing:
             listed = ", ".join(map(repr, (names or ())[:20])) or "none: leave --column and --id-column out"

@@ -30,9 +30,9 @@ class ArrayReader:
     def __init__(self, opener: _Opener) -> None:
         self._opener = opener
 
-    def inspect(self, path: Path) -> Contents:
+    def inspect(self, file: InputFile) -> Contents:
         """Return the length along the first dimension, and the names; the array of a .npy file is `value`."""
-        with self._opened(InputFile(path)) as (arrays, length):
+        with self._opened(file) as (arrays, length):
             return Contents(length, list(arrays))
 
     def rows(self, file: InputFile, selection: Selection, start: int) -> Iterator[Row]:
@@ -45,9 +45,10 @@ class ArrayReader:
                 parts = _read(file, wanted, begin, end)
                 for index in range(end - begin):
                     entry: Any = {name: part[index] for name, part in parts.items()}
+                    kept = {name: entry[name] for name in selection.keep}
                     if not selection.columns and selection.id_column is None and len(entry) == 1:
                         (entry,) = entry.values()
-                    yield _row(selection, entry, f"{file.name} row {begin + index}")
+                    yield _row(selection, entry, f"{file.name} row {begin + index}", kept)
 
     @contextlib.contextmanager
     def _opened(self, file: InputFile) -> Iterator[tuple[_Arrays, int]]:
@@ -71,11 +72,11 @@ def _read(file: InputFile, arrays: _Arrays, begin: int, end: int) -> dict[str, A
     return {name: np.array(part) if isinstance(part, np.memmap) else part for name, part in parts.items()}
 
 
-def _row(selection: Selection, entry: Any, where: str) -> Row:
+def _row(selection: Selection, entry: Any, where: str, kept: Mapping[str, Any]) -> Row:
     if isinstance(entry, dict) and selection.id_column in entry:
         identity = entry[selection.id_column]
         entry[selection.id_column] = identity if identity.ndim else identity.item()
-    return selection.row(entry, where)
+    return selection.row(entry, where, kept=kept)
 
 
 def _num_rows(shapes: dict[str, Sequence[int]]) -> int:
@@ -92,6 +93,7 @@ def _num_rows(shapes: dict[str, Sequence[int]]) -> int:
 def _npy(path: Path) -> Iterator[tuple[_Arrays, int]]:
     # Unlike np.load this closes the file on failure; it refuses arrays of objects by itself.
     array = np.lib.format.open_memmap(path, mode="r")
+    _check_size("it", array.offset + array.nbytes, path.stat().st_size)
     yield {"value": array}, _num_rows({"value": array.shape})
 
 
@@ -99,8 +101,16 @@ def _npy(path: Path) -> Iterator[tuple[_Arrays, int]]:
 def _npz(path: Path) -> Iterator[tuple[_Arrays, int]]:
     with zipfile.ZipFile(path) as archive, contextlib.ExitStack() as stack:
         names = archive.namelist()
+        if len(set(names)) != len(names):
+            raise ValueError("two of its arrays have the same name")
         arrays = {name.removesuffix(".npy"): _StoredArray(archive, name, stack) for name in names}
         yield arrays, _num_rows({name: array.shape for name, array in arrays.items()})
+
+
+def _check_size(what: str, stated: int, found: int) -> None:
+    """Fail when there is more behind the array of a header: numpy would leave it unread."""
+    if found > stated:
+        raise ValueError(f"{what} goes on for {found - stated} bytes behind the array that its header states")
 
 
 class _StoredArray:
@@ -110,6 +120,8 @@ class _StoredArray:
         with archive.open(name) as stream:
             self.shape, by_columns, self._dtype = _header(stream, name)
             self._start = stream.tell()
+            stated = self._start + self._dtype.itemsize * math.prod(self.shape)
+            _check_size(name, stated, archive.getinfo(name).file_size)
         self._order: Literal["C", "F"] = "F" if by_columns else "C"
         self._open = lambda: stack.enter_context(archive.open(name))
         self._stream: IO[bytes] | None = None

@@ -20,7 +20,7 @@ class ImageReader:
 
     binary = True
 
-    def inspect(self, path: Path) -> Contents:
+    def inspect(self, file: InputFile) -> Contents:
         """Return that a file is one row, with the path that identifies it."""
         return Contents(1, ("path",))
 
