@@ -164,8 +164,9 @@ def as_batch(module: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         return mapped(lambda leaf: repeated(leaf, dim), argument)
 
     args = tuple(batched(argument, position) for position, argument in enumerate(args))
+    # One mask for all rows would be split like the rows, so only the one that has rows is kept.
     padding = kwargs.get("key_padding_mask")
-    return args, kwargs | ({} if padding is None else {"key_padding_mask": repeated(padding, 0)})
+    return args, {} if padding is None else {"key_padding_mask": repeated(padding, 0)}
 
 
 def compare(runner: asyncio.Runner, setup: Setup, dim: int) -> bool:
