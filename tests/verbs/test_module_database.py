@@ -137,7 +137,7 @@ def setups_of(name: str, info: Any, training: bool) -> list[Setup]:
         info, device="cpu", dtype=torch.float64, requires_grad=True, training=training
     )
     setups = []
-    for each in random.Random(0).sample(found, min(len(found), MAX_SETUPS)):
+    for each in random.Random(name).sample(found, min(len(found), MAX_SETUPS)):
         made = each.constructor_input
         module = info.module_cls(*made.args, **made.kwargs).double().train(training)
         inputs = each.forward_input.args, each.forward_input.kwargs
