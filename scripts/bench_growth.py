@@ -207,18 +207,19 @@ def as_markdown(result: dict[str, Any]) -> str:
         f"`{result['command']}`, commit {result['commit']}, {result['date']}, {result['machine']}, Python "
         f"{result['python']}, torch {result['torch']}; load before it: {result['load']:.1f}. Medians of "
         "calls that take turns with those of the plain module, which are in brackets; "
-        f"{NUM_ROWS} rows of 4 numbers. The modules compute next to nothing: one has parameters of one number "
-        "each, all used by one operation, the other submodules that forward does not call. Lanes share the "
-        "cores. `auto`: an engine of two lanes that takes as many as it finds quickest; the others always "
-        "take all.",
+        f"{NUM_ROWS} rows of 4 numbers. The modules compute next to nothing: one has parameters of one "
+        "number each, all used by one operation, the other submodules that forward does not call. Lanes "
+        "share the cores. `auto`: an engine of two lanes that takes as many as it finds quickest; the others "
+        "always take all.",
         "",
         "![Times over sizes](bench_growth.svg)",
     ]
     for kind in KINDS:
         if any(row["kind"] == kind for row in rows):
             lines += ["", f"## {kind.capitalize()}", "", "Milliseconds of a call:", ""]
-            lines += [*time_table(rows, kind, lanes), "", f"Microseconds for each of the {kind}:", ""]
-            lines += slope_table(rows, kind, lanes)
+            lines += time_table(rows, kind, lanes)
+            if len(result["counts"]) > 1:
+                lines += ["", f"Microseconds for each of the {kind}:", "", *slope_table(rows, kind, lanes)]
     failed = [row for row in rows if "failed" in row]
     if failed:
         lines += ["", "Not measured, since their process failed:", ""]
@@ -277,10 +278,11 @@ def main() -> None:
         return
     if any(lanes != AUTO and not lanes.isdigit() for lanes in options.lanes):
         parser.error("--lanes takes numbers and auto.")
-    result: dict[str, Any] = {**origin(), "load": os.getloadavg()[0], "lanes": options.lanes, "rows": []}
+    asked = {"counts": sorted(options.counts), "lanes": options.lanes}
+    result: dict[str, Any] = {**origin(), "load": os.getloadavg()[0], **asked, "rows": []}
     result["command"] = " ".join(["scripts/bench_growth", *sys.argv[1:]])
     for kind in options.kinds:
-        for count in sorted(options.counts):
+        for count in result["counts"]:
             for lanes in options.lanes:
                 result["rows"].append(measure_in_process(kind, count, lanes, options))
                 print(json.dumps(result["rows"][-1]), file=sys.stderr, flush=True)
