@@ -47,7 +47,8 @@ CALLS: dict[str, dict[str, bool]] = {
     "both": {"output_hidden_states": True, "use_cache": True},
 }
 COLUMNS = [f"{mode}, {name}" for mode in ("eval", "train") for name in CALLS]
-EQUAL, REFUSED, WRONG, NOT_OFFERED = "equal", "refused", "wrong", "–"
+EQUAL, REFUSED, WRONG = "equal", "refused", "wrong"
+NOT_OFFERED, NOT_JOINED = "–", "does not fit"
 Call = Callable[[dict[str, Any]], Any]
 
 
@@ -154,7 +155,7 @@ def difference(found: Found, expected: Found) -> str:
                 return f"{path} is {shown(found[path])} instead of {shown(leaf)}"
             continue
         # A sum that nearly cancels out is as inexact as its largest part.
-        largest = leaf.detach().abs().max().nan_to_num(0.0).item() if leaf.numel() else 0.0
+        largest = leaf.detach().double().abs().max().nan_to_num(0.0).item() if leaf.numel() else 0.0
         try:
             torch.testing.assert_close(
                 found[path], leaf, rtol=1e-4, atol=1e-6 + 1e-4 * largest, equal_nan=True
@@ -183,7 +184,7 @@ class Zoo:
     def __init__(self, name: str, runner: asyncio.Runner) -> None:
         setup = SETUPS[name]
         self._runner = runner
-        self._inputs = setup.inputs()
+        self._setup, self._num_calls = setup, 0
         self.by_hand = ByHand(setup.make(name))
         self.models = {"data_parallel": setup.make(name), "engine": setup.make(name)}
         self._engine = asyncdp.DataParallel(self.models["engine"], DEVICES, num_lanes="all")
@@ -212,7 +213,9 @@ class Zoo:
         """Call all three and compare."""
         if any(value and option not in self._known for option, value in options.items()):
             return NOT_OFFERED, "the model has no such option"
-        arguments = self._inputs | {name: value for name, value in options.items() if name in self._known}
+        arguments: dict[str, Any] = {**self._setup.inputs(self._num_calls)}
+        arguments |= {name: value for name, value in options.items() if name in self._known}
+        self._num_calls += 1
         for model in (self.by_hand.model, *self.models.values()):
             model.train(training)
             model.zero_grad()
@@ -225,7 +228,10 @@ class Zoo:
                 expected = joined(halves)
             except NotJoinedError as error:
                 return self._check_not_joined(arguments, error)
-            run_backward(expected)
+            try:
+                run_backward(expected)
+            except RuntimeError as error:
+                return NOT_OFFERED, f"by hand: backward: {first_line(error)}"
             verdicts = [self._check_way(way, arguments, expected) for way in self.models]
         return max(verdicts, key=lambda verdict: (EQUAL, REFUSED, WRONG).index(verdict[0]))
 
@@ -273,7 +279,7 @@ class Zoo:
             except Exception as raised:
                 return WRONG, f"{way}: raised {type(raised).__name__}: {first_line(raised)}, but {error}"
             return WRONG, f"{way}: raised nothing, but {error}"
-        return REFUSED, f"by hand, too: {error}"
+        return NOT_JOINED, f"by hand: {error}"
 
     def close(self) -> None:
         """End the engine's lanes."""
@@ -362,8 +368,8 @@ def as_table(result: dict[str, Any]) -> str:
         f"{len(made)} tiny models with random weights through `data_parallel` and an engine, on {DEVICES}: "
         "outputs, gradients (train mode) and buffers beside those of the same model called by hand on each "
         f"half of the rows. Of {sum(counts.values())} calls {counts[EQUAL]} are equal in both ways, "
-        f"{counts[REFUSED]} refused, {counts[WRONG]} wrong; {counts[NOT_OFFERED]} are none that the model "
-        "offers (–).",
+        f"{counts[REFUSED]} refused, {counts[WRONG]} wrong; of {counts[NOT_JOINED]} the halves do not fit "
+        f"together by hand either; {counts[NOT_OFFERED]} are none that the model offers (–).",
         "",
         f"| setup | model | inputs | {' | '.join(COLUMNS)} |",
         "|---|---|---|" + "---|" * len(COLUMNS),
@@ -377,6 +383,7 @@ def as_table(result: dict[str, Any]) -> str:
     for title, some in (
         ("Wrong", reasons_of(made, WRONG)),
         ("Refused", reasons_of(made, REFUSED)),
+        ("Outputs that do not fit together", reasons_of(made, NOT_JOINED)),
         ("Not offered by the model", reasons_of(made, NOT_OFFERED)),
         (
             "Not made",

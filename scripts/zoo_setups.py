@@ -52,6 +52,8 @@ class Setup:
     auto: str
     config: dict[str, Any] = field(default_factory=dict)
     sub_configs: tuple[str, ...] = ()
+    lengths: tuple[int, ...] = (NUM_TOKENS,)
+    """How many tokens the first call has, the second and so on, and then from the first again."""
 
     def make(self, name: str) -> nn.Module:
         """Return the model, always with the same random weights, and without dropout."""
@@ -69,10 +71,14 @@ class Setup:
                 module.p = 0.0
         return model
 
-    def inputs(self) -> dict[str, Tensor]:
+    def inputs(self, number: int = 0) -> dict[str, Tensor]:
         """Return the keyword arguments of a call, of `NUM_ROWS` rows."""
         torch.manual_seed(1)
-        return INPUTS[self.kind]()
+        length = self.lengths[number % len(self.lengths)]
+        return {
+            name: tensor[:, :length] if name in ("input_ids", "attention_mask") else tensor
+            for name, tensor in INPUTS[self.kind]().items()
+        }
 
 
 def known_of(config_class: Any) -> dict[str, Any]:
@@ -173,7 +179,7 @@ SETUPS: dict[str, Setup] = {
         albert bert bert-generation camembert canine convbert data2vec-text deberta deberta-v2
         distilbert electra ernie esm eurobert flaubert fnet ibert layoutlm longformer megatron-bert
         modernbert mpnet mra nomic_bert nystromformer rembert roberta roberta-prelayernorm roc_bert
-        roformer splinter squeezebert xlm xlm-roberta xlm-roberta-xl xlnet yoso big_bird mobilebert
+        roformer splinter squeezebert xlm xlm-roberta xlm-roberta-xl yoso big_bird mobilebert
         """,
     ),
     # Decoders.
@@ -187,9 +193,16 @@ SETUPS: dict[str, Setup] = {
         smollm3 stablelm starcoder2 xglm
         """,
     ),
+    "xlnet": encoder(use_mems_eval=False),
     "xmod": encoder(default_language="en_XX"),
-    "llama/dynamic rope": causal(
-        rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, max_position_embeddings=4
+    "llama/dynamic rope": Setup(
+        "text",
+        "AutoModelForCausalLM",
+        {
+            "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+            "max_position_embeddings": 4,
+        },
+        lengths=(8, 3),
     ),
     "codegen": causal(rotary_dim=4),
     "gptj": causal(rotary_dim=4),
@@ -214,7 +227,7 @@ SETUPS: dict[str, Setup] = {
         clip_vision_model mobilenet_v1 mobilenet_v2
         """,
     ),
-    **many(stages, "convnext convnextv2 regnet resnet swiftformer focalnet "),
+    **many(stages, "convnext convnextv2 regnet resnet swiftformer focalnet"),
     "vivit": Setup("video", "AutoModel", {"num_frames": 2, "tubelet_size": [2, 8, 8]}),
     "videomae": Setup("video", "AutoModel", {"num_frames": 2}),
     "timesformer": Setup("video", "AutoModel", {"num_frames": 2}),
