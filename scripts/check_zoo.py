@@ -68,7 +68,7 @@ class ByHand:
 
     def __call__(self, arguments: dict[str, Any]) -> list[Any]:
         """Return what each half gave."""
-        self._other = copy.deepcopy(self.model)
+        self._other = copied(self.model)
         halves = [
             {
                 name: value.tensor_split(2)[position] if isinstance(value, Tensor) else value
@@ -87,6 +87,13 @@ class ByHand:
                 for name, parameter in self.model.named_parameters()
             }
         )
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """Copy a model, also one that has kept results with their graph, which torch does not copy."""
+    kept = [value for module in model.modules() for value in vars(module).values()]
+    memo = {id(each): each.detach().clone() for each in kept if isinstance(each, Tensor) and each.grad_fn}
+    return copy.deepcopy(model, memo)
 
 
 def add(one: Tensor | None, other: Tensor | None) -> Tensor | None:
@@ -305,6 +312,7 @@ def check_model(name: str, runner: asyncio.Runner) -> dict[str, Any]:
 def check_here(names: list[str]) -> None:
     """Check some models in this process, and print a line of JSON for each."""
     warnings.simplefilter("ignore")
+    torch.set_num_threads(1)  # the models are tiny, and threads of torch's own would only wait for each other
     transformers.logging.set_verbosity_error()
     with asyncio.Runner() as runner:
         for name in names:

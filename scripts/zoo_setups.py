@@ -209,8 +209,8 @@ SETUPS: dict[str, Setup] = {
     "deepseek_v3": causal(num_key_value_heads=4),
     "jamba": causal(attn_layer_period=2, attn_layer_offset=1),
     "qwen3_next": causal(layer_types=["linear_attention", "full_attention"]),
-    "recurrent_gemma": causal(num_hidden_layers=3),
-    "mamba2": causal(num_heads=8, n_groups=1),
+    "recurrent_gemma": causal(num_hidden_layers=3, lru_width=32),
+    "mamba2": causal(num_heads=8, n_groups=1, chunk_size=8, state_size=8),
     # Encoders with decoders.
     **many(
         seq2seq,
