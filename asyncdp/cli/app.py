@@ -47,6 +47,9 @@ def infer(
     delimiter: Annotated[str | None, typer.Option(help="Between the fields of CSV.")] = None,
     quote: Annotated[str, typer.Option(help="Around fields of CSV.")] = '"',
     allow_nan: Annotated[bool, typer.Option("--allow-nan", help="Read NaN and Infinity in JSON.")] = False,
+    first_frame: Annotated[
+        bool, typer.Option("--first-frame", help="Leave out an image's further frames or pages.")
+    ] = False,
     output_format: Annotated[str, typer.Option(help="parquet jsonl npy safetensors")] = "parquet",
     column: Annotated[list[str] | None, typer.Option(help="Column for the model; repeatable.")] = None,
     id_column: Annotated[str | None, typer.Option(help="Column with the id; else the row index.")] = None,

@@ -45,6 +45,7 @@ _FINGERPRINTED = (
         "delimiter",
         "quote",
         "allow_nan",
+        "first_frame",
         "batch_size",
         "max_batch_cost",
         "window",

@@ -68,6 +68,8 @@ class Job:
             compile=options.compile,
             allow_pickle=options.allow_unsafe_pickle,
         )
+        if not (options.preprocess or options.collate or options.task):
+            self.inputs.check_fit()
         self.steps = make_steps(options, self.inputs.format_name, self.model)
 
     async def run(self, reporter: Reporter | None = None, monitor: Monitor | None = None) -> Summary:
@@ -89,6 +91,7 @@ class Job:
                 await self._run_engine(output, reporter, monitor)
             files, error_files = output.count_files()
             summary = summarize(monitor, output=str(output.path), files=files, error_files=error_files)
+            summary = dataclasses.replace(summary, passed_over=dict(self.inputs.passed_over))
             text = json.dumps(dataclasses.asdict(summary), indent=1).encode()
             await anyio.to_thread.run_sync(write_whole, output.path / SUMMARY_NAME, text)
         return summary

@@ -37,6 +37,7 @@ class InferOptions:
         window: records that are sorted by length together.
         shard_size: records per block, hence per shard.
         encoding, delimiter, quote, allow_nan: see `readers.Dialect`.
+        first_frame: whether further frames or pages of an image are left out.
         keep: columns of the input that are copied into the output.
         rename: new names of output columns, each as `old=new`.
         input_dtype: dtype of the numbers that the model gets, for all or as `name=dtype` by input.
@@ -53,6 +54,7 @@ class InferOptions:
     delimiter: str | None = None
     quote: str = '"'
     allow_nan: bool = False
+    first_frame: bool = False
     output_format: str = "parquet"
     columns: tuple[str, ...] = ()
     id_column: str | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ def make_steps(options: InferOptions, input_format: str, model: LoadedModel) -> 
         own["preprocess"] = _Chained(inner, steps.preprocess) if options.task == "embed" else inner
     steps = dataclasses.replace(steps, **own)
     if input_format == "images":
-        steps = dataclasses.replace(steps, preprocess=_Chained(EachValue(decode_image), steps.preprocess))
+        decode = functools.partial(decode_image, first_frame=options.first_frame)
+        steps = dataclasses.replace(steps, preprocess=_Chained(EachValue(decode), steps.preprocess))
     return steps
 
 

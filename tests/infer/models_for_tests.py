@@ -127,3 +127,7 @@ class Echo(nn.Module):
 
 def records_of(items):
     return ([item["record"] for item in items],)
+
+
+def as_text(value):
+    return str(value)

@@ -132,6 +132,8 @@ class Contents(NamedTuple):
 
     num_rows: int | None = None
     column_names: Sequence[str] | None = None
+    unfit: Mapping[str, str] = {}
+    """The dtypes that no model takes, by name of the column."""
 
 
 class Reader(Protocol):
@@ -140,7 +142,7 @@ class Reader(Protocol):
     binary: bool = False
     """Whether the file must be seekable and uncompressed."""
 
-    def inspect(self, file: InputFile) -> Contents:
+    def inspect(self, file: InputFile, selection: Selection) -> Contents:
         """Return what is cheap to know of a file; by default nothing."""
         return Contents()
 

@@ -18,7 +18,7 @@ class ParquetReader:
 
     binary = True
 
-    def inspect(self, file: InputFile) -> Contents:
+    def inspect(self, file: InputFile, selection: Selection) -> Contents:
         """Return the number of rows that the footer states, and the columns of the schema."""
         with _open(file) as parquet:
             _check_counts(file, parquet.metadata)

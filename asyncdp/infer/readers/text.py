@@ -18,7 +18,7 @@ _MAX_FIELD = 16 << 20
 class LinesReader(Reader):
     """Every line is one record; blank lines too, so that positions are line numbers."""
 
-    def inspect(self, file: InputFile) -> Contents:
+    def inspect(self, file: InputFile, selection: Selection) -> Contents:
         """Return that a line has no columns."""
         _check_encoding(file)
         return Contents(column_names=())
@@ -36,7 +36,7 @@ class LinesReader(Reader):
 class JsonlReader(Reader):
     """Every line that is not blank is one JSON value."""
 
-    def inspect(self, file: InputFile) -> Contents:
+    def inspect(self, file: InputFile, selection: Selection) -> Contents:
         """Return nothing: every object has its own names."""
         _check_encoding(file)
         return Contents()
@@ -62,7 +62,7 @@ class CsvReader(Reader):
     def __init__(self, delimiter: str) -> None:
         self._delimiter = delimiter
 
-    def inspect(self, file: InputFile) -> Contents:
+    def inspect(self, file: InputFile, selection: Selection) -> Contents:
         """Return the header; an empty file has none and misses nothing."""
         with contextlib.closing(file.lines()) as lines:
             header = self._header(file, self._parser(file, lines))
