@@ -249,7 +249,10 @@ class Zoo:
             return REFUSED, f"{way}: {type(error).__name__}: {first_line(error)}"
         except Exception as error:
             return WRONG, f"{way}: raised {type(error).__name__}: {first_line(error)}"
-        run_backward(found)
+        try:
+            run_backward(found)
+        except RuntimeError as error:
+            return WRONG, f"{way}: backward raised {type(error).__name__}: {first_line(error)}"
         model = self.models[way]
         gradients = Found({name: each.grad for name, each in model.named_parameters()})
         compared = {

@@ -206,6 +206,8 @@ SETUPS: dict[str, Setup] = {
         },
         lengths=(8, 3),
     ),
+    # Its forward scales its own weights when the mode has changed.
+    "rwkv/rescaled": causal(rescale_every=1),
     "codegen": causal(rotary_dim=4),
     "gptj": causal(rotary_dim=4),
     "deepseek_v3": causal(num_key_value_heads=4),
