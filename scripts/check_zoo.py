@@ -219,7 +219,7 @@ class Zoo:
     def check(self, training: bool, options: dict[str, bool]) -> tuple[str, str]:
         """Call all three and compare."""
         if any(value and option not in self._known for option, value in options.items()):
-            return NOT_OFFERED, "the model has no such option"
+            return NOT_OFFERED, ""
         arguments: dict[str, Any] = {**self._setup.inputs(self._num_calls)}
         arguments |= {name: value for name, value in options.items() if name in self._known}
         self._num_calls += 1
@@ -249,7 +249,10 @@ class Zoo:
             return REFUSED, f"{way}: {type(error).__name__}: {first_line(error)}"
         except Exception as error:
             return WRONG, f"{way}: raised {type(error).__name__}: {first_line(error)}"
-        run_backward(found)
+        try:
+            run_backward(found)
+        except RuntimeError as error:
+            return WRONG, f"{way}: backward raised {type(error).__name__}: {first_line(error)}"
         model = self.models[way]
         gradients = Found({name: each.grad for name, each in model.named_parameters()})
         compared = {
@@ -358,7 +361,7 @@ def reasons_of(reports: list[dict[str, Any]], verdict: str) -> list[str]:
     calls: dict[tuple[str, str], list[str]] = {}
     for report in reports:
         for column in COLUMNS:
-            if column in report and report[column]["verdict"] == verdict:
+            if column in report and report[column]["verdict"] == verdict and report[column]["reason"]:
                 calls.setdefault((report["name"], report[column]["reason"]), []).append(column)
     return [f"- {name} ({'; '.join(columns)}): {reason}" for (name, reason), columns in calls.items()]
 
@@ -377,7 +380,7 @@ def as_table(result: dict[str, Any]) -> str:
         "outputs, gradients (train mode) and buffers beside those of the same model called by hand on each "
         f"half of the rows. Of {sum(counts.values())} calls {counts[EQUAL]} are equal in both ways, "
         f"{counts[REFUSED]} refused, {counts[WRONG]} wrong; of {counts[NOT_JOINED]} the halves do not fit "
-        f"together by hand either; {counts[NOT_OFFERED]} are none that the model offers (–).",
+        f"together by hand either; {counts[NOT_OFFERED]} the model has no option for, or refuses (–).",
         "",
         f"| setup | model | inputs | {' | '.join(COLUMNS)} |",
         "|---|---|---|" + "---|" * len(COLUMNS),
@@ -392,7 +395,7 @@ def as_table(result: dict[str, Any]) -> str:
         ("Wrong", reasons_of(made, WRONG)),
         ("Refused", reasons_of(made, REFUSED)),
         ("Outputs that do not fit together", reasons_of(made, NOT_JOINED)),
-        ("Not offered by the model", reasons_of(made, NOT_OFFERED)),
+        ("What the model itself refuses", reasons_of(made, NOT_OFFERED)),
         (
             "Not made",
             [f"- {report['name']}: {report['not_made']}" for report in reports if "not_made" in report],

@@ -115,7 +115,9 @@ INPUTS: dict[str, Callable[[], dict[str, Tensor]]] = {
     "seq2seq": lambda: {**tokens(), "decoder_input_ids": torch.randint(3, 99, (NUM_ROWS, 6))},
     "image": pixels,
     "large image": lambda: pixels(64),
-    "text and image": lambda: {**tokens(), **pixels()},
+    # As many rows for each of two lanes: outputs hold a number for each pair of rows of a shard.
+    "text and image": lambda: {name: rows[:4] for name, rows in (tokens() | pixels()).items()},
+    "uneven text and image": lambda: tokens() | pixels(),
     "video": lambda: {"pixel_values": torch.randn(NUM_ROWS, 2, 3, IMAGE_SIZE, IMAGE_SIZE)},
     "waveform": lambda: {"input_values": torch.randn(NUM_ROWS, 400)},
     "spectrogram": lambda: {
@@ -204,6 +206,8 @@ SETUPS: dict[str, Setup] = {
         },
         lengths=(8, 3),
     ),
+    # Its forward scales its own weights when the mode has changed.
+    "rwkv/rescaled": causal(rescale_every=1),
     "codegen": causal(rotary_dim=4),
     "gptj": causal(rotary_dim=4),
     "deepseek_v3": causal(num_key_value_heads=4),
@@ -243,7 +247,7 @@ SETUPS: dict[str, Setup] = {
     "audio-spectrogram-transformer": Setup("frames", "AutoModel", {"max_length": 32, "num_mel_bins": 16}),
     # Two kinds of input at once.
     **many(pair, "clip siglip chinese_clip altclip blip clipseg owlvit metaclip_2"),
-    "vilt": Setup("text and image", "AutoModel"),
+    "clip/uneven": pair("uneven text and image"),
     # Series.
     "patchtst": Setup(
         "series", "AutoModel", {"num_input_channels": 2, "context_length": 16, "patch_length": 4}
