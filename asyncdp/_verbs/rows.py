@@ -7,35 +7,22 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import optree
-import torch
 from torch import Tensor
 
 from .. import _tree
 from .._tree import PerRow, Whole
-from ..errors import UnsplittableError
+from ..errors import MetaTensorError, UnsplittableError
 
 _IN_FORWARD = "or make it inside forward from tensors that have rows."
 
 
-def length(leaf: Any, dim: int) -> int | None:
-    """Return how many rows a value has along `dim`; None if it has none."""
-    if isinstance(leaf, Tensor):
-        return leaf.shape[dim] if -leaf.dim() <= dim < leaf.dim() else None
-    return len(leaf) if isinstance(leaf, PerRow) else None
-
-
-def is_unsplittable(leaf: Any) -> bool:
-    """Return whether a value holds rows that lie along none of its dimensions."""
-    if isinstance(leaf, Tensor):
-        return leaf.layout is not torch.strided or leaf.is_nested
-    return isinstance(leaf, _tree.Packed)
-
-
-def unsplittable(leaf: Any, name: str) -> UnsplittableError:
-    """Return the error for a value that cannot be split."""
+def refusal(leaf: Any, name: str) -> UnsplittableError | MetaTensorError:
+    """Return the error for a value that has no rows along a dimension, or no values at all."""
     if isinstance(leaf, _tree.Packed):
         remedy = "Pass the padded tensor and the lengths, and pack inside forward."
         return UnsplittableError(type(leaf.sequence).__qualname__, name, remedy)
+    if leaf.is_meta:
+        return MetaTensorError(name)
     if leaf.is_nested:
         remedy = f"Pass asyncdp.PerRow(tensor.unbind()), one tensor per row, {_IN_FORWARD}"
         return UnsplittableError("nested tensor", name, remedy)
@@ -103,7 +90,9 @@ def _sequences(tree: Any, kinds: Sequence[type]) -> Iterator[tuple[str, Any]]:
 def _has_rows(entry: Any, num_rows: int, dim: int) -> bool:
     if type(entry) in (list, tuple):
         return all(_has_rows(each, num_rows, dim) for each in entry)
-    return entry is None or (isinstance(entry, (Tensor, PerRow)) and length(entry, dim) == num_rows)
+    if isinstance(entry, Tensor):
+        return -entry.dim() <= dim < entry.dim() and entry.shape[dim] == num_rows
+    return entry is None or (isinstance(entry, PerRow) and len(entry) == num_rows)
 
 
 def _is_all_none(sequence: Any) -> bool:
