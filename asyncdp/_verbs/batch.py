@@ -86,9 +86,8 @@ class Batch:
         The backwards of several lanes would race for the gradients of shared inputs.
         """
         batch = cls((inputs, targets), {}, dim, ("inputs", "targets"))
-        if any(map(_REQUIRES_GRAD, batch.tensors)) or any(
-            isinstance(leaf, _HOLDERS) for leaf in batch.leaves
-        ):
+        has_holders = any(isinstance(leaf, _HOLDERS) for leaf in batch.leaves)
+        if has_holders or any(map(_REQUIRES_GRAD, batch.tensors)):
             batch.leaves = [rows.detached(leaf) for leaf in batch.leaves]
         batch.is_whole(num_lanes)  # raises errors before anything runs
         return batch
