@@ -40,8 +40,7 @@ class Adaptive:
 
     async def call(self, batch: Batch) -> Any:
         """Run one batch."""
-        batch.check_sequences(self._num_lanes)
-        if batch.num_rows is None:
+        if batch.is_whole(self._num_lanes):
             return await self._route.run_whole_with_all_threads(batch)
         workload = self._workload("call", batch, self._route.parts())
         is_trial = workload.is_learning

@@ -41,7 +41,8 @@ async def data_parallel(
 
     Args:
         module: what to run. Its forward may get fewer rows per call than the batch has.
-        inputs: a tuple holds positional arguments, anything else is the only one; nested at will.
+        inputs: a tuple holds positional arguments, anything else is the only one; nested at will. Lists
+            with one entry per row are a `PerRow`, what belongs to the whole batch is a `Whole`.
         devices: one lane per entry; see `parse_devices`.
         output_device: where the result goes; the first of `devices` if None.
         dim: dimension of inputs and outputs that is split and concatenated.
@@ -55,6 +56,7 @@ async def data_parallel(
         NotAModuleError, LazyModuleError, UnsupportedModuleError: the module cannot be replicated.
         UnknownDeviceError, NoCudaDeviceError, NoDevicesError: a device cannot be used.
         LengthMismatchError: inputs differ in length along `dim`.
+        UnsplittableError, AmbiguousSequenceError: nobody knows how to split an input.
         GatherError: outputs of the shards do not fit together.
         BaseException: the first exception in time that a replica raised, after all have ended.
     """

@@ -91,7 +91,6 @@ class Route:
         A batch without rows runs once, on one lane. Only views are made on the calling thread; everything
         else happens on lanes.
         """
-        batch.check_sequences(num_lanes)
         if batch.is_whole(num_lanes):
             return await self.run_whole(batch)
         split_inputs = SplitInputs()

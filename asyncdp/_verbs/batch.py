@@ -13,12 +13,13 @@ from torch import Tensor
 from .. import _tree
 from .._runtime import trace
 from .._runtime.schedule import split_sizes
-from .._tree import PerRow
-from ..errors import AmbiguousSequenceError, LengthMismatchError, MetaTensorError, UnsplittableError
+from .._tree import PerRow, Whole
+from ..errors import AmbiguousSequenceError, LengthMismatchError, UnsplittableError
 from . import rows
 from .inplace import SplitInputs
 from .moving import moved_leaves
 
+_HOLDERS = (PerRow, Whole)
 _REQUIRES_GRAD = attrgetter("requires_grad")
 
 
@@ -85,9 +86,10 @@ class Batch:
         The backwards of several lanes would race for the gradients of shared inputs.
         """
         batch = cls((inputs, targets), {}, dim, ("inputs", "targets"))
-        if any(map(_REQUIRES_GRAD, _tree.tensors(batch.leaves))):
+        has_holders = any(isinstance(leaf, _HOLDERS) for leaf in batch.leaves)
+        if has_holders or any(map(_REQUIRES_GRAD, batch.tensors)):
             batch.leaves = [rows.detached(leaf) for leaf in batch.leaves]
-        batch.check_sequences(num_lanes)
+        batch.is_whole(num_lanes)  # raises errors before anything runs
         return batch
 
     @property
@@ -121,30 +123,23 @@ class Batch:
         return tuple(leaf.shape if isinstance(leaf, Tensor) else len(leaf) for leaf in self.shaped)
 
     def is_whole(self, num_lanes: int) -> bool:
-        """Return whether the batch runs as it is: nothing in it has rows, or nobody has to know which.
+        """Return whether the batch runs as it is on one of the lanes: nothing in it has rows.
+
+        So does one that has values which cannot be split, if one lane is all it may take.
 
         Raises:
+            AmbiguousSequenceError: a list or tuple may or may not hold one entry per row.
             LengthMismatchError, UnsplittableError: as `num_rows`.
         """
         try:
-            return self.num_rows is None
+            num_rows = self.num_rows
         except (AmbiguousSequenceError, UnsplittableError):
             if num_lanes == 1:
                 return True
             raise
-
-    def check_sequences(self, num_lanes: int) -> None:
-        """Refuse a list or tuple that may or may not hold one entry per row, if the batch may be split.
-
-        Raises:
-            AmbiguousSequenceError: there is one.
-            LengthMismatchError, UnsplittableError: as `num_rows`.
-        """
-        if num_lanes == 1:
-            return
-        num_rows = self.num_rows
-        if num_rows is not None:
+        if num_rows is not None and num_lanes > 1:
             self._check_sequences(num_rows)
+        return num_rows is None
 
     def _check_sequences(self, num_rows: int, *, of_tensors: bool = True) -> None:
         if num_rows < 2:
@@ -225,13 +220,17 @@ class Batch:
         num_rows: int | None = None
         found: dict[int, Tensor | PerRow] = {}
         for position, leaf in enumerate(self.leaves):
-            if rows.is_unsplittable(leaf):
-                name = self._leaf_names()[position]
-                raise rows.unsplittable(leaf, name)
-            if isinstance(leaf, Tensor) and leaf.is_meta:
-                raise MetaTensorError(self._leaf_names()[position])
-            length = rows.length(leaf, self.dim)
-            if length is None:
+            if isinstance(leaf, Tensor):
+                if leaf.layout is not torch.strided or leaf.is_nested or leaf.is_meta:
+                    raise rows.refusal(leaf, self._leaf_names()[position])
+                if not -leaf.dim() <= self.dim < leaf.dim():
+                    continue
+                length = leaf.shape[self.dim]
+            elif isinstance(leaf, PerRow):
+                length = len(leaf)
+            elif isinstance(leaf, _tree.Packed):
+                raise rows.refusal(leaf, self._leaf_names()[position])
+            else:
                 continue
             if num_rows is not None and length != num_rows:
                 self._check_sequences(num_rows, of_tensors=False)  # whose entries may differ in length

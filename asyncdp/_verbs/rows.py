@@ -7,35 +7,22 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import optree
-import torch
 from torch import Tensor
 
 from .. import _tree
 from .._tree import PerRow, Whole
-from ..errors import UnsplittableError
+from ..errors import MetaTensorError, UnsplittableError
 
 _IN_FORWARD = "or make it inside forward from tensors that have rows."
 
 
-def length(leaf: Any, dim: int) -> int | None:
-    """Return how many rows a value has along `dim`; None if it has none."""
-    if isinstance(leaf, Tensor):
-        return leaf.shape[dim] if -leaf.dim() <= dim < leaf.dim() else None
-    return len(leaf) if isinstance(leaf, PerRow) else None
-
-
-def is_unsplittable(leaf: Any) -> bool:
-    """Return whether a value holds rows that lie along none of its dimensions."""
-    if isinstance(leaf, Tensor):
-        return leaf.layout is not torch.strided or leaf.is_nested
-    return isinstance(leaf, _tree.Packed)
-
-
-def unsplittable(leaf: Any, name: str) -> UnsplittableError:
-    """Return the error for a value that cannot be split."""
+def refusal(leaf: Any, name: str) -> UnsplittableError | MetaTensorError:
+    """Return the error for a value that has no rows along a dimension, or no values at all."""
     if isinstance(leaf, _tree.Packed):
         remedy = "Pass the padded tensor and the lengths, and pack inside forward."
         return UnsplittableError(type(leaf.sequence).__qualname__, name, remedy)
+    if leaf.is_meta:
+        return MetaTensorError(name)
     if leaf.is_nested:
         remedy = f"Pass asyncdp.PerRow(tensor.unbind()), one tensor per row, {_IN_FORWARD}"
         return UnsplittableError("nested tensor", name, remedy)
@@ -56,7 +43,7 @@ def detached(leaf: Any) -> Any:
 def ambiguous(
     tree: Any, num_rows: int, dim: int, *, except_root: bool, of_tensors: bool
 ) -> tuple[str, Any] | None:
-    """Return the path to a list or tuple that may hold one entry per row, and itself; None if there is none.
+    """Return the path to a list, tuple or array that may hold one entry per row, and itself; or None.
 
     Tensors with rows, alone or in sequences of their own (the layers of a model), are in no doubt.
 
@@ -67,7 +54,11 @@ def ambiguous(
         except_root: whether `tree` itself is in no doubt.
         of_tensors: whether sequences of tensors without rows are in doubt.
     """
-    for path, sequence in _sequences(tree, (list, tuple)):
+    for path, sequence in _sequences(tree, (list, tuple), arrays=True):
+        if _is_array(sequence):
+            if len(sequence) == num_rows:
+                return path, sequence
+            continue
         if len(sequence) == num_rows and not (except_root and sequence is tree):
             has_other = any(not _has_rows(entry, num_rows, dim) for entry in sequence)
             if has_other and (of_tensors or not _is_all_tensors(sequence)) and not _is_all_none(sequence):
@@ -84,9 +75,13 @@ def unmarked(output: Any, num_rows: int) -> dict[str, list[Any]]:
     }
 
 
-def _sequences(tree: Any, kinds: Sequence[type]) -> Iterator[tuple[str, Any]]:
-    """Yield every plain sequence of a tree with its path, the outer ones first."""
-    if isinstance(tree, Tensor) or optree.tree_is_leaf(tree, none_is_leaf=True, namespace=_tree.NAMESPACE):
+def _sequences(tree: Any, kinds: Sequence[type], *, arrays: bool = False) -> Iterator[tuple[str, Any]]:
+    """Yield every plain sequence of a tree with its path, the outer ones first; arrays too if asked for."""
+    if isinstance(tree, Tensor):
+        return
+    if optree.tree_is_leaf(tree, none_is_leaf=True, namespace=_tree.NAMESPACE):
+        if arrays and _is_array(tree):
+            yield "", tree
         return
     if type(tree) in kinds:
         yield "", tree
@@ -96,14 +91,21 @@ def _sequences(tree: Any, kinds: Sequence[type]) -> Iterator[tuple[str, Any]]:
     is_indexed = isinstance(tree, (list, tuple, dict, UserDict))
     for entry, child in zip(entries, children, strict=True):
         place = f"[{entry!r}]" if is_indexed else f".{entry}"
-        for path, sequence in _sequences(child, kinds):
+        for path, sequence in _sequences(child, kinds, arrays=arrays):
             yield place + path, sequence
+
+
+def _is_array(value: Any) -> bool:
+    """Return whether a value is an array of NumPy's kind that has a length, or a table of such."""
+    return hasattr(value, "__array__") and bool(getattr(value, "shape", ()))
 
 
 def _has_rows(entry: Any, num_rows: int, dim: int) -> bool:
     if type(entry) in (list, tuple):
         return all(_has_rows(each, num_rows, dim) for each in entry)
-    return entry is None or (isinstance(entry, (Tensor, PerRow)) and length(entry, dim) == num_rows)
+    if isinstance(entry, Tensor):
+        return -entry.dim() <= dim < entry.dim() and entry.shape[dim] == num_rows
+    return entry is None or (isinstance(entry, PerRow) and len(entry) == num_rows)
 
 
 def _is_all_none(sequence: Any) -> bool:

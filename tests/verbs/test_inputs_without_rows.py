@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -121,8 +122,9 @@ class Targets:
         ([{"boxes": torch.ones(4, 4)}] * 4, "argument 1 is a list of 4"),
         ({"meta": {"names": [1, 2, 3, 4]}}, "argument 1['meta']['names'] is a list"),
         (Targets(["a"] * 4), "argument 1.names is a list"),
+        ({"scores": np.zeros((4, 2))}, "argument 1['scores'] is a ndarray of 4"),
     ],
-    ids=["list", "tuple", "dicts", "nested", "dataclass"],
+    ids=["list", "tuple", "dicts", "nested", "dataclass", "array"],
 )
 @pytest.mark.parametrize("num_lanes", ["data_parallel", "all", "auto"])
 async def test_two_readings_are_refused(num_lanes: Any, value: Any, name: str) -> None:

@@ -21,7 +21,6 @@ pytestmark = pytest.mark.anyio
 
 # The first optimizer imports torch's compiler, which no event loop may wait for.
 torch.optim.SGD(nn.Linear(1, 1).parameters(), 0.1)
-nn.Linear(1, 1).compile(backend="eager")
 
 
 def on_meta() -> nn.Module:
@@ -78,10 +77,17 @@ async def test_inputs_without_values(num_lanes: Any) -> None:
     assert not ran
 
 
-async def test_compile_in_place_is_ignored_with_a_warning() -> None:
-    """`module.compile()` compiles nothing for replicas: said once, and the results are right."""
+@pytest.fixture
+def compiled() -> nn.Module:
+    """A module after its `compile()`, which no event loop may wait for."""
     module = nn.Linear(1, 1)
     module.compile(backend="eager")
+    return module
+
+
+async def test_compile_in_place_is_ignored_with_a_warning(compiled: nn.Module) -> None:
+    """`module.compile()` compiles nothing for replicas: said once, and the results are right."""
+    module = compiled
     with pytest.warns(UserWarning, match=r"Linear\.compile\(\) is ignored"):
         found = await asyncdp.data_parallel(module, numbered(4), "cpu*2")
     torch.testing.assert_close(found, module.forward(numbered(4)))
