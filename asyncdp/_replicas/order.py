@@ -112,8 +112,7 @@ class Order:
         """End a use, or give up its place. A second time does nothing."""
         with self._lock:
             may_wait = self._num_changing > 0
-            if use in self._uses:
-                self._remove(use)
+            self._remove(use)
             begun = self._begin_next() if may_wait and self._uses else ()
         for wake in begun:
             wake()
@@ -128,8 +127,9 @@ class Order:
             wake()
 
     def _remove(self, use: Use) -> None:
-        self._uses.remove(use)
-        self._num_changing -= use.changes
+        if use in self._uses:
+            self._uses.remove(use)
+            self._num_changing -= use.changes
 
     def _begin_next(self) -> list[Callable[[], object]]:
         """Begin what no longer has to wait; return what wakes it."""
