@@ -15,6 +15,7 @@ from .._replicas.order import Use, passes, wait_turn
 from .._replicas.replica_set import LaneModule, ReplicaSet
 from .._replicas.snapshot import ModuleSnapshot
 from .._runtime import Lane, Runtime, Scheduler, Task
+from .._runtime.ambient import Ambient
 from .._runtime.passes import NextStage, Stage
 from .._runtime.schedule import split_sizes
 from .._verbs.batch import Batch
@@ -74,57 +75,53 @@ class Route:
             self.num_passes += 1
 
     async def run_split(self, batch: Batch, num_lanes: int) -> Any:
-        """Scatter, replicate, apply and gather on at most `num_lanes` lanes, not beside a training step.
+        """Scatter, replicate, apply and gather on at most `num_lanes` lanes.
 
-        All shards get the weights of one moment.
-        """
-        use = Use(self.parts())
-        is_turn = passes.arrive(use)
-        try:
-            return await self._run_split(batch, num_lanes, None if is_turn else use)
-        finally:
-            passes.leave(use)
-
-    async def _run_split(self, batch: Batch, num_lanes: int, waiting: Use | None) -> Any:
-        """Do what `run_split` does when the turn of `waiting` has come.
-
-        A batch without rows runs once, on one lane. Only views are made on the calling thread; everything
-        else happens on lanes.
+        All shards get the weights of one moment: no training step runs meanwhile. Only views are made on the
+        calling thread; everything else happens on lanes.
         """
         if batch.is_whole(num_lanes):
             return await self.run_whole(batch)
         split_inputs = SplitInputs()
         shards = batch.split(num_lanes, split_inputs)
-        positions = self._positions(len(shards))
-        lanes = list(map(self.lanes.__getitem__, positions))
+        use = Use(self.replicas.snapshots.latest or self.parts())
+        try:
+            ambient = None if passes.arrive(use) else await self._wait_turn(use)
+            positions = self._positions(len(shards))
+            lanes = list(map(self.lanes.__getitem__, positions))
 
-        def apply_stage(modules: Sequence[LaneModule]) -> Stage:
-            return [
-                Task(lane, partial(self._apply, batch, position, module, shard), "run", is_replica=True)
-                for lane, position, module, shard in zip(lanes, positions, modules, shards, strict=True)
-            ]
+            def apply_stage(modules: Sequence[LaneModule]) -> Stage:
+                return [
+                    Task(lane, partial(self._apply, batch, position, module, shard), "run", is_replica=True)
+                    for lane, position, module, shard in zip(lanes, positions, modules, shards, strict=True)
+                ]
 
-        def gather_stage(outputs: Sequence[Any], last: Lane) -> Stage:
-            function = partial(self.gather, outputs, batch, split_inputs)
-            return [Task(self._gather_lane(last), function, "gather")]
+            def gather_stage(outputs: Sequence[Any], last: Lane) -> Stage:
+                function = partial(self.gather, outputs, batch, split_inputs)
+                return [Task(self._gather_lane(last), function, "gather")]
 
-        following: list[NextStage] = [gather_stage]
-        ready = None if waiting else self.replicas.prepare_nowait(self.module, positions)
-        if ready is not None:
-            stage = apply_stage(ready)
-        else:
-            stage = [Task(self.lanes[0], partial(self._prepare, positions), "replicate")]
-            following.insert(0, lambda results, _: apply_stage(results[0]))
-        num_threads = self.scheduler.thread_share(len(lanes))
-        ambient = None
-        if waiting is not None:
-            self.scheduler.check_open()
-            ambient = self.scheduler.ambient()
-            await wait_turn(waiting)
-        results = await self.scheduler.run(
-            stage, following, num_threads=num_threads, ambient=ambient, lanes=self.lanes
-        )
-        return results[0]
+            following: list[NextStage] = [gather_stage]
+            # What had to wait may find another grad mode here than at its call.
+            ready = self.replicas.prepare_nowait(self.module, positions) if ambient is None else None
+            if ready is not None:
+                stage = apply_stage(ready)
+            else:
+                stage = [Task(self.lanes[0], partial(self._prepare, positions), "replicate")]
+                following.insert(0, lambda results, _: apply_stage(results[0]))
+            num_threads = self.scheduler.thread_share(len(lanes))
+            results = await self.scheduler.run(
+                stage, following, num_threads=num_threads, ambient=ambient, lanes=self.lanes
+            )
+            return results[0]
+        finally:
+            passes.leave(use)
+
+    async def _wait_turn(self, use: Use) -> Ambient:
+        """Wait for the turn of a pass; return what was switched on at its call."""
+        self.scheduler.check_open()
+        ambient = self.scheduler.ambient()
+        await wait_turn(use)
+        return ambient
 
     def _prepare(self, positions: Sequence[int]) -> list[LaneModule]:
         with self.replicas.readers[0]:

@@ -93,7 +93,7 @@ class Order:
         with self._lock:
             self._uses.append(use)
             self._num_changing += use.changes
-            if self._num_changing == 0:
+            if self._num_changing == 0 or len(self._uses) == 1:
                 use.is_waiting = False
                 return True
             begun = self._begin_next()
@@ -111,8 +111,9 @@ class Order:
     def leave(self, use: Use) -> None:
         """End a use, or give up its place. A second time does nothing."""
         with self._lock:
+            may_wait = self._num_changing > 0
             self._remove(use)
-            begun = self._begin_next() if self._uses else ()
+            begun = self._begin_next() if may_wait and self._uses else ()
         for wake in begun:
             wake()
 

@@ -60,8 +60,6 @@ class Reader:
 
     def wait_read(self, use: Use) -> bool:
         """Wait for a forward that runs, if `use` changes what it reads; return whether that is so."""
-        if self._was_read is None and not self._lock.locked():
-            return False
         try:
             is_concerned = self._use().conflicts_with(use)
         except Exception:  # the module is no longer what can be run, or changes right now
@@ -111,7 +109,10 @@ def in_turn(use: Use) -> Iterator[None]:
             return
         with _all_lock:
             readers = [*_all]
-        concerned = [reader for reader in readers if reader.wait_read(use)]
+        # One that begins only now finds this use in its order.
+        concerned = [
+            each for each in readers if (each._lock.locked() or each._was_read) and each.wait_read(use)
+        ]
         devices = {tensor.device for tensor in use.snapshot.tensors if tensor.device.type == "cuda"}
         streams = [torch.cuda.current_stream(device) for device in devices]
         for reader in concerned:

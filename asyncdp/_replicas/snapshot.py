@@ -220,23 +220,27 @@ class ModuleSnapshot:
 
 
 class LatestSnapshot:
-    """The latest snapshot of one module, captured anew only when it has to be."""
+    """The latest snapshot of one module, captured anew only when it has to be.
+
+    Attributes:
+        latest: the snapshot; None before the first.
+    """
 
     def __init__(self) -> None:
-        self._latest: ModuleSnapshot | None = None
+        self.latest: ModuleSnapshot | None = None
 
     def current(self, module: nn.Module) -> ModuleSnapshot:
         """Return a snapshot of the module as it is."""
-        latest = self._latest
+        latest = self.latest
         if latest is None or not latest.is_current():
-            latest = self._latest = ModuleSnapshot.capture(module)
+            latest = self.latest = ModuleSnapshot.capture(module)
         return latest
 
     def parts(self, module: nn.Module) -> ModuleSnapshot:
         """Return a snapshot that has the parts and modes of the module; its attributes may be older."""
-        latest = self._latest
+        latest = self.latest
         if latest is None or not (latest.has_same_parts() and latest.has_same_modes()):
-            latest = self._latest = ModuleSnapshot.capture(module)
+            latest = self.latest = ModuleSnapshot.capture(module)
         return latest
 
 
