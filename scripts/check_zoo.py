@@ -367,7 +367,7 @@ def reasons_of(reports: list[dict[str, Any]], verdict: str) -> list[str]:
 
 
 def as_table(result: dict[str, Any]) -> str:
-    """The result as Markdown."""
+    """Return the result as Markdown."""
     reports, counts = result["setups"], result["counts"]
     made = [report for report in reports if "not_made" not in report]
     lines = [
