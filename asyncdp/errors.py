@@ -79,6 +79,17 @@ class CompiledModuleError(UnsupportedModuleError):
         )
 
 
+class SlotsModuleError(UnsupportedModuleError):
+    """A module keeps attributes in `__slots__`, where replicas cannot be given their own."""
+
+    def __init__(self, got: object) -> None:
+        TypeError.__init__(
+            self,
+            f"cannot replicate a {type(got).__qualname__}: its class keeps attributes in __slots__. "
+            "Delete __slots__ from the class; a torch.nn.Module has a __dict__ anyway.",
+        )
+
+
 class LazyModuleError(AsyncDPError, ValueError):
     """The module still has uninitialised parameters or buffers."""
 
@@ -86,6 +97,17 @@ class LazyModuleError(AsyncDPError, ValueError):
         super().__init__(
             f"the lazy module has an uninitialised parameter or buffer {name!r}. "
             "Run one batch through the module itself first, so that its shapes are known."
+        )
+
+
+class AddedInForwardError(LazyModuleError):
+    """A forward made a submodule or parameter that the module had not when it was called."""
+
+    def __init__(self, kind: str, name: str) -> None:
+        ValueError.__init__(
+            self,
+            f"forward added the {kind} {name!r} to the module, whose values would differ from lane to lane. "
+            "Run one batch through the module itself first, so that it is there.",
         )
 
 

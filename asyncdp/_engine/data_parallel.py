@@ -140,7 +140,7 @@ class DataParallel:
         scheduler = scheduler_of(self.runtime)
         self._route = Route(module, replicas, scheduler, lanes, output, dim)
         self._runner = EngineLanes(self.runtime, self._route)
-        self._trainer = Trainer(module, scheduler, lanes, output)
+        self._trainer = Trainer(module, replicas, scheduler, lanes, output)
         is_adaptive = num_lanes == "auto" and len(lanes) > 1
         self._adaptive = Adaptive(self._route) if is_adaptive else None
 
@@ -280,13 +280,13 @@ class DataParallel:
         """
         options = StepOptions(loss_fn, optimizer, loss_reduction, before_step, scaler, reduce_only)
         options.check()
-        snapshot = self._trainer.snapshot()
+        state = self._trainer.capture()
         batch = Batch.of_step(inputs, targets, self._route.dim)
         num_lanes, record = self._num_lanes, None
         if self._adaptive is not None:
-            num_lanes, record = self._adaptive.choose_for_step(batch, snapshot)
+            num_lanes, record = self._adaptive.choose_for_step(batch, state.snapshot)
         return await self._trainer.step(
-            batch, options, num_lanes, snapshot, accumulate=self in _accumulating.get(), record=record
+            batch, options, num_lanes, state, accumulate=self in _accumulating.get(), record=record
         )
 
     @contextmanager

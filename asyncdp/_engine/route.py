@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._replicas.replica_set import LaneModule, ReplicaSet
+from .._replicas.replica_set import LaneModule, ModuleState, ReplicaSet
 from .._replicas.snapshot import ModuleSnapshot
 from .._runtime import Lane, Runtime, Scheduler, Task
 from .._runtime.passes import NextStage, Stage
@@ -25,7 +25,7 @@ class Route:
 
     Args:
         module: what to run.
-        replicas: its replicas, one per lane; a single lane uses none.
+        replicas: its replicas, one per lane.
         scheduler: the scheduler of the lanes.
         lanes: where to run.
         output: the device that results go to.
@@ -79,11 +79,12 @@ class Route:
             return [Task(self._gather_lane(last), partial(self.gather, outputs, split_inputs), "gather")]
 
         following: list[NextStage] = [gather_stage]
-        ready = self.replicas.prepare_nowait(self.module, positions)
+        state = self.replicas.capture(self.module)
+        ready = self.replicas.prepare_nowait(state, positions)
         if ready is not None:
             stage = apply_stage(ready)
         else:
-            prepare = partial(self.replicas.prepare, self.module, positions)
+            prepare = partial(self.replicas.prepare, self.module, positions, state)
             stage = [Task(self.lanes[0], prepare, "replicate")]
             following.insert(0, lambda results, _: apply_stage(results[0]))
         num_threads = self.scheduler.thread_share(len(lanes))
@@ -92,8 +93,9 @@ class Route:
 
     async def run_whole(self, batch: Batch) -> Any:
         """Run a whole batch on the lane that `pick` picks."""
+        state = self.replicas.capture(self.module)
         position = self.pick()
-        task = Task(self.lanes[position], partial(self.run_batch, position, batch), "run")
+        task = Task(self.lanes[position], partial(self.run_batch, position, batch, state), "run")
         num_threads = self.scheduler.thread_share(len(self.lanes))
         return (await self.scheduler.run([task], num_threads=num_threads))[0]
 
@@ -107,10 +109,10 @@ class Route:
         if self.scheduler.least_busy(self.lanes)[0] is not first and not self.parts().updates_buffers:
             return await self.run_whole(batch)
 
+        state = self.replicas.capture(self.module)
+
         def whole() -> Any:
-            parts = self.parts()
-            is_ready = parts.is_on(first.device) and not parts.moves_weights(first.device)
-            module = self.module if is_ready else self.replicas.prepare(self.module, [0])[0]
+            module = self.replicas.prepare(self.module, [0], state)[0]
             output = batch.apply(module, first.device, batch.leaves)
             return gather_to([output], self.output, self.dim)
 
@@ -123,14 +125,12 @@ class Route:
             return 0
         return self.lanes.index(self.scheduler.least_busy(self.lanes)[0])
 
-    def run_batch(self, position: int, batch: Batch) -> Any:
-        """Run one whole batch on this thread; a single lane runs the module itself, moved to its device."""
+    def run_batch(self, position: int, batch: Batch, state: ModuleState) -> Any:
+        """Run one whole batch on this thread; the module of a single lane is moved to its device."""
         device = self.lanes[position].device
-        module: Callable[..., Any]
-        if len(self.lanes) == 1:
-            module = self.module if self.parts().is_on(device) else self.module.to(device)
-        else:
-            module = self.replicas.prepare(self.module, [position])[0]
+        if len(self.lanes) == 1 and not state.snapshot.is_on(device):
+            self.module.to(device)
+        module = self.replicas.prepare(self.module, [position], state)[0]
         args, kwargs = batch.arguments_on(device, batch.leaves)
         return move(module(*args, **kwargs), self.output)
 
@@ -171,6 +171,7 @@ class EngineLanes:
 
     def run_on(self, position: int, /, *args: Any, **kwargs: Any) -> Any:
         """Run one whole batch on this thread, that of the lane at `position`, and count it."""
-        result = self.route.run_batch(position, Batch(args, kwargs, self.route.dim))
+        state = self.route.replicas.capture(self.route.module)
+        result = self.route.run_batch(position, Batch(args, kwargs, self.route.dim), state)
         self.route.count_pass()
         return result

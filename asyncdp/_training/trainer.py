@@ -11,7 +11,7 @@ import anyio
 import torch
 from torch import Tensor, nn
 
-from .._replicas.snapshot import LatestSnapshot, ModuleSnapshot
+from .._replicas.replica_set import ModuleState, ReplicaSet
 from .._runtime import Lane, Scheduler, Task
 from .._runtime.passes import NextStage, Stage
 from .._runtime.schedule import split_sizes
@@ -27,13 +27,19 @@ class Trainer:
 
     Args:
         module: what to train.
+        modules: its replicas for passes.
         scheduler: whose lanes these are.
         lanes: a step uses the first ones of them.
         output: where losses go.
     """
 
     def __init__(
-        self, module: nn.Module, scheduler: Scheduler, lanes: Sequence[Lane], output: torch.device
+        self,
+        module: nn.Module,
+        modules: ReplicaSet,
+        scheduler: Scheduler,
+        lanes: Sequence[Lane],
+        output: torch.device,
     ) -> None:
         self._scheduler = scheduler
         self._lanes = lanes
@@ -41,22 +47,22 @@ class Trainer:
         self._replicas = TrainingLanes([lane.device for lane in lanes])
         self._accumulated = AccumulatedGradients(len(lanes))
         self._module = module
+        self._modules = modules
         self._all_threads = scheduler.thread_share(1)
-        self._snapshots = LatestSnapshot()
         self._one_at_a_time = anyio.Lock(fast_acquire=True)
         self.num_steps = 0
         """Optimizer steps taken, including those whose caller was cancelled too late to stop them."""
 
-    def snapshot(self) -> ModuleSnapshot:
-        """Return what the module consists of now."""
-        return self._snapshots.current(self._module)
+    def capture(self) -> ModuleState:
+        """Return the state of the module as it is now."""
+        return self._modules.capture(self._module, records=True)
 
     async def step(
         self,
         batch: Batch,
         options: StepOptions,
         num_lanes: int,
-        snapshot: ModuleSnapshot,
+        state: ModuleState,
         *,
         accumulate: bool,
         record: Callable[[float], None] | None = None,
@@ -65,7 +71,17 @@ class Trainer:
         shards, weights = _divide(batch, num_lanes, options.loss_reduction)
         lanes = self._lanes[: len(shards)]
         inputs = [partial(batch.arguments_on, leaves=leaves) for leaves in shards]
-        step = Step(snapshot, self._replicas, self._accumulated, lanes, inputs, weights, options, accumulate)
+        step = Step(
+            state,
+            self._modules,
+            self._replicas,
+            self._accumulated,
+            lanes,
+            inputs,
+            weights,
+            options,
+            accumulate,
+        )
         stage, following = self._stages(step, lanes)
         share = self._all_threads if len(lanes) == 1 else self._scheduler.thread_share(len(lanes))
         if not self._one_at_a_time.locked():
