@@ -59,13 +59,15 @@ class NotAModuleError(AsyncDPError, TypeError):
 
 
 class UnsupportedModuleError(AsyncDPError, TypeError):
-    """The module is a TorchScript module, which has no Python structure to copy."""
+    """The module is one of TorchScript, or has `__slots__`: replicas could not have their own of it."""
 
-    def __init__(self, got: object) -> None:
-        super().__init__(
-            f"cannot replicate a {type(got).__qualname__}: a TorchScript module has no structure to copy. "
-            "Use the original torch.nn.Module, or torch.export."
-        )
+    def __init__(
+        self,
+        got: object,
+        cause: str = "a TorchScript module has no structure to copy",
+        remedy: str = "Use the original torch.nn.Module, or torch.export.",
+    ) -> None:
+        super().__init__(f"cannot replicate a {type(got).__qualname__}: {cause}. {remedy}")
 
 
 class CompiledModuleError(UnsupportedModuleError):
@@ -79,36 +81,12 @@ class CompiledModuleError(UnsupportedModuleError):
         )
 
 
-class SlotsModuleError(UnsupportedModuleError):
-    """A module keeps attributes in `__slots__`, where replicas cannot be given their own."""
-
-    def __init__(self, got: object) -> None:
-        TypeError.__init__(
-            self,
-            f"cannot replicate a {type(got).__qualname__}: its class keeps attributes in __slots__. "
-            "Delete __slots__ from the class; a torch.nn.Module has a __dict__ anyway.",
-        )
-
-
 class LazyModuleError(AsyncDPError, ValueError):
-    """The module still has uninitialised parameters or buffers."""
+    """The module still has uninitialised parameters or buffers, or its forward makes some."""
 
-    def __init__(self, name: str) -> None:
-        super().__init__(
-            f"the lazy module has an uninitialised parameter or buffer {name!r}. "
-            "Run one batch through the module itself first, so that its shapes are known."
-        )
-
-
-class AddedInForwardError(LazyModuleError):
-    """A forward made a submodule or parameter that the module had not when it was called."""
-
-    def __init__(self, kind: str, name: str) -> None:
-        ValueError.__init__(
-            self,
-            f"forward added the {kind} {name!r} to the module, whose values would differ from lane to lane. "
-            "Run one batch through the module itself first, so that it is there.",
-        )
+    def __init__(self, name: str, cause: str = "the module has an uninitialised parameter or buffer") -> None:
+        remedy = "Run one batch through the module itself first, so that it is there for all lanes"
+        super().__init__(f"{cause} {name!r}, which would differ from lane to lane. {remedy}.")
 
 
 class LengthMismatchError(AsyncDPError, ValueError):

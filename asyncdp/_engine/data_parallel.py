@@ -15,7 +15,7 @@ from .._replicas.copies import DEFAULT_BUCKET_BYTES
 from .._replicas.replica_set import ReplicaSet, replica_set_of
 from .._replicas.snapshot import check_module
 from .._runtime import Lane, Runtime, RuntimeStatistics, default_lanes, scheduler_of
-from .._runtime.lane_runner import LaneRunner
+from .._runtime.lane_runner import StatefulLaneRunner
 from .._training.commit import StepOptions
 from .._training.trainer import Trainer
 from .._verbs.batch import Batch, positional
@@ -197,7 +197,7 @@ class DataParallel:
         self._route.count_pass()
         return result
 
-    def __asyncdp_lane_runner__(self) -> LaneRunner:
+    def __asyncdp_lane_runner__(self) -> StatefulLaneRunner:
         """Return what schedulers of whole batches, such as `Batcher`, run them by."""
         return self._runner
 
@@ -211,7 +211,8 @@ class DataParallel:
     ) -> BatchStream:
         """Run a stream of batches, each of them whole on one lane, several at the same time.
 
-        Grad and inference mode are those of this call, not of the loop over the results.
+        Grad and inference mode, and the module's own modes, attributes and hooks, are those of this call, not
+        of the loop over the results.
 
         Args:
             batches: arguments of `on_one_lane`: a dict holds keyword arguments, a tuple positional

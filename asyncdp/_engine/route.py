@@ -30,6 +30,7 @@ class Route:
         lanes: where to run.
         output: the device that results go to.
         dim: the dimension that is split and concatenated.
+        training: the mode that all submodules run in; None for the one that each of them is in.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Route:
         lanes: Sequence[Lane],
         output: torch.device,
         dim: int,
+        training: bool | None = None,
     ) -> None:
         self.module = module
         self.replicas = replicas
@@ -47,12 +49,17 @@ class Route:
         self.lanes = tuple(lanes)
         self.output = output
         self.dim = dim
+        self._training = training
         self.num_passes = 0
         self._counting = threading.Lock()  # loops and lanes count, each on a thread of its own
 
     def parts(self) -> ModuleSnapshot:
         """Return what the module consists of now."""
         return self.replicas.snapshots.parts(self.module)
+
+    def capture(self, *, records: bool | None = None) -> ModuleState:
+        """Return the state of the module as it is now, but in the route's own mode, if it has one."""
+        return self.replicas.capture(self.module, self._training, records=records)
 
     def count_pass(self) -> None:
         """Count a pass that succeeded."""
@@ -79,7 +86,7 @@ class Route:
             return [Task(self._gather_lane(last), partial(self.gather, outputs, split_inputs), "gather")]
 
         following: list[NextStage] = [gather_stage]
-        state = self.replicas.capture(self.module)
+        state = self.capture()
         ready = self.replicas.prepare_nowait(state, positions)
         if ready is not None:
             stage = apply_stage(ready)
@@ -93,7 +100,7 @@ class Route:
 
     async def run_whole(self, batch: Batch) -> Any:
         """Run a whole batch on the lane that `pick` picks."""
-        state = self.replicas.capture(self.module)
+        state = self.capture()
         position = self.pick()
         task = Task(self.lanes[position], partial(self.run_batch, position, batch, state), "run")
         num_threads = self.scheduler.thread_share(len(self.lanes))
@@ -109,7 +116,7 @@ class Route:
         if self.scheduler.least_busy(self.lanes)[0] is not first and not self.parts().updates_buffers:
             return await self.run_whole(batch)
 
-        state = self.replicas.capture(self.module)
+        state = self.capture()
 
         def whole() -> Any:
             module = self.replicas.prepare(self.module, [0], state)[0]
@@ -155,7 +162,7 @@ class Route:
 
 @dataclass(frozen=True)
 class EngineLanes:
-    """The lanes of an engine for whole batches, as `LaneRunner` describes them."""
+    """The lanes of an engine for whole batches, as `StatefulLaneRunner` describes them."""
 
     runtime: Runtime
     route: Route
@@ -169,9 +176,16 @@ class EngineLanes:
         """Return the position of the lane for the next batch: the least busy, or 0 if buffers change."""
         return self.route.pick()
 
+    def capture(self, *, records: bool | None = None) -> ModuleState:
+        """Return the state of the module as it is now."""
+        return self.route.capture(records=records)
+
     def run_on(self, position: int, /, *args: Any, **kwargs: Any) -> Any:
         """Run one whole batch on this thread, that of the lane at `position`, and count it."""
-        state = self.route.replicas.capture(self.route.module)
+        return self.run_as(position, self.capture(), *args, **kwargs)
+
+    def run_as(self, position: int, state: ModuleState, /, *args: Any, **kwargs: Any) -> Any:
+        """Do what `run_on` does, in the state that the module had earlier."""
         result = self.route.run_batch(position, Batch(args, kwargs, self.route.dim), state)
         self.route.count_pass()
         return result

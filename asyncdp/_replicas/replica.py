@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import AddedInForwardError
-from .snapshot import CACHE_ATTRIBUTE, PLAIN, AttributeMap, ModuleSnapshot, is_plain
-from .state import ATOMS, MUTABLE, OF_ALL_MODULES, REGISTRIES, empty_like, is_same, refill, shallow, watch
+from ..errors import LazyModuleError
+from .copier import Copier, bare_copy, substitute
+from .snapshot import AttributeMap, ModuleSnapshot, is_plain
+from .state import OF_ALL_MODULES, is_same, refill, shallow, watch
+from .survivors import Survivors
 
 Substitutions = Mapping[int, Tensor]
 """The `id` of one of the original module's parameters or buffers -> the tensor in its place."""
+
+
+_ABSENT = object()
 
 
 def substitutions(originals: Sequence[Tensor], replacements: Sequence[Tensor]) -> Substitutions:
@@ -29,43 +30,6 @@ def substitutions(originals: Sequence[Tensor], replacements: Sequence[Tensor]) -
             # What isinstance(x, nn.Parameter) looks at for tensors that are no such instances.
             replacement._is_param = True
     return {id(original): new for original, new in zip(originals, replacements, strict=True)}
-
-
-@dataclass(slots=True)
-class Survivors:
-    """What of a forward's changes to its replica survives in the original.
-
-    Attributes:
-        snapshot: of the original.
-        buffers: position and name of each buffer to be changed; what it was before, what it is now, and
-            whether it was put in the other's place.
-        values: plain values that were set beside buffers that changed.
-        loose: tensors to be written to, and from what.
-    """
-
-    snapshot: ModuleSnapshot
-    buffers: list[tuple[int, str, Tensor | None, Tensor | None, bool]] = field(default_factory=list)
-    values: dict[tuple[int, str], Any] = field(default_factory=dict)
-    loose: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    transient: list[tuple[int, str]] = field(default_factory=list)
-    """New buffers that are not to be saved."""
-
-    def apply(self) -> None:
-        """Carry them into the original."""
-        modules = self.snapshot.modules
-        for position, name in self.transient:
-            modules[position]._non_persistent_buffers_set.add(name)
-        with torch.no_grad():
-            for position, name, before, after, is_replaced in self.buffers:
-                if not is_replaced:
-                    before.copy_(after)  # type: ignore[union-attr, arg-type]
-                else:
-                    device = None if before is None else before.device
-                    modules[position]._buffers[name] = None if after is None else after.detach().to(device)
-            for before, after in self.loose:
-                before.copy_(after)
-        for (position, name), value in self.values.items():
-            modules[position].__dict__[name] = value
 
 
 class Replica:
@@ -83,15 +47,17 @@ class Replica:
 
     def __init__(self, snapshot: ModuleSnapshot, *, deep: bool) -> None:
         originals = snapshot.modules
-        self._modules = [*map(_bare_copy, originals, snapshot.namespaces)]
+        self._modules = [*map(bare_copy, originals, snapshot.namespaces)]
         self.module = self._modules[0]
         self._bound: Substitutions | None = None
         self._bound_changes: AttributeMap = {}
+        self._built: dict[tuple[int, str], Any] = {}  # values of before the bound changes
         self._training: Sequence[bool] = snapshot.training
         self._may_differ = False
+        self._is_reshaped = False  # attributes were added or deleted
         self._differed: bool | None = None  # after the forward that has run last, if that is known
         parameters = {id(parameter) for parameter in snapshot.parameters}
-        copier = _Copier(snapshot, self._modules, deep=deep)
+        copier = Copier(snapshot, self._modules, deep=deep)
         for original, replica in zip(originals, self._modules, strict=True):
             copier.fill(replica.__dict__)
             if isinstance(original, nn.RNNBase) and not deep:
@@ -124,7 +90,7 @@ class Replica:
             for holder, name, key in self._places:
                 holder[name] = tensors[key]
             for holder, name, template in self._templates:
-                holder[name] = _substitute(template, tensors)
+                holder[name] = substitute(template, tensors)
             self._bound = tensors
         if changes is not self._bound_changes:
             is_new = True
@@ -132,7 +98,10 @@ class Replica:
         if training and training is not self._training:
             is_new = True
             self._set_modes(training)
-        if is_new:
+        if self._is_reshaped:
+            self._is_reshaped = False
+            self._watch = watch(self._namespaces, self._containers)
+        elif is_new:
             self._watch.renew(self._namespaces)
 
     def end(self, *, is_recorded: bool) -> None:
@@ -166,7 +135,7 @@ class Replica:
             versions: the versions of the buffers before.
 
         Raises:
-            AddedInForwardError: the forward made submodules or parameters.
+            LazyModuleError: the forward made submodules or parameters.
         """
         assert self._bound is not None, "a forward has run"
         differs = self._differed = self._differs()
@@ -235,7 +204,9 @@ class Replica:
                         continue
                     if isinstance(value, Tensor) or any(_tensors_of(value)):
                         prefix = next(path for path, each in self.module.named_modules() if each is module)
-                        raise AddedInForwardError(kind, f"{prefix}.{name}" if prefix else name)
+                        raise LazyModuleError(
+                            f"{prefix}.{name}" if prefix else name, f"forward added the {kind}"
+                        )
 
     def _restore(self) -> None:
         for module, kind in zip(self._modules, self._types, strict=True):
@@ -253,99 +224,28 @@ class Replica:
         self._watch = watch(self._namespaces, self._containers)
 
     def _bind_changes(self, changes: AttributeMap) -> None:
-        for (position, name), value in changes.items():
-            self._namespaces[position][name] = self._saved_namespaces[position][name] = value
+        # Passes do not always come in the order of their calls: one of before a change may come after it.
+        for place in self._built.keys() - changes.keys():
+            self._set(place, self._built.pop(place))
+        for place, value in changes.items():
+            position, name = place
+            self._built.setdefault(place, self._saved_namespaces[position].get(name, _ABSENT))
+            self._set(place, value)
         self._bound_changes = changes
+
+    def _set(self, place: tuple[int, str], value: Any) -> None:
+        position, name = place
+        for namespace in (self._namespaces[position], self._saved_namespaces[position]):
+            self._is_reshaped |= value is _ABSENT or name not in namespace
+            if value is _ABSENT:
+                namespace.pop(name, None)
+            else:
+                namespace[name] = value
 
     def _set_modes(self, training: Sequence[bool]) -> None:
         for namespace, saved, mode in zip(self._namespaces, self._saved_namespaces, training, strict=True):
             namespace["training"] = saved["training"] = mode
         self._training = training
-
-
-class _Copier:
-    """Fills the copies of a module's namespaces.
-
-    Attributes:
-        places: where tensors are to be put: a container, the key, and the `id` of the original tensor.
-        templates: the same for tuples in which tensors are: a container, the key and the original.
-        holders: containers whose content a forward may change.
-        containers: those of them that are no registries, and not torch's own.
-    """
-
-    def __init__(self, snapshot: ModuleSnapshot, modules: Sequence[nn.Module], *, deep: bool) -> None:
-        self._copies: dict[int, Any] = dict(zip(map(id, snapshot.modules), modules, strict=True))
-        # A submodule, met inside an attribute, stands for its copy; a copy stands for itself.
-        self._memo = {**self._copies, **{id(each): each for each in modules}} if deep else None
-        tensors = snapshot.tensors if deep else [*snapshot.tensors, *snapshot.loose]
-        self._tensor_ids = {id(tensor) for tensor in tensors}
-        self.places: list[tuple[Any, Any, int]] = []
-        self.templates: list[tuple[Any, Any, Any]] = []
-        self.holders: list[Any] = []
-        self.containers: list[Any] = []
-
-    def fill(self, namespace: dict[str, Any]) -> None:
-        """Make all that one namespace holds the replica's own."""
-        for registry in ("_parameters", "_buffers"):
-            held = namespace[registry] = dict(namespace[registry])
-            self.places += [(held, name, id(value)) for name, value in held.items() if value is not None]
-        namespace.pop(CACHE_ATTRIBUTE, None)
-        namespace["_modules"] = {
-            name: None if child is None else self._copies[id(child)]
-            for name, child in namespace["_modules"].items()
-        }
-        self.holders += [namespace[registry] for registry in REGISTRIES]
-        # Compiled code of the original would run the original.
-        namespace.pop("_compiled_call_impl", None)
-        for name, value in [*namespace.items()]:
-            if name in REGISTRIES or type(value) in ATOMS:
-                continue
-            if name in OF_ALL_MODULES:
-                namespace[name] = self._own(value) if type(value) in MUTABLE else value
-            elif self._memo is None:
-                namespace[name] = self._own(value)
-                self._note(namespace, name, value)
-            else:
-                namespace[name] = self._deep(namespace, name, value, self._memo)
-
-    def _own(self, value: Any) -> Any:
-        """Return the replica's own of a value; a container that is met twice is still one container."""
-        kind = type(value)
-        if id(value) in self._copies:
-            return self._copies[id(value)]
-        if kind is MethodType and id(value.__self__) in self._copies:
-            return MethodType(value.__func__, self._copies[id(value.__self__)])
-        if kind is tuple:
-            return _rebuilt(value, [self._own(entry) for entry in value], tuple)
-        if kind not in MUTABLE:
-            return value
-        new = self._copies[id(value)] = empty_like(value)
-        self.holders.append(new)
-        if isinstance(value, set):
-            new.update(map(self._own, value))
-            return new
-        for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
-            own = self._own(entry)
-            if isinstance(value, dict):
-                new[key] = own
-            else:
-                new.append(own)
-            self._note(new, key, entry)
-        return new
-
-    def _note(self, holder: Any, key: Any, value: Any) -> None:
-        if isinstance(value, Tensor):
-            if id(value) in self._tensor_ids:
-                self.places.append((holder, key, id(value)))
-        elif type(value) is tuple and _refers_to(value, self._tensor_ids):
-            self.templates.append((holder, key, holder[key]))
-
-    def _deep(self, namespace: dict[str, Any], name: str, value: Any, memo: dict[int, Any]) -> Any:
-        mapped = _substitute(value, self._copies)
-        if _refers_to(mapped, self._tensor_ids):
-            self.templates.append((namespace, name, mapped))
-            return mapped
-        return _deep_copy(mapped, memo)
 
 
 def _tensors_of(module: nn.Module) -> Iterator[bool]:
@@ -426,57 +326,3 @@ def _overlaps_itself(tensor: Tensor) -> bool:
         return False
     lengths = zip(tensor.stride(), tensor.shape, strict=True)
     return any(stride == 0 and length > 1 for stride, length in lengths)
-
-
-def _bare_copy(module: nn.Module, namespace: Mapping[str, Any]) -> nn.Module:
-    # Not through the class's own __new__, which some classes (GraphModule) use to make a new class.
-    replica = object.__new__(type(module))
-    replica.__dict__.update(namespace)
-    return replica
-
-
-def _substitute(value: Any, memo: Mapping[int, Any]) -> Any:
-    """Replace what `memo` knows, also inside lists, tuples, dicts and bound methods."""
-    if id(value) in memo:
-        return memo[id(value)]
-    kind = type(value)
-    if kind is MethodType and id(value.__self__) in memo:
-        return MethodType(value.__func__, memo[id(value.__self__)])
-    if kind in (list, tuple):
-        return _rebuilt(value, [_substitute(entry, memo) for entry in value], kind)
-    if kind in (dict, OrderedDict):
-        entries = [_substitute(entry, memo) for entry in value.values()]
-        return _rebuilt(value, entries, lambda new: kind(zip(value, new, strict=True)), list(value.values()))
-    return value
-
-
-def _rebuilt(value: Any, new: list[Any], make: Callable[[list[Any]], Any], old: Any = None) -> Any:
-    """Make a new container if an entry changed; else return the same one, so that edits stay visible."""
-    entries = value if old is None else old
-    if all(before is after for before, after in zip(entries, new, strict=True)):
-        return value
-    return make(new)
-
-
-def _refers_to(value: Any, ids: set[int]) -> bool:
-    if isinstance(value, Tensor):
-        return id(value) in ids
-    if type(value) in (list, tuple):
-        return any(_refers_to(entry, ids) for entry in value)
-    if type(value) in (dict, OrderedDict):
-        return any(_refers_to(entry, ids) for entry in value.values())
-    return False
-
-
-def _deep_copy(value: Any, memo: dict[int, Any]) -> Any:
-    """Copy an attribute deeply, but share what cannot be copied (locks, handles)."""
-    if isinstance(value, PLAIN):
-        return value
-    # A copy that fails leaves half-built objects in its memo, which no later copy may find.
-    trial = dict(memo)
-    try:
-        copied = copy.deepcopy(value, trial)
-    except Exception:
-        return value
-    memo.update(trial)
-    return copied

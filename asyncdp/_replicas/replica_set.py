@@ -12,6 +12,8 @@ import threading
 import weakref
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +36,8 @@ from .snapshot import CACHE_ATTRIBUTE, AttributeMap, LatestSnapshot, ModuleSnaps
 # Preparing more than this costs more than a detour over a lane, and would hold up the event loop.
 _MAX_QUICK_MODULES = 256
 _MAX_QUICK_ALIASES = 32
+
+_requires_grad = attrgetter("requires_grad")
 
 
 class CarriedValues:
@@ -74,9 +78,17 @@ class ModuleState(NamedTuple):
     snapshot: ModuleSnapshot
     training: list[bool]
     """The mode of every module of the snapshot."""
-    trainable: Sequence[Tensor] | None
-    """The tensors that require gradients; None if none are to be recorded."""
+    requires: list[bool] | None
+    """Which of the snapshot's tensors require gradients; None if none are to be recorded."""
     carried: _Link
+
+    def trainable(self) -> list[Tensor]:
+        """Return the tensors that required gradients."""
+        return [*compress(self.snapshot.tensors, self.requires or ())]
+
+    def equals(self, other: ModuleState) -> bool:
+        """Return whether a pass gives the same in both."""
+        return self.snapshot is other.snapshot and self.training is other.training
 
 
 @dataclass(slots=True)
@@ -86,7 +98,7 @@ class LaneModule:
     replica: Replica
     tensors: Substitutions
     changes: AttributeMap
-    training: list[bool]
+    state: ModuleState
     source: _Copies | None
     writes_back_to: ModuleSnapshot | None
     """Where updates of buffers survive, on lane 0."""
@@ -97,7 +109,8 @@ class LaneModule:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the replica's forward; only ever on the lane's own thread."""
         tensors = self.tensors if self.source is None else self.source.up_to_date(self.tensors)
-        self.replica.bind(tensors, self.changes, self.training)
+        tensors = _as_of_the_call(self.state, tensors)
+        self.replica.bind(tensors, self.changes, self.state.training)
         snapshot = self.writes_back_to
         is_recorded = torch.is_grad_enabled()
         try:
@@ -198,8 +211,8 @@ class ReplicaSet:
         """
         snapshot = self.snapshots.current(module)
         records = torch.is_grad_enabled() if records is None else records
-        trainable = snapshot.trainable() if records else None
-        return ModuleState(snapshot, snapshot.modes(training), trainable, self.carried.latest)
+        requires = [*map(_requires_grad, snapshot.tensors)] if records else None
+        return ModuleState(snapshot, snapshot.modes(training), requires, self.carried.latest)
 
     def prepare_nowait(self, state: ModuleState, lanes: Sequence[int]) -> list[LaneModule] | None:
         """Do what `prepare` does if that takes microseconds, else return None: then prepare on a lane.
@@ -242,7 +255,7 @@ class ReplicaSet:
         """
         if state.snapshot.has_same_parts():
             return state
-        now = self.capture(module, records=state.trainable is not None)
+        now = self.capture(module, records=state.requires is not None)
         if len(now.training) == len(state.training):
             now = now._replace(training=state.training)
         return now
@@ -255,7 +268,7 @@ class ReplicaSet:
             return False
         if not self._follow(snapshot) or not self._are_buffers_current(snapshot):
             return False
-        return not state.trainable or len(snapshot.parameters) * num_lanes <= _MAX_QUICK_ALIASES
+        return not any(state.requires or ()) or len(snapshot.parameters) * num_lanes <= _MAX_QUICK_ALIASES
 
     def _follow(self, snapshot: ModuleSnapshot) -> bool:
         if snapshot is self._cache.snapshot:
@@ -280,7 +293,7 @@ class ReplicaSet:
             self._buffer_tags = []
         aliases = self._aliases(state, lanes)
         carried = state.carried.since() if state.carried.next is not None else {}
-        key = (tuple(lanes), id(state.training))
+        key = (*lanes, id(state.training), None if state.requires is None else tuple(state.requires))
         is_like_others = aliases is None and not carried
         if is_like_others and key in self._ready:
             return self._ready[key]
@@ -289,7 +302,7 @@ class ReplicaSet:
                 self._cache.replicas[lane],
                 {**self._shared[lane], **own} if own else self._shared[lane],
                 {**self._cache.changes, **carried} if carried else self._cache.changes,
-                state.training,
+                state,
                 self._copies[lane],
                 snapshot if lane == 0 else None,
                 self.carried,
@@ -346,31 +359,35 @@ class ReplicaSet:
 
     def _aliases(self, state: ModuleState, lanes: Sequence[int]) -> list[Substitutions] | None:
         """Return each lane's own parameters for a pass that records gradients; None for any other."""
-        if state.trainable is None or not torch.is_grad_enabled():
+        if state.requires is None or not torch.is_grad_enabled():
             return None
         devices = [self._devices[lane] for lane in lanes]
-        trainable = [tensor for tensor in state.trainable if tensor.requires_grad]
+        trainable = [tensor for tensor in state.trainable() if tensor.requires_grad]
+        # A single lane on the module's device needs no sum: it has the module's own parameters.
+        if not trainable or (len(lanes) == 1 and all(each.device == devices[0] for each in trainable)):
+            return None
         aliases: list[dict[int, Tensor]] = [{} for _ in lanes]
-        if trainable and (len(lanes) > 1 or any(tensor.device != devices[0] for tensor in trainable)):
-            for bucket in buckets(trainable, self._bucket_bytes):
-                outputs = Broadcast.apply(devices, False, *bucket)
-                for position, own in enumerate(aliases):
-                    share = outputs[position * len(bucket) : (position + 1) * len(bucket)]
-                    own.update(substitutions(bucket, share))
-        for device, own in zip(devices, aliases, strict=True):
-            own |= _as_of_the_call(state, device)
-        return list(aliases) if any(aliases) else None
+        for bucket in buckets(trainable, self._bucket_bytes):
+            outputs = Broadcast.apply(devices, False, *bucket)
+            for position, own in enumerate(aliases):
+                share = outputs[position * len(bucket) : (position + 1) * len(bucket)]
+                own.update(substitutions(bucket, share))
+        return list(aliases)
 
 
-def _as_of_the_call(state: ModuleState, device: torch.device) -> dict[int, Tensor]:
-    """Return substitutions for tensors that required gradients at the call and do not now, or vice versa."""
-    required = {id(tensor) for tensor in state.trainable or ()}
-    flipped = [each for each in state.snapshot.tensors if each.requires_grad != (id(each) in required)]
-    if not flipped:
-        return {}
-    # Nothing takes the gradients of a leaf that its owner has frozen meanwhile.
-    alike = [each.detach().to(device).requires_grad_(id(each) in required) for each in flipped]
-    return dict(substitutions(flipped, alike))
+def _as_of_the_call(state: ModuleState, tensors: Substitutions) -> Substitutions:
+    """Return substitutions where those that required gradients at the call do so, and no others."""
+    snapshot, requires = state.snapshot, state.requires
+    if requires is None or [*map(_requires_grad, snapshot.tensors)] == requires:
+        return tensors
+    flipped = [
+        (each, required)
+        for each, required in zip(snapshot.tensors, requires, strict=True)
+        if each.requires_grad != required and tensors[id(each)] is each
+    ]
+    # Nothing takes the gradients of a leaf whose owner has frozen it meanwhile.
+    alike = [each.detach().requires_grad_(required) for each, required in flipped]
+    return {**tensors, **substitutions([each for each, _ in flipped], alike)}
 
 
 class ReplicaSets(dict[tuple[torch.device, ...], ReplicaSet]):

@@ -18,11 +18,11 @@ from ..errors import (
     CompiledModuleError,
     LazyModuleError,
     NotAModuleError,
-    SlotsModuleError,
     UnsupportedModuleError,
 )
 from .state import (
     HOOKS,
+    OWN_OF_ALL,
     REGISTRIES,
     attributes_of,
     containers_in,
@@ -61,7 +61,9 @@ def check_module(module: object) -> None:
         if isinstance(each, compiled):
             raise CompiledModuleError
         if any(map(_has_slots, type(each).__mro__)):
-            raise SlotsModuleError(each)
+            cause = "its class keeps attributes in __slots__"
+            remedy = "Delete __slots__ from the class: a torch.nn.Module has a __dict__ anyway."
+            raise UnsupportedModuleError(each, cause, remedy)
         if any(map(_is_lazy, chain(each._parameters.values(), each._buffers.values()))):
             tensors = chain(module.named_parameters(), module.named_buffers())
             raise LazyModuleError(next(name for name, tensor in tensors if _is_lazy(tensor)))
@@ -89,6 +91,8 @@ class ModuleSnapshot:
 
     Attributes:
         namespaces: copies of all modules' `__dict__`, without replicas.
+        contents: what the containers and hook dictionaries among their values hold, by the `id` of these;
+            those of every module that held nothing are left out.
         parameters: every parameter once, in the order of `module.parameters()`.
         buffers: every buffer once.
         tensors: the parameters, then the buffers.
@@ -113,6 +117,11 @@ class ModuleSnapshot:
             for _, value in attributes_of(namespace):
                 containers_in(value, containers)
         self._containers = [(each, shallow(each)) for each in containers.values()]
+        self.contents = {id(each): content for each, content in self._containers}
+        for namespace in namespaces:
+            for name in OWN_OF_ALL:
+                if namespace[name]:
+                    self.contents[id(namespace[name])] = shallow(namespace[name])
         registries = [namespace[name] for namespace in namespaces for name in REGISTRIES]
         hooks = [namespace[name] for namespace in namespaces for name in HOOKS]
         mappings = [each for each in containers.values() if isinstance(each, dict)]

@@ -20,6 +20,12 @@ from torch import Tensor, nn
 REGISTRIES = ("_parameters", "_buffers", "_modules")
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 OF_ALL_MODULES = frozenset(vars(nn.Module()))
+OWN_OF_ALL = tuple(
+    name
+    for name, value in vars(nn.Module()).items()
+    if isinstance(value, (dict, set)) and name not in REGISTRIES
+)
+"""The hook dictionaries and other containers that every module has."""
 
 MUTABLE = frozenset({list, dict, OrderedDict, defaultdict, Counter, set, deque})
 """Types of containers that a forward may change; each replica has its own."""

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .._replicas.copies import copies_in_place, storages
-from .._replicas.replica import Replica, ReplicaCache, Substitutions, Survivors, substitutions
+from .._replicas.replica import Replica, ReplicaCache, Substitutions, substitutions
 from .._replicas.snapshot import AttributeMap, ModuleSnapshot
+from .._replicas.survivors import Survivors
 from .reducer import Gradients, bucket_positions
 
 Report = Callable[[int, Tensor], None]
@@ -90,7 +91,7 @@ class TrainingLane:
         """Find what the forward did to buffers, before its backward.
 
         Raises:
-            AddedInForwardError: the forward made submodules or parameters.
+            LazyModuleError: the forward made submodules or parameters.
         """
         self._survivors = self._replica.survivors(self._cache.snapshot, self._versions)
 

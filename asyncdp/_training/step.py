@@ -137,9 +137,9 @@ class Step:
         state = self._state
         if not _trains_in_place(state.snapshot, self._lanes[0].device):
             return None
-        trainable = [tensor for tensor in state.trainable or () if tensor.requires_grad]
-        if len(trainable) != sum(map(_requires_grad, state.snapshot.parameters)):
+        if [*map(_requires_grad, state.snapshot.tensors)] != state.requires:
             return None  # some were frozen, or the other way round, since the call
+        trainable = state.trainable()
         self._saved = SavedGradients(trainable, self.options.optimizer)
         replica = self._replicas.bind_in_place(state.snapshot, state.training, state.carried.since())
         try:
@@ -243,8 +243,7 @@ class Step:
 
     def _prepare_lanes(self) -> _Prepared:
         num_lanes = len(self._lanes)
-        trainable = [*(self._state.trainable or ())]
-        lanes = self._replicas.prepare(self._state.snapshot, trainable, num_lanes)
+        lanes = self._replicas.prepare(self._state.snapshot, self._state.trainable(), num_lanes)
         trainable = self._replicas.trainable
         reducer = None
         if num_lanes > 1:
