@@ -25,8 +25,8 @@ FROZEN = {
         inputs model output/o weights task input-format encoding delimiter quote=" allow-nan=False
         first-frame=False output-format=parquet column id-column keep rename devices
         batch-size=32 max-batch-cost window=1024 shard-size=4096 order=input preprocess collate postprocess
-        workers=1 worker-processes=False input-dtype dtype autocast compile=False on-error=stop max-errors shard
-        resume=False dry-run=False plot json=False allow-unsafe-pickle=False
+        workers=1 worker-processes=False input-dtype dtype autocast compile=False on-error=stop max-errors
+        shard resume=False dry-run=False plot json=False allow-unsafe-pickle=False
     """,
     "merge": "parts output/o",
     "devices": "spec",

@@ -9,10 +9,10 @@ from typing import Any
 from .._runtime import Runtime
 from ..errors import BatcherClosedError, QueueFullError
 from .call import Call, Request
-from .collate import Collate, Split, Stack, Steps, unbind
+from .collate import Collate, Split, Stack, StatedSample, Steps, unbind
 from .dispatcher import Dispatcher
 from .queue import BatchQueue
-from .slots import open_slots
+from .slots import capture_of, open_slots
 from .statistics import BatcherStatistics, Recorder
 
 
@@ -78,6 +78,7 @@ class Batcher:
             max_batch_size, max_queue, max_wait, max_age, max_cost, max_padding, sized=size_of is not None
         )
         self._dispatcher = Dispatcher(slots, queue, Recorder(max_batch_size))
+        self._capture = capture_of(engine)
         self._size_of = size_of
         self._timeout = timeout
 
@@ -156,6 +157,8 @@ class Batcher:
         if not isinstance(priority, int):
             raise ValueError(f"priority must be an int, but got {priority!r}. Higher goes first.")
         size = 0.0 if self._size_of is None else _checked_size(self._size_of(sample))
+        if self._capture is not None:
+            sample = StatedSample(self._capture(records=False), sample)
         return self._dispatcher.submit(sample, size, priority, timeout)
 
 
