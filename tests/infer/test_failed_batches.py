@@ -16,6 +16,7 @@ from asyncdp.infer.pipeline import Pipeline, is_out_of_memory
 from asyncdp.infer.records import Record
 from asyncdp.infer.report.monitor import Monitor
 from asyncdp.infer.steps import EachValue, Steps, default_collate, length_of, same
+from tests.notes import Notes
 
 STEPS = Steps(EachValue(same), default_collate, same, length_of)
 OPTIONS = {name: options(batch_size=16, shard_size=16, on_error=name) for name in ("skip", "record")}
@@ -28,8 +29,8 @@ class Failing(nn.Module):
         super().__init__()
         self.num_rows = num_rows
         self.error = error
-        self.failed = []
-        self.num_alive = []
+        self.failed = Notes()
+        self.num_alive = Notes()
 
     def forward(self, x):
         self.num_alive.append(sum(tensor() is not None for tensor in self.failed))

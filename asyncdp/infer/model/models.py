@@ -7,13 +7,14 @@ import dataclasses
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..._torch_private import compiler_error
 from ..._tree import map_leaves
 from ...errors import JobError, JobUsageError, ModelLoadError
 from ..dtypes import dtypes_of_model
@@ -40,6 +41,24 @@ class LoadedModel:
     made_by_code: bool = False
 
 
+class _CompiledCalls:
+    """The compiled call of every replica of a module, made once, by the lane that has the replica.
+
+    A replica itself cannot hold it: what a forward sets on a module is undone after it. An object of a
+    class of our own is shared by all replicas.
+    """
+
+    def __init__(self) -> None:
+        self._calls: dict[int, tuple[nn.Module, Callable[..., Any]]] = {}
+
+    def of(self, module: nn.Module) -> Callable[..., Any]:
+        """Return the compiled call of a replica."""
+        known = self._calls.get(id(module))
+        if known is None:
+            known = self._calls[id(module)] = (module, torch.compile(module.__call__, dynamic=True))
+        return known[1]
+
+
 class InferenceModule(nn.Module):
     """Runs a module in inference mode, with autocast and dtype applied in whatever thread it is called."""
 
@@ -50,24 +69,22 @@ class InferenceModule(nn.Module):
         self.module = module
         self._dtype = dtype
         self._autocast = autocast
-        self._compile = compile
+        self._compiled = _CompiledCalls() if compile else None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module; floating-point inputs are cast to the chosen dtype."""
         if self._dtype is not None:
             args, kwargs = map_leaves(self._cast, (args, kwargs))
         with torch.inference_mode(), self._autocasting():
-            return self._compiled(*args, **kwargs) if self._compile else self.module(*args, **kwargs)
+            return self._call(*args, **kwargs)
 
-    def _compiled(self, *args: Any, **kwargs: Any) -> Any:
-        if self.module._compiled_call_impl is None:
-            # Once per replica, in its lane: a copy of a compiled module is not compiled.
-            self.module.compile(dynamic=True)
-        from torch._dynamo.exc import TorchDynamoException
-
-        try:
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        if self._compiled is None:
             return self.module(*args, **kwargs)
-        except TorchDynamoException as error:
+        call = self._compiled.of(self.module)
+        try:
+            return call(*args, **kwargs)
+        except compiler_error() as error:
             # No record is at fault, and halving a batch would only compile again.
             raise JobError(
                 f"--compile failed with {type(error).__name__}: {brief(error)}",
