@@ -403,12 +403,12 @@ class CallCancelledError(AsyncDPError, RuntimeError):
 
 
 class EngineCancelledError(AsyncDPError, RuntimeError):
-    """The engine of a batcher raised an error that only an event loop may end tasks with."""
+    """The engine of a batcher raised an error that ends tasks or the process, `SystemExit` say."""
 
     def __init__(self, error: BaseException) -> None:
         super().__init__(
             f"the engine raised {type(error).__name__} although it was not cancelled (the cause of this "
-            "error). Catch it inside the engine: callers would take it for their own cancellation."
+            "error). Catch it inside the engine: it would end the callers, or the process, for one sample."
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from .._runtime import Runtime
 from ..errors import BatcherClosedError, QueueFullError
@@ -20,7 +20,8 @@ class Batcher:
     """Runs the samples of many tasks in batches, and hands each task its own result.
 
     An async context manager, on asyncio or trio. A batch leaves the moment a lane is free. When one
-    raises, its samples run again one by one, so that only the call with the bad sample fails.
+    raises, parts of it run again, so that only the calls with bad samples fail: a good sample may run
+    more than once.
 
     Args:
         engine: a `DataParallel` engine, each batch of which runs whole on one lane; or a function of
@@ -40,6 +41,8 @@ class Batcher:
         split: makes results of an output and its samples, on a lane; the default gives row i of every
             tensor to sample i, as a view.
         max_in_flight: batches that run at the same time; one per lane if None.
+        retry: `"halve"` finds the bad samples of a batch that raises by halving it, unless everything fails;
+            `"none"` fails all its calls.
         runtime: the lanes a function runs on; the process's own if None. An engine brings its own.
 
     Raises:
@@ -63,6 +66,7 @@ class Batcher:
         collate: Collate | None = None,
         split: Split = unbind,
         max_in_flight: int | None = None,
+        retry: Literal["halve", "none"] = "halve",
         runtime: Runtime | None = None,
     ) -> None:
         _check_counts(max_batch_size=max_batch_size, max_queue=max_queue, max_in_flight=max_in_flight)
@@ -73,11 +77,13 @@ class Batcher:
             raise ValueError(f"max_cost must be more than 0, but got {max_cost}. None sets no limit.")
         if max_cost is not None and size_of is None:
             raise ValueError("max_cost needs to know how long samples are. Pass size_of= too.")
+        if retry not in ("halve", "none"):
+            raise ValueError(f'retry must be "halve" or "none", but got {retry!r}.')
         slots = open_slots(engine, Steps(collate or Stack(pad), split), runtime, max_in_flight)
         queue: BatchQueue[Request] = BatchQueue(
             max_batch_size, max_queue, max_wait, max_age, max_cost, max_padding, sized=size_of is not None
         )
-        self._dispatcher = Dispatcher(slots, queue, Recorder(max_batch_size))
+        self._dispatcher = Dispatcher(slots, queue, Recorder(max_batch_size), halves=retry == "halve")
         self._size_of = size_of
         self._timeout = timeout
 
@@ -121,7 +127,7 @@ class Batcher:
             CallTimeoutError: the call was not answered in time.
             DeviceLostError: the device under its batch was lost.
             BatcherClosedError: outside of the batcher's `async with` block.
-            EngineCancelledError: the engine raised a cancellation of its own.
+            EngineCancelledError: the engine raised a cancellation of its own, or what ends a process.
             ValueError: `timeout`, `priority` or what `size_of` gave is no number that it can be.
             BaseException: what the engine raised for this very sample.
         """
@@ -144,8 +150,9 @@ class Batcher:
 
     def statistics(self) -> BatcherStatistics:
         """Return a snapshot of queue, batches and durations."""
-        queue = self._dispatcher.queue
-        return self._dispatcher.recorder.statistics(queue.num_queued, queue.num_outside)
+        dispatcher = self._dispatcher
+        queue = dispatcher.queue
+        return dispatcher.recorder.statistics(queue.num_queued, queue.num_outside, dispatcher.num_running)
 
     def _submit(self, sample: Any, timeout: float | None, priority: int) -> Request:
         """Queue a sample; if anything about it is wrong, nothing has changed."""

@@ -48,7 +48,7 @@ class Call:
             CallCancelledError: `cancel` came first.
             DeviceLostError: the device under its batch was lost.
             BatcherClosedError: the batcher was cancelled.
-            EngineCancelledError: the engine raised a cancellation of its own.
+            EngineCancelledError: the engine raised a cancellation of its own, or what ends a process.
             BaseException: what the engine raised for this very sample.
         """
         return self._request.__await__()

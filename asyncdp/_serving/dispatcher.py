@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import enum
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,8 +18,13 @@ from .._loops import Loop, ends_tasks
 from ..errors import BatcherClosedError, DeviceLostError, EngineCancelledError, OtherLoopError
 from .call import CallState, Request
 from .queue import BatchQueue
+from .search import Health, Search, signature
 from .slots import Slot
 from .statistics import Recorder
+
+_MAX_PARTS = 4  # of batches that raised, before one of the queue may go although it is not full
+
+_logger = logging.getLogger("asyncdp")
 
 
 class BatcherState(enum.Enum):
@@ -34,20 +40,20 @@ class BatcherState(enum.Enum):
 
 @dataclass(slots=True, eq=False)
 class _Batch:
-    """Calls that run on a slot together; after a failure one by one.
+    """Calls that run on a slot together.
 
     Attributes:
         started: when, in seconds.
-        left: calls still to run one by one.
-        error: what the last run raised.
-        cancel: cancels what runs now.
+        search: what they are a part of, if they were in a batch that raised.
+        has_failed: whether it raised.
+        cancel: cancels it while it runs.
     """
 
     slot: Slot
     calls: Sequence[Request]
     started: float
-    left: deque[Request] = field(default_factory=deque)
-    error: BaseException | None = None
+    search: Search | None
+    has_failed: bool = False
     cancel: Callable[[], object] | None = None
 
 
@@ -61,15 +67,25 @@ class Dispatcher:
         state: see `BatcherState`.
         queue: the calls that wait.
         recorder: what statistics are made of.
+
+    Args:
+        halves: whether to look for the samples that make a batch raise.
     """
 
-    def __init__(self, slots: Sequence[Slot], queue: BatchQueue[Request], recorder: Recorder) -> None:
+    def __init__(
+        self, slots: Sequence[Slot], queue: BatchQueue[Request], recorder: Recorder, *, halves: bool = True
+    ) -> None:
         self.state = BatcherState.NEW
         self.queue = queue
         self.recorder = recorder
         self._slots = slots
         self._free = list(reversed(slots))  # the one that was used last comes last, and is used first
         self._running: set[_Batch] = set()
+        self._halves = halves
+        self._health = Health()
+        self._searches: deque[Search] = deque()  # that have a part to run
+        self._has_warned = False  # that batches raise although no sample of theirs does
+        self._num_parts = 0  # of batches that raised, since one of the queue ran
         self._lost: str | None = None  # the lane that was lost last, once no slot is left
         self._loop: Loop | None = None
         self._is_due = False  # whether the loop is about to call `_send`
@@ -129,8 +145,16 @@ class Dispatcher:
 
     def reject_waiting(self, make_error: Callable[[], BaseException]) -> None:
         """Fail every call that no batch has taken yet."""
-        for call in self.queue.clear():
+        for call in [*self.queue.clear(), *(call for search in self._searches for call in search.end())]:
             call.complete(None, make_error())
+        self._searches.clear()
+
+    @property
+    def num_running(self) -> int:
+        """Calls in batches that run, and in such as raised and run again in parts."""
+        searches = [*self._searches, *(batch.search for batch in self._running if batch.search is not None)]
+        calls = sum(len(batch.calls) for batch in self._running)
+        return calls + sum(search.num_left for search in searches)
 
     # Sending batches.
 
@@ -138,7 +162,7 @@ class Dispatcher:
         """Send what may leave to slots that are free, and end once there is nothing more to do."""
         self._is_due = False
         try:
-            while self._free and self.queue.num_queued and self.state is not BatcherState.CANCELLED:
+            while self._has_work() and self.state is not BatcherState.CANCELLED:
                 if not self._send_batch(self._free[-1]):
                     break
         except Exception as error:
@@ -153,23 +177,70 @@ class Dispatcher:
             self._free.pop()
             self._retire(slot)
             return True
-        taken = self.queue.take(now, 1 if slot.is_quick else len(self._free))
-        if not taken:
+        search, taken = self._take(slot, now)
+        if not taken and search is None:
             self._send_later(now)
             return False
         try:
             calls = [call for call in taken if call.timeout is None or not call.expire(now)]
             if not calls:
+                self._go_on(search)
                 return True
-            self.recorder.on_batch(calls, now)
+            if search is None:
+                self.recorder.on_batch(calls, now)
         except Exception as error:
             _fail_all(taken, _closed_by(error))
             raise
         self._free.pop()
-        batch = _Batch(slot, calls, now)
+        batch = _Batch(slot, calls, now, search)
         self._running.add(batch)
-        self._run(batch, calls)
+        self._run(batch)
         return True
+
+    def _has_work(self) -> bool:
+        return bool(self._free) and (self.queue.num_queued > 0 or bool(self._searches))
+
+    def _take(self, slot: Slot, now: float) -> tuple[Search | None, Sequence[Request]]:
+        """Take the calls of the next batch, from the queue or as a part of one that raised.
+
+        Full batches of the queue go by turns with such parts, others after some of them: small batches in
+        between would cost those that search, and those that wait for a fuller one, more than they gain.
+        """
+        is_turn = self._num_parts >= _MAX_PARTS or self.queue.num_queued >= self.queue.max_batch_size
+        if not self._searches or (is_turn and self._num_parts > 0):
+            self._num_parts = 0
+            taken = self.queue.take(now, 1 if slot.is_quick else len(self._free))
+            if taken or not self._searches:
+                return None, taken
+        self._num_parts += 1
+        search = self._searches.popleft()
+        return search, search.take()
+
+    def _go_on(self, search: Search | None) -> None:
+        """Have a search go on, unless it is over."""
+        if search is None:
+            return
+        self.queue.put_back([call for call in search.put_back if call.state is CallState.PENDING])
+        search.put_back = []
+        if search.is_model_down:
+            self._health.on_down(search.error)
+            _fail_all(search.end(), _for_callers(search.error, None))
+        elif search.num_left:
+            self._searches.append(search)
+        elif search.is_fruitless:
+            self._on_fruitless(search)
+
+    def _on_fruitless(self, search: Search) -> None:
+        """Say once that batches raise although no sample of theirs does."""
+        if search.num_raised > 1:
+            self._health.mixed = signature(search.error)
+        if not self._has_warned:
+            self._has_warned = True
+            _logger.warning(
+                "A batch raised although each of its samples runs by itself, which costs many more runs. "
+                "Let collate, model and split take any batch, or name sizes by size_of=.",
+                exc_info=search.error,
+            )
 
     def _send_later(self, now: float) -> None:
         """Send the next batch when its time has come although it is not full."""
@@ -179,74 +250,68 @@ class Dispatcher:
         self._stop_timer()
         self._stop_timer = self._loop.call_later(max(0.0, ready_at - now), self._send)
 
-    def _run(self, batch: _Batch, calls: Sequence[Request]) -> None:
-        on_end = partial(self._on_end, batch, calls)
+    def _run(self, batch: _Batch) -> None:
+        on_end = partial(self._on_end, batch)
         try:
-            batch.cancel = batch.slot.begin([call.sample for call in calls], on_end)
+            batch.cancel = batch.slot.begin([call.sample for call in batch.calls], on_end)
         except Exception as error:
             assert self._loop is not None
-            # Not at once: one by one, very many calls might fail within one another.
+            # Not at once: very many batches might fail within one another.
             self._loop.call_soon(partial(on_end, None, error))
 
     # Ends of batches.
 
-    def _on_end(
-        self,
-        batch: _Batch,
-        calls: Sequence[Request],
-        results: Sequence[Any] | None,
-        error: BaseException | None,
-    ) -> None:
-        """End some calls of a batch, which have run or were cancelled."""
-        batch.cancel, batch.error = None, error
+    def _on_end(self, batch: _Batch, results: Sequence[Any] | None, error: BaseException | None) -> None:
+        """End the calls of a batch, which has run or was cancelled, or look for those at fault."""
+        batch.cancel, batch.has_failed = None, error is not None
         try:
             if error is not None:
-                self._on_error(batch, calls, error)
+                self._on_error(batch, error)
             elif results is None:
                 self._cancel()  # if it was not us, the event loop ends
                 _fail_all(batch.calls, _closed_by(None))
             else:
-                if not batch.left:
-                    self._finish(batch)  # first of all, so that the slot runs the next one meanwhile
-                for call, value in zip(calls, results, strict=True):
-                    call.complete(value)
+                self._on_success(batch, results)
             if batch in self._running:
-                self._run_next(batch)
+                self._finish(batch)
         except Exception as mistake:
             _fail_all(batch.calls, _closed_by(mistake))
             self._fail(mistake)
             if batch in self._running:
                 self._finish(batch)
 
-    def _on_error(self, batch: _Batch, calls: Sequence[Request], error: BaseException) -> None:
-        """Have the calls of a failed batch run one by one; fail a lone one, and all on a lost lane."""
-        lost = batch.slot.lost
-        if len(calls) > 1 and lost is None:
-            self.recorder.num_retried += 1
-            batch.left.extend(calls)
-            return
-        if lost is not None:
-            calls = [*calls, *batch.left]
-            batch.left.clear()
-        _fail_all(calls, _for_callers(error, lost))
+    def _on_success(self, batch: _Batch, results: Sequence[Any]) -> None:
+        self._health.on_success(len(batch.calls))
+        for search in self._searches:
+            search.on_success()  # of another batch, which shows as well that the model works
+        if batch.search is not None:
+            batch.search.on_success()
+            self._go_on(batch.search)
+        self._finish(batch)  # first of all, so that the slot runs the next one meanwhile
+        for call, value in zip(batch.calls, results, strict=True):
+            call.complete(value)
 
-    def _run_next(self, batch: _Batch) -> None:
-        """Run the next call of a batch that failed; finish the batch if none is left."""
-        while batch.left and self.state is not BatcherState.CANCELLED:
-            call = batch.left.popleft()
-            if call.state is CallState.PENDING:
-                self._run(batch, [call])
-                return
-        _fail_all(batch.left, _closed_by(None))
-        self._finish(batch)
+    def _on_error(self, batch: _Batch, error: BaseException) -> None:
+        """Search a failed batch for the calls at fault; fail a lone one, and all on a lost lane."""
+        lost, search = batch.slot.lost, batch.search
+        is_final = lost is not None or len(batch.calls) == 1 or not self._halves
+        if is_final:
+            _fail_all(batch.calls, _for_callers(error, lost))
+        elif self.state is BatcherState.CANCELLED:
+            _fail_all(batch.calls, _closed_by(None))
+        elif search is None:
+            self.recorder.num_retried += 1
+            search = self._health.search(batch.calls, error)
+        if batch.search is not None and lost is None:
+            batch.search.on_error(error)
+        self._go_on(search)
 
     def _finish(self, batch: _Batch) -> None:
         """End a batch: its slot takes the next one."""
         self._running.remove(batch)
-        self.recorder.num_running -= len(batch.calls)
         self.recorder.runs.append(time.perf_counter() - batch.started)
         slot = batch.slot
-        if batch.error is not None and slot.lost is not None and not slot.change_lane():
+        if batch.has_failed and slot.lost is not None and not slot.change_lane():
             self._retire(slot)
         else:
             self._free.append(slot)
@@ -298,7 +363,8 @@ def _for_callers(error: BaseException, lost: str | None) -> BaseException:
     """Return what calls get for their engine's error, on a lane that is lost or not."""
     if lost is not None and not isinstance(error, DeviceLostError):
         wrapped: BaseException = DeviceLostError(lost, str(error).partition("\n")[0])
-    elif ends_tasks(error):  # the engine's own, which its callers would take for theirs
+    elif ends_tasks(error) or not isinstance(error, Exception):
+        # The engine's own: callers would take it for theirs, or the process that serves all would end.
         wrapped = EngineCancelledError(error)
     else:
         return error

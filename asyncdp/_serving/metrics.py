@@ -18,7 +18,7 @@ _COUNTS = {
     "timed_out": "calls not answered in time",
     "refused": "calls refused because the queue was full",
     "batches": "batches run",
-    "retried": "batches run again sample by sample",
+    "retried": "batches that raised and were run again in parts",
     "lost_slots": "places for batches whose lane was lost",
 }
 _GAUGES = {
