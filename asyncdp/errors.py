@@ -200,6 +200,16 @@ class DeviceLostError(AsyncDPError, RuntimeError):
         )
 
 
+class LaneHungError(AsyncDPError, TimeoutError):
+    """A pass was abandoned because a lane did not end its task in time."""
+
+    def __init__(self, what: str, seconds: float) -> None:
+        super().__init__(
+            f"{what} had not ended after {seconds:.1f} s and was abandoned. Find out where it waits "
+            "(py-spy dump), bound that wait, or allow more time."
+        )
+
+
 class NestedPassError(AsyncDPError, RuntimeError):
     """Code on a lane started a pass on the runtime that owns the lane."""
 

@@ -16,6 +16,7 @@ from .._replicas.replica import check_module
 from .._replicas.replica_set import ReplicaSet, replica_set_of
 from .._runtime import Lane, Runtime, RuntimeStatistics, default_lanes, scheduler_of
 from .._runtime.lane_runner import LaneRunner
+from .._runtime.scheduler import grace_of
 from .._training.commit import StepOptions
 from .._training.trainer import Trainer
 from .._verbs.batch import Batch, positional
@@ -163,13 +164,13 @@ class DataParallel:
     async def __aenter__(self) -> DataParallel:
         return self
 
-    async def __aexit__(self, *exc_info: object) -> None:
-        await self.aclose()
+    async def __aexit__(self, exc_type: object, exc: BaseException | None, traceback: object) -> None:
+        await self.aclose(grace_of(exc))
 
-    async def aclose(self) -> None:
-        """Drain what runs and end the lanes, if they are the engine's own."""
+    async def aclose(self, timeout: float | None = None) -> None:
+        """Drain what runs and end the lanes, if they are the engine's own; `timeout` as `Runtime.aclose`."""
         if self._owns_runtime:
-            await self.runtime.aclose()
+            await self.runtime.aclose(timeout)
 
     async def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module on one batch, split over the lanes.

@@ -13,7 +13,7 @@ from torch import nn
 
 from .._replicas.replica_set import LaneModule, ReplicaSet, updates_buffers
 from .._replicas.snapshot import is_on, moves_weights
-from .._runtime import Lane, Runtime, Scheduler, Task
+from .._runtime import Lane, LaneState, Runtime, Scheduler, Task
 from .._runtime.passes import NextStage, Stage
 from .._verbs.batch import Batch, move
 from .._verbs.gather import gather_to
@@ -61,7 +61,8 @@ class Route:
         Only views are made on the calling thread; everything else happens on lanes.
         """
         split_inputs = SplitInputs()
-        shards = batch.split(num_lanes, split_inputs)
+        suspects = [lane for lane in self.lanes if lane.state is LaneState.SUSPECT]
+        shards = batch.split(max(1, min(num_lanes, len(self.lanes) - len(suspects))), split_inputs)
         positions = self._positions(len(shards))
         lanes = list(map(self.lanes.__getitem__, positions))
 
@@ -80,7 +81,7 @@ class Route:
             stage = apply_stage(ready)
         else:
             prepare = partial(self.replicas.prepare, self.module, positions)
-            stage = [Task(self.lanes[0], prepare, "replicate")]
+            stage = [Task(lanes[0] if suspects else self.lanes[0], prepare, "replicate")]
             following.insert(0, lambda results, _: apply_stage(results[0]))
         num_threads = self.scheduler.thread_share(len(lanes))
         results = await self.scheduler.run(stage, following, num_threads=num_threads, lanes=self.lanes)

@@ -16,6 +16,8 @@ class LaneState(enum.Enum):
     """Whether a lane takes tasks."""
 
     OPEN = "open"
+    SUSPECT = "suspect"
+    """A task has run for too long; others use it only if they must."""
     CLOSED = "closed"
     LOST = "lost"
 
@@ -176,7 +178,7 @@ class Schedule:
         if self.is_closed:
             return self._reject(pass_, None)
         for lane in pass_.lanes:
-            if self._states[lane] is not LaneState.OPEN:
+            if self._states[lane] in (LaneState.CLOSED, LaneState.LOST):
                 return self._reject(pass_, lane)
         if (self._waiting and self._is_behind_waiting(pass_)) or not self._take_if_room(pass_.lanes):
             pass_.state = PassState.WAITING
@@ -235,12 +237,22 @@ class Schedule:
         ]
         return [*actions, *self._admit_waiting(), Clear(lane)]
 
+    def mark_suspect(self, lane: int, *, suspect: bool) -> bool:
+        """Take note that a lane hangs, or that it has answered; return whether that is news."""
+        before, after = LaneState.OPEN, LaneState.SUSPECT
+        if not suspect:
+            before, after = after, before
+        if self._states[lane] is not before:
+            return False
+        self._states[lane] = after
+        return True
+
     def close(self) -> list[Action]:
         """Take nothing more; what was admitted goes on, what waits is rejected."""
         if self.is_closed:
             return []
         self.is_closed = True
-        self._states = [LaneState.CLOSED if state is LaneState.OPEN else state for state in self._states]
+        self._states = [state if state is LaneState.LOST else LaneState.CLOSED for state in self._states]
         actions = [action for pass_ in list(self._waiting) for action in self._reject(pass_, None)]
         return actions if self.num_running else [*actions, Stop()]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -13,12 +14,24 @@ import torch
 
 from .. import _loops
 from .._devices import LaneDevice, lane_device_for
-from ..errors import AsyncDPError, DeviceLostError, NestedPassError, RuntimeClosedError, UnknownDeviceError
+from ..errors import (
+    AsyncDPError,
+    DeviceLostError,
+    LaneHungError,
+    NestedPassError,
+    RuntimeClosedError,
+    UnknownDeviceError,
+)
 from .ambient import Ambient
 from .lane import LaneThread
 from .passes import NextStage, Pass, Stage
 from .schedule import Action, Advance, Clear, Complete, Discard, Enqueue, LaneState, Reject, Schedule, Stop
-from .task import Lane, Setting, Task, current_lane
+from .task import Lane, Setting, Task, current_lane, oldest
+
+GRACE_SECONDS = 2.0
+"""How long a cancelled close goes on waiting for lanes."""
+
+_logger = logging.getLogger("asyncdp")
 
 
 class Scheduler:
@@ -28,17 +41,22 @@ class Scheduler:
         max_queue: tasks that may be queued on one lane.
         num_threads: intra-op threads for all CPU lanes together.
         grows: whether `lanes_for` makes the lanes that are missing.
+        hang_timeout: seconds after which a task makes its lane suspect; None for never.
 
     Attributes:
         lock: guards the schedule, the queues of the lanes and the progress of passes.
         closed_cause: why passes are rejected once the schedule is closed.
     """
 
-    def __init__(self, max_queue: int, num_threads: int, *, grows: bool = False) -> None:
+    def __init__(
+        self, max_queue: int, num_threads: int, *, grows: bool = False, hang_timeout: float | None = None
+    ) -> None:
         self.lock = threading.Lock()
         self.schedule = Schedule(max_queue)
         self.lanes: list[Lane] = []
         self.closed_cause = "the runtime is closed"
+        self.hang_timeout = hang_timeout
+        self._is_stopped = threading.Event()
         self._grows = grows
         self._num_threads = num_threads
         self._lane_threads = num_threads
@@ -61,6 +79,7 @@ class Scheduler:
             wake=self._wake,
             wake_later=self._to_wake.append,
         )
+        lane._started = thread.started
         self.lanes.append(lane)
         self._threads.append(thread)
         self._captures = self._captures or driver.captures
@@ -194,28 +213,93 @@ class Scheduler:
         """Discard what has not begun; the pass ends once what runs has drained."""
         with self.lock:
             self._perform(self.schedule.cancel(pass_))
+            self._abandon_cancelled()
         self._wake()
 
     def close(self, timeout: float | None) -> None:
         """Take nothing more, and wait for the lanes' threads, `timeout` seconds in all if given."""
         with self.lock:
             self._perform(self.schedule.close())
+            for thread in self._threads:
+                if any(task.is_abandoned for task in thread.started):
+                    thread.give_up()
         self._wake()
         deadline = None if timeout is None else time.monotonic() + timeout
         for thread in self._threads:
             thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
 
-    async def aclose(self) -> None:
-        """Take nothing more, and wait until every lane's thread has ended."""
-        ended = _loops.current().completion(lambda: None)  # the wait goes on to its end
+    async def aclose(self, timeout: float | None = None) -> None:
+        """Take nothing more, and wait until every lane's thread has ended.
+
+        After `timeout` seconds, or some after a cancellation, what still runs is abandoned.
+        """
+        timers: list[threading.Timer] = []
+
+        def abandon_after(seconds: float) -> None:
+            timer = threading.Timer(seconds, self.abandon)
+            timer.daemon = True
+            timer.start()
+            timers.append(timer)
 
         def close_then_finish() -> None:
             self.close(None)
             ended.finish()
 
+        ended = _loops.current().completion(partial(abandon_after, GRACE_SECONDS))
+        if timeout is not None:
+            abandon_after(timeout)
         # Joining blocks, and the loop must not.
         threading.Thread(target=close_then_finish, name="asyncdp-close", daemon=True).start()
-        await ended
+        try:
+            await ended
+        finally:
+            for timer in timers:
+                timer.cancel()
+
+    def abandon(self) -> None:
+        """Take nothing more, and fail all that has not ended with `LaneHungError`."""
+        with self.lock:
+            self._perform(self.schedule.close())
+            for lane, thread in zip(self.lanes, self._threads, strict=True):
+                _, began = oldest(thread.started)
+                for task in list(thread.started):
+                    self._abandon(task)
+                for task in thread.clear():
+                    seconds = 0.0 if began is None else time.perf_counter() - began
+                    self._discard(
+                        task, LaneHungError(f"the task before this one on lane {lane.name}", seconds)
+                    )
+        self._wake()
+
+    def watch(self) -> None:
+        """Start to look for lanes that hang."""
+        assert self.hang_timeout is not None
+        threading.Thread(target=self._watch, name="asyncdp-watch", daemon=True).start()
+
+    def find_hung(self, hang_timeout: float) -> None:
+        """Mark the lanes suspect whose oldest task has run for longer than that."""
+        now = time.perf_counter()
+        with self.lock:
+            for lane, thread in zip(self.lanes, self._threads, strict=True):
+                task, started = oldest(thread.started)
+                if started is None or task is None or now - started <= hang_timeout:
+                    continue
+                if self.schedule.is_closed:
+                    self._abandon(task)
+                elif self.schedule.mark_suspect(lane._index, suspect=True):
+                    _logger.warning(
+                        "Lane %s is suspect: its task %r has run for %.1f s. Others are used until it ends.",
+                        lane.name,
+                        task.label,
+                        now - started,
+                    )
+            self._abandon_cancelled()
+        self._wake()
+
+    def _watch(self) -> None:
+        assert self.hang_timeout is not None
+        while not self._is_stopped.wait(max(0.01, self.hang_timeout / 4)):
+            self.find_hung(self.hang_timeout)
 
     def _make(
         self,
@@ -243,7 +327,7 @@ class Scheduler:
         """
         captured: dict[torch.device, Any] = {}
         for lane in lanes:
-            if lane.device in captured or lane.state is not LaneState.OPEN:
+            if lane.device in captured or lane.state in (LaneState.CLOSED, LaneState.LOST):
                 continue
             try:
                 captured[lane.device] = lane._driver.capture()
@@ -294,6 +378,7 @@ class Scheduler:
                     for task in self._threads[lane].clear():
                         self._discard(task, self._lost_error(lane))
                 case Stop():
+                    self._is_stopped.set()
                     for thread in self._threads:
                         thread.stop()
 
@@ -301,6 +386,10 @@ class Scheduler:
         """Take note of a task's end."""
         pass_ = task.pass_
         assert isinstance(pass_, Pass)
+        self._note_answer(task)
+        if task.is_abandoned:
+            task.value = task.error = None
+            return
         error, task.error = task.error, None
         if error is None:
             pass_.results[task.index] = task.value
@@ -310,6 +399,44 @@ class Scheduler:
             if task.lost:
                 self._mark_lost(task.lane, error)
         self._perform(self.schedule.on_task_done(pass_, task.lane._index, failed=error is not None))
+
+    def _note_answer(self, task: Task) -> None:
+        """Take note that a lane has ended a task, and so does not hang."""
+        lane = task.lane
+        started = self._threads[lane._index].started
+        del started[task]
+        if started:
+            started[next(iter(started))] = time.perf_counter()  # it had to wait for this one
+        if self.schedule.mark_suspect(lane._index, suspect=False):
+            _logger.warning("Lane %s has answered and is used again.", lane.name)
+
+    def _abandon(self, task: Task) -> None:
+        """Let a pass end as if a task of its had failed, although it runs on."""
+        if task.is_abandoned:
+            return  # given up when the close began
+        task.is_abandoned = True
+        pass_, lane = task.pass_, task.lane
+        assert isinstance(pass_, Pass)
+        seconds = time.perf_counter() - self._threads[lane._index].started[task]
+        _logger.warning(
+            "Lane %s hangs: its task %r, which has run for %.1f s, is abandoned.",
+            lane.name,
+            task.label,
+            seconds,
+        )
+        if self.schedule.is_closed:
+            self._threads[lane._index].give_up()
+        error = LaneHungError(f"task {task.label!r} on lane {lane.name}", seconds)
+        pass_.failures = (*pass_.failures, (task.place, error))
+        self._perform(self.schedule.on_task_done(pass_, lane._index, failed=True))
+
+    def _abandon_cancelled(self) -> None:
+        """Let cancelled passes end that wait for nothing but suspect lanes."""
+        for lane, thread in zip(self.lanes, self._threads, strict=True):
+            if lane.state is LaneState.SUSPECT:
+                for task in list(thread.started):
+                    if task.pass_.is_cancelled:
+                        self._abandon(task)
 
     def _discard(self, task: Task, error: BaseException | None) -> None:
         """Take note of a task that will not run, because of `error` or a cancellation."""
@@ -355,6 +482,14 @@ class Scheduler:
         if lane is not None and lane in self._lost:
             return self._lost_error(lane)
         return RuntimeClosedError(self.closed_cause)
+
+
+def grace_of(exc: BaseException | None) -> float | None:
+    """Return how long to wait for lanes on leaving a block by `exc`.
+
+    A task that was cancelled is not cancelled again: there Ctrl-C must not wait for a lane that hangs.
+    """
+    return GRACE_SECONDS if exc is not None and _loops.ends_tasks(exc) else None
 
 
 def _prepare(pass_: Pass, stage: Stage) -> list[int]:

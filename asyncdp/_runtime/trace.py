@@ -100,7 +100,7 @@ class TraceRecorder:
 
     def started(self, task: Task) -> Callable[[bool], None]:
         """Note that a lane begins a task; return what to call with whether it has ended, once it returned."""
-        name = _name_of(task)
+        name = name_of(task)
         times = driver_of(task.lane).time_next()
         begun = time.perf_counter()
         self._issued[task] = _Issued(name, begun, times)
@@ -194,7 +194,7 @@ def _lay_out(events: list[dict[str, Any]]) -> dict[str, int]:
     return rows
 
 
-def _name_of(task: Task) -> str:
+def name_of(task: Task) -> str:
     """Return how a person would call this task."""
     function: Any = task.function
     while isinstance(function, functools.partial):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from .._runtime import Runtime
+from .._runtime.scheduler import grace_of
 from ..errors import BatcherClosedError, QueueFullError
 from .call import Call, Request
 from .collate import Collate, Split, Stack, Steps, unbind
@@ -43,6 +44,8 @@ class Batcher:
         max_in_flight: batches that run at the same time; one per lane if None.
         retry: `"halve"` finds the bad samples of a batch that raises by halving it, unless everything fails;
             `"none"` fails all its calls.
+        hang_timeout: seconds after which a running task makes its lane suspect: other lanes are used until
+            it has ended, and closing no longer waits for it; the runtime's own if None.
         runtime: the lanes a function runs on; the process's own if None. An engine brings its own.
 
     Raises:
@@ -67,6 +70,7 @@ class Batcher:
         split: Split = unbind,
         max_in_flight: int | None = None,
         retry: Literal["halve", "none"] = "halve",
+        hang_timeout: float | None = None,
         runtime: Runtime | None = None,
     ) -> None:
         _check_counts(max_batch_size=max_batch_size, max_queue=max_queue, max_in_flight=max_in_flight)
@@ -77,13 +81,18 @@ class Batcher:
             raise ValueError(f"max_cost must be more than 0, but got {max_cost}. None sets no limit.")
         if max_cost is not None and size_of is None:
             raise ValueError("max_cost needs to know how long samples are. Pass size_of= too.")
+        if hang_timeout is not None and not hang_timeout > 0:
+            raise ValueError(f"hang_timeout is in seconds and more than 0, but got {hang_timeout!r}.")
         if retry not in ("halve", "none"):
             raise ValueError(f'retry must be "halve" or "none", but got {retry!r}.')
         slots = open_slots(engine, Steps(collate or Stack(pad), split), runtime, max_in_flight)
         queue: BatchQueue[Request] = BatchQueue(
             max_batch_size, max_queue, max_wait, max_age, max_cost, max_padding, sized=size_of is not None
         )
-        self._dispatcher = Dispatcher(slots, queue, Recorder(max_batch_size), halves=retry == "halve")
+        recorder = Recorder(max_batch_size)
+        self._dispatcher = Dispatcher(
+            slots, queue, recorder, halves=retry == "halve", hang_timeout=hang_timeout
+        )
         self._size_of = size_of
         self._timeout = timeout
 
@@ -103,14 +112,19 @@ class Batcher:
             self._dispatcher.reject_waiting(
                 lambda: BatcherClosedError("the batcher was left by an exception")
             )
-        await self.aclose()
+        await self.aclose(grace_of(exc))
 
-    async def aclose(self) -> None:
+    async def aclose(self, timeout: float | None = None) -> None:
         """Take no more calls, answer those that wait, and end; several tasks may do this at the same time.
 
-        A cancellation of one of them fails the calls that wait; all return as soon as the lanes have drained.
+        A cancellation of one of them fails the calls that wait; all return as soon as the lanes have drained,
+        or 2 seconds later. Leaving the `async with` block by a cancellation waits no longer either.
+
+        Args:
+            timeout: seconds after which batches that still run fail with `LaneHungError` and are abandoned,
+                which a warning says, and calls that wait fail with `BatcherClosedError`; None for ever.
         """
-        await self._dispatcher.aclose()
+        await self._dispatcher.aclose(timeout)
 
     async def __call__(self, sample: Any, *, timeout: float | None = None, priority: int = 0) -> Any:
         """Run one sample as part of some batch; wait for room if the queue is full.
@@ -152,7 +166,9 @@ class Batcher:
         """Return a snapshot of queue, batches and durations."""
         dispatcher = self._dispatcher
         queue = dispatcher.queue
-        return dispatcher.recorder.statistics(queue.num_queued, queue.num_outside, dispatcher.num_running)
+        return dispatcher.recorder.statistics(
+            queue.num_queued, queue.num_outside, dispatcher.num_running, dispatcher.num_suspect
+        )
 
     def _submit(self, sample: Any, timeout: float | None, priority: int) -> Request:
         """Queue a sample; if anything about it is wrong, nothing has changed."""

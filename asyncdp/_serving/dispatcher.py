@@ -15,7 +15,14 @@ import anyio
 
 from .. import _loops
 from .._loops import Loop, ends_tasks
-from ..errors import BatcherClosedError, DeviceLostError, EngineCancelledError, OtherLoopError
+from .._runtime.scheduler import GRACE_SECONDS
+from ..errors import (
+    BatcherClosedError,
+    DeviceLostError,
+    EngineCancelledError,
+    LaneHungError,
+    OtherLoopError,
+)
 from .call import CallState, Request
 from .queue import BatchQueue
 from .search import Health, Search, signature
@@ -46,6 +53,7 @@ class _Batch:
         started: when, in seconds.
         search: what they are a part of, if they were in a batch that raised.
         has_failed: whether it raised.
+        is_substituted: whether its slot hangs and another one has its place.
         cancel: cancels it while it runs.
     """
 
@@ -54,6 +62,7 @@ class _Batch:
     started: float
     search: Search | None
     has_failed: bool = False
+    is_substituted: bool = False
     cancel: Callable[[], object] | None = None
 
 
@@ -70,10 +79,17 @@ class Dispatcher:
 
     Args:
         halves: whether to look for the samples that make a batch raise.
+        hang_timeout: seconds after which a task makes its lane suspect; the runtime's own if None.
     """
 
     def __init__(
-        self, slots: Sequence[Slot], queue: BatchQueue[Request], recorder: Recorder, *, halves: bool = True
+        self,
+        slots: Sequence[Slot],
+        queue: BatchQueue[Request],
+        recorder: Recorder,
+        *,
+        halves: bool,
+        hang_timeout: float | None,
     ) -> None:
         self.state = BatcherState.NEW
         self.queue = queue
@@ -82,6 +98,9 @@ class Dispatcher:
         self._free = list(reversed(slots))  # the one that was used last comes last, and is used first
         self._running: set[_Batch] = set()
         self._halves = halves
+        self._scheduler = slots[0].scheduler
+        self._hang_timeout = self._scheduler.hang_timeout if hang_timeout is None else hang_timeout
+        self._stop_watch: Callable[[], object] = bool
         self._health = Health()
         self._searches: deque[Search] = deque()  # that have a part to run
         self._has_warned = False  # that batches raise although no sample of theirs does
@@ -102,6 +121,8 @@ class Dispatcher:
         self._loop = _loops.current()
         self._ended = anyio.Event()
         self.state = BatcherState.OPEN
+        if self._hang_timeout is not None:
+            self._watch_later(self._hang_timeout)
 
     def submit(self, sample: Any, size: float, priority: int, timeout: float | None) -> Request:
         """Queue a sample.
@@ -125,8 +146,11 @@ class Dispatcher:
             loop.call_soon(self._send)
         return request
 
-    async def aclose(self) -> None:
-        """Drain the queue and end; may be called any number of times, also at the same time."""
+    async def aclose(self, timeout: float | None) -> None:
+        """Drain the queue and end; may be called any number of times, also at the same time.
+
+        After `timeout` seconds, or some after a cancellation, what still runs is abandoned.
+        """
         if self._ended is None:
             self.state = BatcherState.CLOSED
             return
@@ -134,11 +158,15 @@ class Dispatcher:
             self._drain()
             self._send()
         try:
-            await self._ended.wait()
+            with anyio.move_on_after(timeout) as scope:
+                await self._ended.wait()
+            if scope.cancelled_caught:
+                self._abandon_all()
         except BaseException:
             self._cancel()
-            with anyio.CancelScope(shield=True):
+            with anyio.move_on_after(GRACE_SECONDS, shield=True):
                 await self._ended.wait()
+            self._abandon_all()
             raise
         if self._crash is not None:
             raise self._crash
@@ -163,6 +191,8 @@ class Dispatcher:
         self._is_due = False
         try:
             while self._has_work() and self.state is not BatcherState.CANCELLED:
+                if self._hang_timeout is not None and not self._has_healthy():
+                    break
                 if not self._send_batch(self._free[-1]):
                     break
         except Exception as error:
@@ -196,6 +226,15 @@ class Dispatcher:
         self._running.add(batch)
         self._run(batch)
         return True
+
+    def _has_healthy(self) -> bool:
+        """Bring a free slot whose lane does not hang to the end of the list; return whether there is one."""
+        for position in reversed(range(len(self._free))):
+            slot = self._free[position]
+            if not slot.is_suspect or slot.change_lane():
+                self._free.append(self._free.pop(position))
+                return True
+        return False
 
     def _has_work(self) -> bool:
         return bool(self._free) and (self.queue.num_queued > 0 or bool(self._searches))
@@ -263,6 +302,8 @@ class Dispatcher:
 
     def _on_end(self, batch: _Batch, results: Sequence[Any] | None, error: BaseException | None) -> None:
         """End the calls of a batch, which has run or was cancelled, or look for those at fault."""
+        if batch not in self._running:
+            return  # abandoned
         batch.cancel, batch.has_failed = None, error is not None
         try:
             if error is not None:
@@ -311,7 +352,9 @@ class Dispatcher:
         self._running.remove(batch)
         self.recorder.runs.append(time.perf_counter() - batch.started)
         slot = batch.slot
-        if batch.has_failed and slot.lost is not None and not slot.change_lane():
+        if batch.is_substituted:
+            slot.leave()
+        elif batch.has_failed and slot.lost is not None and not slot.change_lane():
             self._retire(slot)
         else:
             self._free.append(slot)
@@ -323,6 +366,54 @@ class Dispatcher:
         if not self._free and not self._running:
             self._lost = slot.lost
             self.reject_waiting(partial(DeviceLostError, slot.lost or "", "no lane of this batcher is left"))
+
+    # Lanes that hang.
+
+    @property
+    def num_suspect(self) -> int:
+        """Slots whose lanes hang."""
+        running = sum(batch.slot.is_suspect for batch in self._running)
+        return running + sum(slot.is_suspect for slot in self._free)
+
+    def _watch_later(self, hang_timeout: float) -> None:
+        assert self._loop is not None
+        self._stop_watch = self._loop.call_later(hang_timeout / 4, partial(self._watch, hang_timeout))
+
+    def _watch(self, hang_timeout: float) -> None:
+        """Look for lanes that hang and go round them; once calls are no longer taken, abandon them."""
+        if self.state is BatcherState.CLOSED:
+            return
+        self._watch_later(hang_timeout)
+        try:
+            self._scheduler.find_hung(hang_timeout)
+            hung = [batch for batch in self._running if batch.slot.is_suspect]
+            if self.state is not BatcherState.OPEN:
+                self._abandon(hung)
+            for batch in hung:
+                substitute = None if batch.is_substituted else batch.slot.substitute()
+                if substitute is not None:
+                    batch.is_substituted = True
+                    self._free.append(substitute)
+        except Exception as error:
+            self._fail(error)
+        self._send()
+
+    def _abandon(self, batches: Sequence[_Batch]) -> None:
+        """Fail batches that run, and wait for them no longer."""
+        for batch in batches:
+            what = f"a batch of {len(batch.calls)} calls {batch.slot.place}"
+            error = LaneHungError(what, time.perf_counter() - batch.started)
+            _logger.warning("%s", error)
+            self._running.remove(batch)
+            _fail_all([*batch.calls, *(() if batch.search is None else batch.search.end())], error)
+            if batch.cancel is not None:
+                batch.cancel()
+
+    def _abandon_all(self) -> None:
+        self._abandon(list(self._running))
+        assert self._ended is not None
+        if not self._ended.is_set():
+            self._end()
 
     # The end of it all.
 
@@ -350,6 +441,7 @@ class Dispatcher:
         assert self._ended is not None
         self.state = BatcherState.CLOSED
         self._stop_timer()
+        self._stop_watch()
         self.reject_waiting(partial(_closed_by, None))
         self._ended.set()
 

@@ -25,6 +25,7 @@ _GAUGES = {
     "num_queued": "calls in the queue",
     "num_outside": "calls that wait for room in the queue",
     "num_running": "calls in running batches",
+    "num_suspect": "places for batches whose lanes hang",
     "batch_fill": "mean samples of a batch over its limit",
     "padding_waste": "share of all batches that was padding",
 }

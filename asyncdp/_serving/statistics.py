@@ -55,6 +55,8 @@ class BatcherStatistics:
     """Batches that raised and were run again in parts."""
     num_lost_slots: int
     """Places for batches that are gone with their lanes; one that moved to a spare lane is not."""
+    num_suspect: int
+    """Places for batches whose lanes hang, by `hang_timeout`; others are used until they answer."""
     batch_fill: float
     """Mean samples of a batch over `max_batch_size`, from 0 to 1."""
     padding_waste: float
@@ -90,13 +92,16 @@ class Recorder:
         self._total_size += sum(sizes)
         self._padded_size += len(calls) * max(sizes)
 
-    def statistics(self, num_queued: int, num_outside: int, num_running: int) -> BatcherStatistics:
+    def statistics(
+        self, num_queued: int, num_outside: int, num_running: int, num_suspect: int
+    ) -> BatcherStatistics:
         """Return the statistics of this moment."""
         capacity = self.num_batches * self.max_batch_size
         return BatcherStatistics(
             num_queued=num_queued,
             num_outside=num_outside,
             num_running=num_running,
+            num_suspect=num_suspect,
             num_done=self.outcomes[CallState.DONE],
             num_failed=self.outcomes[CallState.FAILED],
             num_cancelled=self.outcomes[CallState.CANCELLED],
