@@ -439,6 +439,16 @@ class OtherLoopError(AsyncDPError, RuntimeError):
         )
 
 
+class NestedCallError(AsyncDPError, RuntimeError):
+    """The async function of a batcher called this very batcher."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the async function of a batcher called the batcher that runs it, which could wait for itself "
+            "for ever. Call the model itself there, or another Batcher."
+        )
+
+
 class NotServableError(AsyncDPError, TypeError):
     """The engine given to a batcher is neither a DataParallel nor callable."""
 

@@ -81,8 +81,9 @@ class Batcher:
             raise ValueError(f"max_cost must be more than 0, but got {max_cost}. None sets no limit.")
         if max_cost is not None and size_of is None:
             raise ValueError("max_cost needs to know how long samples are. Pass size_of= too.")
-        if hang_timeout is not None and not hang_timeout > 0:
-            raise ValueError(f"hang_timeout is in seconds and more than 0, but got {hang_timeout!r}.")
+        _check_seconds(hang_timeout=hang_timeout)
+        if hang_timeout == 0:
+            raise ValueError("hang_timeout must be more than 0 seconds. None waits for ever.")
         if retry not in ("halve", "none"):
             raise ValueError(f'retry must be "halve" or "none", but got {retry!r}.')
         slots = open_slots(engine, Steps(collate or Stack(pad), split), runtime, max_in_flight)
@@ -141,6 +142,7 @@ class Batcher:
             CallTimeoutError: the call was not answered in time.
             DeviceLostError: the device under its batch was lost.
             BatcherClosedError: outside of the batcher's `async with` block.
+            NestedCallError: within the batcher's own async function.
             EngineCancelledError: the engine raised a cancellation of its own, or what ends a process.
             ValueError: `timeout`, `priority` or what `size_of` gave is no number that it can be.
             BaseException: what the engine raised for this very sample.
@@ -176,7 +178,7 @@ class Batcher:
             timeout = self._timeout
         else:
             _check_seconds(timeout=timeout)
-        if not isinstance(priority, int):
+        if isinstance(priority, bool) or not isinstance(priority, int):
             raise ValueError(f"priority must be an int, but got {priority!r}. Higher goes first.")
         size = 0.0 if self._size_of is None else _checked_size(self._size_of(sample))
         return self._dispatcher.submit(sample, size, priority, timeout)
@@ -184,13 +186,14 @@ class Batcher:
 
 def _check_counts(**counts: int | None) -> None:
     for name, count in counts.items():
-        if count is not None and not (isinstance(count, int) and count >= 1):
+        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
             raise ValueError(f"{name} must be 1 or more, an int, but got {count!r}.")
 
 
 def _check_seconds(**durations: float | None) -> None:
     for name, seconds in durations.items():
-        if seconds is not None and not seconds >= 0:  # nor is NaN
+        is_number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+        if seconds is not None and not (is_number and seconds >= 0):  # nor is NaN
             raise ValueError(f"{name} is in seconds and not negative, but got {seconds!r}.")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import enum
 import logging
 import time
@@ -21,6 +22,7 @@ from ..errors import (
     DeviceLostError,
     EngineCancelledError,
     LaneHungError,
+    NestedCallError,
     OtherLoopError,
 )
 from .call import CallState, Request
@@ -116,8 +118,12 @@ class Dispatcher:
         """Begin to take calls, on the event loop that runs in this thread."""
         if self.state is not BatcherState.NEW:
             raise BatcherClosedError("a batcher can be entered only once")
-        for slot in self._slots:
-            slot.open()
+        within = _within.set(_within.get() | {self})  # for what the slots capture
+        try:
+            for slot in self._slots:
+                slot.open()
+        finally:
+            _within.reset(within)
         self._loop = _loops.current()
         self._ended = anyio.Event()
         self.state = BatcherState.OPEN
@@ -128,13 +134,15 @@ class Dispatcher:
         """Queue a sample.
 
         Raises:
-            BatcherClosedError, OtherLoopError, DeviceLostError: nothing was queued.
+            BatcherClosedError, OtherLoopError, NestedCallError, DeviceLostError: nothing was queued.
         """
         if self.state is not BatcherState.OPEN:
             raise BatcherClosedError(f"the batcher is {self.state.value}")
         loop = _loops.current()
         if loop is not self._loop:
             raise OtherLoopError
+        if self in _within.get():
+            raise NestedCallError
         if self._lost is not None:
             raise DeviceLostError(self._lost, "no lane of this batcher is left")
         now = time.perf_counter()
@@ -444,6 +452,10 @@ class Dispatcher:
         self._stop_watch()
         self.reject_waiting(partial(_closed_by, None))
         self._ended.set()
+
+
+_within: contextvars.ContextVar[frozenset[Dispatcher]] = contextvars.ContextVar("within", default=frozenset())
+"""Whose batches this task belongs to."""
 
 
 def _fail_all(calls: Iterable[Request], error: BaseException) -> None:

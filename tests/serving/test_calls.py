@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from asyncdp import Batcher, BatcherStatistics, Runtime
-from asyncdp.errors import CallCancelledError, CallTimeoutError, QueueFullError
+from asyncdp.errors import CallCancelledError, CallTimeoutError, NestedCallError, QueueFullError
 from asyncdp.testing.fake import FakeDevice
 
 pytestmark = pytest.mark.anyio
@@ -249,6 +249,9 @@ async def test_a_wrong_size_is_refused_before_anything_is_queued(size: Any) -> N
     [
         ({"timeout": -1.0}, "timeout is in seconds"),
         ({"timeout": math.nan}, "timeout is in seconds"),
+        ({"timeout": "1"}, "timeout is in seconds"),
+        ({"timeout": True}, "timeout is in seconds"),
+        ({"priority": True}, "priority must be an int"),
         ({"priority": "high"}, "priority must be an int"),
         ({"priority": math.nan}, "priority must be an int"),
     ],
@@ -268,6 +271,9 @@ async def test_wrong_options_of_a_call_are_refused(options: dict[str, Any], caus
     [
         (lambda: Batcher(double, max_wait=math.nan), "max_wait"),
         (lambda: Batcher(double, max_age=-1.0), "max_age"),
+        (lambda: Batcher(double, max_wait="1"), "max_wait"),  # type: ignore[arg-type]
+        (lambda: Batcher(double, hang_timeout=True), "hang_timeout"),
+        (lambda: Batcher(double, max_batch_size=True), "max_batch_size"),
         (lambda: Batcher(double, timeout=math.nan), "timeout"),
         (lambda: Batcher(double, max_queue=1.5), "max_queue must be 1 or more, an int"),  # type: ignore[arg-type]
         (lambda: Batcher(double, max_cost=math.nan, size_of=len), "max_cost"),
@@ -278,3 +284,22 @@ def test_numbers_that_are_none_are_refused(make: Callable[[], object], cause: st
     """NaN, negative durations and fractions of calls are refused when the batcher is made."""
     with pytest.raises(ValueError, match=cause):
         make()
+
+
+async def test_a_batcher_that_waits_for_itself_is_refused() -> None:
+    """An async function that calls its own batcher gets an error, and may call another one."""
+
+    async def engine(x: torch.Tensor) -> torch.Tensor:
+        if (x < 0).any():
+            return x + await batcher(ONE)
+        return x + await other(ONE)
+
+    async with (
+        Runtime("cpu") as runtime,
+        Batcher(double, runtime=runtime) as other,
+        Batcher(engine, runtime=runtime) as batcher,
+    ):
+        with anyio.fail_after(30):
+            with pytest.raises(NestedCallError, match="wait for itself"):
+                await batcher(-ONE)
+            assert (await batcher(ONE)).item() == 3.0
