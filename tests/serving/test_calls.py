@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from collections.abc import Callable
@@ -303,3 +304,36 @@ async def test_a_batcher_that_waits_for_itself_is_refused() -> None:
             with pytest.raises(NestedCallError, match="wait for itself"):
                 await batcher(-ONE)
             assert (await batcher(ONE)).item() == 3.0
+
+
+def test_a_call_goes_where_coroutines_go() -> None:
+    """Tasks, `gather`, `shield`, `as_completed` and `wait` take calls; a cancelled task cancels its call."""
+
+    async def main() -> None:
+        async with Runtime("cpu") as runtime, Batcher(double, runtime=runtime) as batcher:
+
+            def call() -> Any:
+                return batcher.call_nowait(ONE)
+
+            assert (await asyncio.create_task(call())).item() == 2.0
+            assert (await asyncio.shield(call())).item() == 2.0
+            assert (await asyncio.wait_for(call(), 30)).item() == 2.0
+            assert [each.item() for each in await asyncio.gather(call(), call())] == [2.0, 2.0]
+            assert [(await each).item() for each in asyncio.as_completed([call(), call()])] == [2.0, 2.0]
+            done, pending = await asyncio.wait([asyncio.create_task(call()) for _ in range(2)])
+            assert ({task.result().item() for task in done}, pending) == ({2.0}, set())
+            async with asyncio.TaskGroup() as group:
+                task = group.create_task(call())
+            assert task.result().item() == 2.0
+            for num_turns in range(2):  # before and after its first turn
+                given_up = call()
+                task = asyncio.create_task(given_up)
+                for _ in range(num_turns):
+                    await asyncio.sleep(0)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+                assert given_up._request.state.value in ("cancelled", "done")
+        assert batcher.statistics().num_done + batcher.statistics().num_cancelled == 12
+
+    asyncio.run(main())
