@@ -13,9 +13,6 @@ class AsyncDPError(Exception):
     """Base class of every error that asyncdp itself raises."""
 
 
-# --- devices ---------------------------------------------------------------------------------
-
-
 class UnknownDeviceError(AsyncDPError, ValueError):
     """A device specification is malformed, or names a device that this machine does not have."""
 
@@ -43,9 +40,6 @@ class NoDevicesError(AsyncDPError, ValueError):
         super().__init__(
             "the list of devices is empty. Name at least one device, or devices=None for the default."
         )
-
-
-# --- arguments of a pass ---------------------------------------------------------------------
 
 
 class NotAModuleError(AsyncDPError, TypeError):
@@ -161,9 +155,6 @@ class ReduceAddInForwardError(AsyncDPError, RuntimeError):
         )
 
 
-# --- the life of a pass ----------------------------------------------------------------------
-
-
 class StopIterationInLaneError(AsyncDPError, RuntimeError):
     """Code in a lane raised `StopIteration`, which a future cannot hold."""
 
@@ -220,9 +211,6 @@ class NestedPassError(AsyncDPError, RuntimeError):
         )
 
 
-# --- kernels ---------------------------------------------------------------------------------
-
-
 class UnsupportedDtypeError(AsyncDPError, TypeError):
     """A kernel has no arithmetic for the dtype of its tensors."""
 
@@ -241,9 +229,6 @@ class KernelsUnavailableError(AsyncDPError, RuntimeError):
             f"ASYNCDP_KERNELS=numba, but the compiled kernels cannot run on {device}: {'; '.join(missing)}. "
             f"{remedy}, or unset ASYNCDP_KERNELS to use the plain torch kernels."
         )
-
-
-# --- batch inference -------------------------------------------------------------------------
 
 
 class JobError(AsyncDPError, RuntimeError):
@@ -327,9 +312,6 @@ class MissingExtraError(AsyncDPError, ImportError):
         super().__init__(f"{feature} needs the package {package}. Install it: pip install 'asyncdp[{extra}]'")
 
 
-# --- training --------------------------------------------------------------------------------
-
-
 class LossReductionError(AsyncDPError, ValueError):
     """The argument `loss_reduction` is neither `"mean"` nor `"sum"`."""
 
@@ -368,9 +350,6 @@ class NotAnOptimizerError(AsyncDPError, TypeError):
             f"expected an optimizer of torch.optim, but got {type(got).__qualname__}. "
             "Pass one over the module's parameters, or None together with reduce_only=True."
         )
-
-
-# --- serving ---------------------------------------------------------------------------------
 
 
 class CollateError(AsyncDPError, ValueError):

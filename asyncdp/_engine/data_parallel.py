@@ -15,8 +15,8 @@ from .._replicas.buckets import DEFAULT_BUCKET_BYTES
 from .._replicas.replica import check_module
 from .._replicas.replica_set import ReplicaSet, replica_set_of
 from .._runtime import Lane, Runtime, RuntimeStatistics, default_lanes, scheduler_of
+from .._runtime.hangs import grace_of
 from .._runtime.lane_runner import LaneRunner
-from .._runtime.scheduler import grace_of
 from .._training.commit import StepOptions
 from .._training.trainer import Trainer
 from .._verbs.batch import Batch, positional

@@ -14,8 +14,9 @@ import torch
 
 from .._devices import Devices, LaneDevice, PathStatistics, lane_device_for, parse_devices, path_statistics
 from .._devices.threads import end_own_team
+from .hangs import grace_of
 from .schedule import PassState
-from .scheduler import Scheduler, grace_of
+from .scheduler import Scheduler
 from .task import Lane, LaneStatistics, Task, driver_of
 
 T = TypeVar("T")

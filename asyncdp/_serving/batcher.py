@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from .._runtime import Runtime
-from .._runtime.scheduler import grace_of
+from .._runtime.hangs import grace_of
 from ..errors import BatcherClosedError, QueueFullError
 from .call import Call, Request
 from .collate import Collate, Split, Stack, Steps, unbind

@@ -26,6 +26,17 @@ class CallState(enum.StrEnum):  # hashed as a str: every call is counted by its 
     CANCELLED = "cancelled"
 
 
+class BatcherState(enum.Enum):
+    """Whether a batcher takes calls."""
+
+    NEW = "new"
+    OPEN = "open"
+    DRAINING = "draining"
+    CANCELLED = "cancelled"
+    """Nothing begins any more, and what runs is waited for."""
+    CLOSED = "closed"
+
+
 class Call(Coroutine[Any, Any, Any]):
     """One call of a batcher; await it, once, for its result, or `cancel` it.
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextvars
-import enum
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,17 +14,17 @@ from typing import Any
 import anyio
 
 from .. import _loops
-from .._loops import Loop, ends_tasks
-from .._runtime.scheduler import GRACE_SECONDS
+from .._loops import Loop
+from .._runtime.hangs import GRACE_SECONDS
 from ..errors import (
     BatcherClosedError,
     DeviceLostError,
-    EngineCancelledError,
     LaneHungError,
     NestedCallError,
     OtherLoopError,
 )
-from .call import CallState, Request
+from .call import BatcherState, CallState, Request
+from .outcomes import closed_by, fail_all, for_callers
 from .queue import BatchQueue
 from .search import Health, Search, signature
 from .slots import Slot
@@ -34,17 +33,6 @@ from .statistics import Recorder
 _MAX_PARTS = 4  # of batches that raised, before one of the queue may go although it is not full
 
 _logger = logging.getLogger("asyncdp")
-
-
-class BatcherState(enum.Enum):
-    """Whether a batcher takes calls."""
-
-    NEW = "new"
-    OPEN = "open"
-    DRAINING = "draining"
-    CANCELLED = "cancelled"
-    """Nothing begins any more, and what runs is waited for."""
-    CLOSED = "closed"
 
 
 @dataclass(slots=True, eq=False)
@@ -227,7 +215,7 @@ class Dispatcher:
             if search is None:
                 self.recorder.on_batch(calls, now)
         except Exception as error:
-            _fail_all(taken, _closed_by(error))
+            fail_all(taken, closed_by(error))
             raise
         self._free.pop()
         batch = _Batch(slot, calls, now, search)
@@ -271,7 +259,7 @@ class Dispatcher:
         search.put_back = []
         if search.is_model_down:
             self._health.on_down(search.error)
-            _fail_all(search.end(), _for_callers(search.error, None))
+            fail_all(search.end(), for_callers(search.error, None))
         elif search.num_left:
             self._searches.append(search)
         elif search.is_fruitless:
@@ -318,13 +306,13 @@ class Dispatcher:
                 self._on_error(batch, error)
             elif results is None:
                 self._cancel()  # if it was not us, the event loop ends
-                _fail_all(batch.calls, _closed_by(None))
+                fail_all(batch.calls, closed_by(None))
             else:
                 self._on_success(batch, results)
             if batch in self._running:
                 self._finish(batch)
         except Exception as mistake:
-            _fail_all(batch.calls, _closed_by(mistake))
+            fail_all(batch.calls, closed_by(mistake))
             self._fail(mistake)
             if batch in self._running:
                 self._finish(batch)
@@ -345,9 +333,9 @@ class Dispatcher:
         lost, search = batch.slot.lost, batch.search
         is_final = lost is not None or len(batch.calls) == 1 or not self._halves
         if is_final:
-            _fail_all(batch.calls, _for_callers(error, lost))
+            fail_all(batch.calls, for_callers(error, lost))
         elif self.state is BatcherState.CANCELLED:
-            _fail_all(batch.calls, _closed_by(None))
+            fail_all(batch.calls, closed_by(None))
         elif search is None:
             self.recorder.num_retried += 1
             search = self._health.search(batch.calls, error)
@@ -413,7 +401,7 @@ class Dispatcher:
             error = LaneHungError(what, time.perf_counter() - batch.started)
             _logger.warning("%s", error)
             self._running.remove(batch)
-            _fail_all([*batch.calls, *(() if batch.search is None else batch.search.end())], error)
+            fail_all([*batch.calls, *(() if batch.search is None else batch.search.end())], error)
             if batch.cancel is not None:
                 batch.cancel()
 
@@ -443,43 +431,16 @@ class Dispatcher:
         self._crash = self._crash or error
         if self.state is BatcherState.OPEN:
             self._drain()
-        self.reject_waiting(partial(_closed_by, error))
+        self.reject_waiting(partial(closed_by, error))
 
     def _end(self) -> None:
         assert self._ended is not None
         self.state = BatcherState.CLOSED
         self._stop_timer()
         self._stop_watch()
-        self.reject_waiting(partial(_closed_by, None))
+        self.reject_waiting(partial(closed_by, None))
         self._ended.set()
 
 
 _within: contextvars.ContextVar[frozenset[Dispatcher]] = contextvars.ContextVar("within", default=frozenset())
 """Whose batches this task belongs to."""
-
-
-def _fail_all(calls: Iterable[Request], error: BaseException) -> None:
-    for call in calls:
-        call.complete(None, error)
-
-
-def _for_callers(error: BaseException, lost: str | None) -> BaseException:
-    """Return what calls get for their engine's error, on a lane that is lost or not."""
-    if lost is not None and not isinstance(error, DeviceLostError):
-        wrapped: BaseException = DeviceLostError(lost, str(error).partition("\n")[0])
-    elif ends_tasks(error) or not isinstance(error, Exception):
-        # The engine's own: callers would take it for theirs, or the process that serves all would end.
-        wrapped = EngineCancelledError(error)
-    else:
-        return error
-    wrapped.__cause__ = error
-    return wrapped
-
-
-def _closed_by(error: Exception | None) -> BatcherClosedError:
-    """Return what calls get that end with their batcher, by its cancellation or a mistake in it."""
-    if error is None:
-        return BatcherClosedError("the batcher was cancelled")
-    closed = BatcherClosedError(f"the batcher failed with {error!r}")
-    closed.__cause__ = error
-    return closed
