@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import errors
     from ._devices import parse_devices
+    from ._engine.calls import EngineView
     from ._engine.data_parallel import DataParallel, DataParallelStatistics, data_parallel
     from ._engine.map import BatchStream
     from ._engine.tuner import LaneChoice
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
         export_opentelemetry,
         export_prometheus,
     )
+    from ._tree import PerRow, Whole
     from ._verbs.backward import backward
     from ._verbs.gather import gather
     from ._verbs.parallel_apply import parallel_apply
@@ -44,15 +46,18 @@ __all__ = [
     "Call",
     "DataParallel",
     "DataParallelStatistics",
+    "EngineView",
     "Lane",
     "LaneChoice",
     "LaneState",
     "LaneStatistics",
+    "PerRow",
     "Percentiles",
     "QueueFull",
     "Runtime",
     "RuntimeStatistics",
     "TraceRecorder",
+    "Whole",
     "backward",
     "data_parallel",
     "default_runtime",
@@ -71,11 +76,13 @@ __all__ = [
 _MODULES = (
     "errors",
     "_devices",
+    "_engine.calls",
     "_engine.data_parallel",
     "_engine.map",
     "_engine.tuner",
     "_runtime",
     "_serving",
+    "_tree",
     "_verbs.backward",
     "_verbs.gather",
     "_verbs.parallel_apply",

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import _kernels
-from ._torch_private import is_in_backward, set_sequence_number
+from ._torch_private import is_in_backward
 from .errors import GatherError, ReduceAddDtypeError, ReduceAddInForwardError, ReduceAddSizeError
 
 
@@ -155,22 +155,6 @@ class ReduceAdd(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         """Give every summand the gradient of the sum."""
         return (None, *Broadcast.apply(ctx.devices, False, grad))
-
-
-def broadcast_first(devices: Sequence[torch.device], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Broadcast without copies on the tensors' own device, with a backward that runs as early as it can.
-
-    Autograd runs first what was recorded last, so the reduce-add of a broadcast at the start of a forward
-    would run at the very end. With a higher sequence number it runs as soon as its gradients are there,
-    beside the rest of the backward.
-    """
-    outputs: tuple[Tensor, ...] = Broadcast.apply(devices, False, *tensors)
-    set_sequence_number(outputs[0].grad_fn, _EARLY)
-    return outputs
-
-
-# Below that of torch's own accumulation of gradients (2**64 - 1), above all that a forward records.
-_EARLY = 2**62
 
 
 def concatenate(shards: Sequence[Tensor], dim: int, device: torch.device) -> Tensor:

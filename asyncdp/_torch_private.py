@@ -32,6 +32,10 @@ than a whole launch. None in a build of torch without CUDA."""
 num_function_modes = torch._C._len_torch_function_stack
 """Return how many torch function modes, such as a default device, are active on this thread."""
 
+saved_tensors_hooks_of: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+"""Return the pair of functions that this thread's innermost `saved_tensors_hooks` block packs and unpacks by,
+or None; its argument is whether to look for them while a graph is traced too."""
+
 COMPILED_CALL = "_compiled_call_impl"
 """Where `nn.Module.compile` puts the compiled call, which belongs to one module and must not be copied."""
 
@@ -39,15 +43,6 @@ COMPILED_CALL = "_compiled_call_impl"
 def is_in_backward() -> bool:
     """Return whether autograd runs a backward on this thread."""
     return bool(torch._C._current_graph_task_id() != -1)
-
-
-def set_sequence_number(node: Any, number: int) -> None:
-    """Set the place of a node among those that autograd could run next; the highest number runs first.
-
-    Where torch has no such method the order stays torch's own, which costs overlap but no result.
-    """
-    if hasattr(node, "_set_sequence_nr"):
-        node._set_sequence_nr(number)
 
 
 def mark_as_parameter(tensor: Tensor) -> None:

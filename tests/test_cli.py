@@ -22,10 +22,11 @@ MODELS = Path(__file__).parent / "infer"
 
 FROZEN = {
     "infer": """
-        inputs model output/o weights task input-format output-format=parquet column id-column devices
+        inputs model output/o weights task input-format encoding delimiter quote=" allow-nan=False
+        first-frame=False output-format=parquet column id-column keep rename devices
         batch-size=32 max-batch-cost window=1024 shard-size=4096 order=input preprocess collate postprocess
-        workers=1 worker-processes=False dtype autocast compile=False on-error=stop max-errors shard
-        resume=False dry-run=False plot json=False allow-unsafe-pickle=False
+        workers=1 worker-processes=False input-dtype dtype autocast compile=False on-error=stop max-errors
+        shard resume=False dry-run=False plot json=False allow-unsafe-pickle=False
     """,
     "merge": "parts output/o",
     "devices": "spec",
@@ -87,7 +88,7 @@ def test_help_fits_one_screen(columns):
     lines = result.output.splitlines()
     assert "Example:  asyncdp infer" in result.output
     assert "130 interrupted" in " ".join(result.output.split())
-    assert len(lines) <= 44
+    assert len(lines) <= 53
     assert max(map(len, lines)) <= columns
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,11 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from .. import _tree
-from .._replicas.snapshot import modules_of
-from .._training.lanes import Modes
+from .._replicas.snapshot import ModuleSnapshot
+from .._runtime.schedule import split_sizes
+from .._tree import PerRow
 from .._verbs.batch import Batch
+from ..errors import GatherError
 from .route import Route
 from .tuner import LaneChoice, Tuner, Workload
+
+NOT_ROWS = "outputs are not made of rows of the batch"
 
 
 class Adaptive:
@@ -36,38 +40,76 @@ class Adaptive:
 
     async def call(self, batch: Batch) -> Any:
         """Run one batch."""
-        tensors = batch.tensors
-        workload = self._workload("call", tensors, modules_of(self._route.module))
+        if batch.is_whole(self._num_lanes):
+            return await self._route.run_whole_with_all_threads(batch)
+        workload = self._workload("call", batch, self._route.parts())
         is_trial = workload.is_learning
         num_lanes = workload.choose()
         started = time.perf_counter()
-        result = await self._run(batch, num_lanes)
+        try:
+            result = await self._run(batch, num_lanes)
+        except GatherError:
+            if num_lanes == self._num_lanes:
+                raise
+            return await self._stay_on_all(workload, batch)
         seconds = time.perf_counter() - started
-        workload.record(num_lanes, seconds, sum(map(Tensor.numel, tensors)))
+        workload.record(num_lanes, seconds, batch.num_elements)
         if is_trial and not self._keeps_its_meaning(workload, result, batch):
-            workload.fix("outputs are not made of rows of the batch")
-            if num_lanes != self._num_lanes:
-                return await self._run(batch, self._num_lanes)
+            if num_lanes == self._num_lanes:
+                workload.fix(NOT_ROWS)
+                return result
+            return await self._stay_on_all(workload, batch)
+        if not await self._looks_the_same(workload, batch, result, num_lanes):
+            return await self._stay_on_all(workload, batch)
         return result
 
-    def choose_for_step(self, batch: Batch, modes: Modes) -> tuple[int, Callable[[float], None]]:
+    def choose_for_step(self, batch: Batch, snapshot: ModuleSnapshot) -> tuple[int, Callable[[float], None]]:
         """Return the number of lanes for one training step, and a function that records its seconds."""
-        tensors = batch.tensors
-        workload = self._workload("train_step", tensors, modes.modules)
+        workload = self._workload("train_step", batch, snapshot)
         num_lanes = workload.choose()
-        return num_lanes, partial(workload.record, num_lanes, size=sum(map(Tensor.numel, tensors)))
+        return num_lanes, partial(workload.record, num_lanes, size=batch.num_elements)
 
     def _run(self, batch: Batch, num_lanes: int) -> Awaitable[Any]:
         if num_lanes == 1:
             return self._route.run_whole_with_all_threads(batch)
         return self._route.run_split(batch, num_lanes)
 
-    def _workload(self, kind: str, tensors: Sequence[Tensor], modules: Sequence[nn.Module]) -> Workload:
+    async def _stay_on_all(self, workload: Workload, batch: Batch) -> Any:
+        """Take all lanes from now on, and return what they give."""
+        workload.fix(NOT_ROWS)
+        return await self._run(batch, self._num_lanes)
+
+    async def _looks_the_same(self, workload: Workload, batch: Batch, result: Any, num_lanes: int) -> bool:
+        """Return whether all lanes give a result of the same structure and the same shapes.
+
+        It is asked once for each number of lanes; where no batch of these shapes has run on all lanes yet,
+        this one does.
+        """
+        if num_lanes == self._num_lanes:
+            if workload.is_learning:
+                workload.note_layout(batch.shapes, layout(result))
+            return True
+        if num_lanes in workload.compared or not self._splits_differ(batch, num_lanes):
+            return True
+        expected = workload.layouts.get(batch.shapes)
+        if expected is None:
+            expected = layout(await self._run(batch, self._num_lanes))
+        if layout(result) != expected:
+            return False
+        workload.compared.add(num_lanes)
+        return True
+
+    def _splits_differ(self, batch: Batch, num_lanes: int) -> bool:
+        num_rows = batch.num_rows
+        assert num_rows is not None, "a batch without rows is not split"
+        return split_sizes(num_rows, num_lanes) != split_sizes(num_rows, self._num_lanes)
+
+    def _workload(self, kind: str, batch: Batch, snapshot: ModuleSnapshot) -> Workload:
         """Return the workload of a call; one that may not be tuned is fixed here."""
-        mode = "train" if self._route.module.training else "eval"
-        reason = why_fixed(modules)
-        shapes = [ShapeBucket(each.dtype, tuple(map(int.bit_length, each.shape))) for each in tensors]
-        workload = self._tuner.workload(WorkloadKey(kind, mode, _torch_mode(), tuple(shapes), reason))
+        mode = "train" if snapshot.training[0] else "eval"
+        reason = why_fixed(snapshot)
+        shapes = tuple(ShapeBucket.of(leaf) for leaf in batch.shaped)
+        workload = self._tuner.workload(WorkloadKey(kind, mode, _torch_mode(), shapes, reason))
         if reason is not None:
             workload.fix(reason)
         return workload
@@ -79,17 +121,24 @@ class Adaptive:
 
 
 class ShapeBucket(NamedTuple):
-    """The dtype of a tensor, and of each length its number of bits.
+    """The dtype of a tensor, or "PerRow", and of each length its number of bits.
 
     Lengths count in powers of two, lest batches of new lengths all the time never end learning.
     """
 
-    dtype: torch.dtype
+    kind: torch.dtype | str
     bits: tuple[int, ...]
+
+    @classmethod
+    def of(cls, leaf: Tensor | PerRow) -> ShapeBucket:
+        """Return the bucket of a tensor or of a list with one entry per row."""
+        if isinstance(leaf, Tensor):
+            return cls(leaf.dtype, tuple(map(int.bit_length, leaf.shape)))
+        return cls("PerRow", (len(leaf).bit_length(),))
 
     def __str__(self) -> str:
         lengths = "x".join(f"~{2 ** (bits - 1)}" if bits else "0" for bits in self.bits)
-        return f"{str(self.dtype).removeprefix('torch.')}[{lengths}]"
+        return f"{str(self.kind).removeprefix('torch.')}[{lengths}]"
 
 
 class WorkloadKey(NamedTuple):
@@ -114,21 +163,17 @@ def _torch_mode() -> str:
     return f"{mode} autocast" if is_mixed else mode
 
 
-def why_fixed(modules: Sequence[nn.Module]) -> str | None:
-    """Return why results may depend on how a batch is split, or None.
-
-    Args:
-        modules: the module and all below it.
-    """
+def why_fixed(snapshot: ModuleSnapshot) -> str | None:
+    """Return why the results of a module may depend on how a batch is split, or None."""
     if torch.are_deterministic_algorithms_enabled():
         return "torch's deterministic mode is on"
-    for each in modules:
-        if not each._buffers:
-            continue
+    modules = snapshot.modules if snapshot.buffer_owners else []
+    for position in snapshot.buffer_owners:
+        each, is_training = modules[position], snapshot.training[position]
         if isinstance(each, nn.modules.batchnorm._BatchNorm):
-            if each.training or each.running_mean is None:
+            if is_training or each.running_mean is None:
                 return "batch statistics are computed per shard"
-        elif each.training:
+        elif is_training:
             return "a module in train mode has buffers, which may hold statistics of batches"
     return None
 
@@ -144,8 +189,18 @@ def growth(result: Any, num_rows: int, dim: int) -> tuple[int | None, ...] | Non
             if not -leaf.dim() <= dim < leaf.dim() or num_rows == 0 or leaf.shape[dim] % num_rows:
                 return None
             ratios.append(leaf.shape[dim] // num_rows)
+        elif isinstance(leaf, PerRow):
+            if len(leaf) != num_rows:
+                return None
+            ratios.append(1)
         elif leaf is None or isinstance(leaf, (str, bool)):
             ratios.append(None)
         else:
             return None
     return tuple(ratios)
+
+
+def layout(result: Any) -> Any:
+    """Return the structure of a result and the shapes of all tensors in it."""
+    leaves, spec = _tree.flatten(result)
+    return spec, [leaf.shape if isinstance(leaf, Tensor) else None for leaf in leaves]

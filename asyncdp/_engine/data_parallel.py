@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
 from .._devices import DeviceLike, Devices, parse_devices
-from .._replicas.buckets import DEFAULT_BUCKET_BYTES
-from .._replicas.replica import check_module
+from .._replicas.copies import DEFAULT_BUCKET_BYTES
 from .._replicas.replica_set import ReplicaSet, replica_set_of
+from .._replicas.snapshot import check_module
 from .._runtime import Lane, Runtime, RuntimeStatistics, default_lanes, scheduler_of
 from .._runtime.hangs import grace_of
-from .._runtime.lane_runner import LaneRunner
 from .._training.commit import StepOptions
 from .._training.trainer import Trainer
 from .._verbs.batch import Batch, positional
-from ..errors import NotAModuleError
-from .adaptive import Adaptive
-from .map import BatchStream, map_batches
-from .route import EngineLanes, Route
+from ..errors import NotAModuleError, NotAnOptimizerError
+from .calls import Calls, EngineView
+from .route import Route
+from .state import copy_state
 from .tuner import LaneChoice
 
 
@@ -43,7 +42,8 @@ async def data_parallel(
 
     Args:
         module: what to run. Its forward may get fewer rows per call than the batch has.
-        inputs: a tuple holds positional arguments, anything else is the only one; nested at will.
+        inputs: a tuple holds positional arguments, anything else is the only one; nested at will. Lists
+            with one entry per row are a `PerRow`, what belongs to the whole batch is a `Whole`.
         devices: one lane per entry; see `parse_devices`.
         output_device: where the result goes; the first of `devices` if None.
         dim: dimension of inputs and outputs that is split and concatenated.
@@ -57,6 +57,7 @@ async def data_parallel(
         NotAModuleError, LazyModuleError, UnsupportedModuleError: the module cannot be replicated.
         UnknownDeviceError, NoCudaDeviceError, NoDevicesError: a device cannot be used.
         LengthMismatchError: inputs differ in length along `dim`.
+        UnsplittableError, AmbiguousSequenceError: nobody knows how to split an input.
         GatherError: outputs of the shards do not fit together.
         BaseException: the first exception in time that a replica raised, after all have ended.
     """
@@ -91,7 +92,7 @@ class DataParallelStatistics:
 _accumulating: ContextVar[tuple[object, ...]] = ContextVar("asyncdp_accumulating", default=())
 
 
-class DataParallel:
+class DataParallel(Calls):
     """A module with persistent replicas on several lanes.
 
     An async context manager. Replicas that share the module's device share its parameters, so that
@@ -135,25 +136,19 @@ class DataParallel:
         self.runtime = Runtime(devices) if runtime is None else runtime
         lanes = self._choose_lanes(devices)
         self.module = module
-        self._num_lanes = _check_num_lanes(num_lanes, len(lanes))
-        replicas = ReplicaSet(module, [lane.device for lane in lanes], bucket_bytes, checksum)
         output = lanes[0].device if output is None else output
         scheduler = scheduler_of(self.runtime)
-        self._route = Route(module, replicas, scheduler, lanes, output, dim)
-        self._runner = EngineLanes(self.runtime, self._route)
+        most = _check_num_lanes(num_lanes, len(lanes))
+        replicas = ReplicaSet(module, [lane.device for lane in lanes], bucket_bytes, checksum)
+        route = Route(module, replicas, scheduler, lanes, output, dim)
+        super().__init__(self.runtime, route, most, num_lanes == "auto" and len(lanes) > 1)
+        self._views: dict[bool, EngineView] = {}
         self._trainer = Trainer(module, scheduler, lanes, output)
-        is_adaptive = num_lanes == "auto" and len(lanes) > 1
-        self._adaptive = Adaptive(self._route) if is_adaptive else None
 
     def _choose_lanes(self, devices: Devices) -> tuple[Lane, ...]:
         if self._owns_runtime or devices is None:
             return self.runtime.lanes
         return tuple(scheduler_of(self.runtime).lanes_for(parse_devices(devices)))
-
-    @property
-    def lanes(self) -> tuple[Lane, ...]:
-        """The lanes that calls are split over."""
-        return self._route.lanes
 
     def __repr__(self) -> str:
         names = ", ".join(lane.name for lane in self._route.lanes)
@@ -172,67 +167,47 @@ class DataParallel:
         if self._owns_runtime:
             await self.runtime.aclose(timeout)
 
-    async def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module on one batch, split over the lanes.
+    def in_mode(self, training: bool) -> EngineView:
+        """Return a view of this engine whose calls run in train mode, or in eval mode.
 
-        Returns, raises: as `asyncdp.data_parallel`.
-        """
-        batch = Batch(args, kwargs, self._route.dim)
-        if len(self._route.lanes) == 1:
-            result = await self._route.run_whole(batch)
-        elif self._adaptive is not None:
-            result = await self._adaptive.call(batch)
-        else:
-            result = await self._route.run_split(batch, self._num_lanes)
-        self._route.count_pass()
-        return result
-
-    async def on_one_lane(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module on one whole batch, on whichever lane is least busy.
-
-        For many independent batches this beats splitting each of them: keep several calls in flight.
-
-        Returns, raises: as `asyncdp.data_parallel`.
-        """
-        result = await self._route.run_whole(Batch(args, kwargs, self._route.dim))
-        self._route.count_pass()
-        return result
-
-    def __asyncdp_lane_runner__(self) -> LaneRunner:
-        """Return what schedulers of whole batches, such as `Batcher`, run them by."""
-        return self._runner
-
-    def map(
-        self,
-        batches: Iterable[Any] | AsyncIterable[Any],
-        *,
-        ordered: bool = True,
-        max_in_flight: int | None = None,
-        on_error: Literal["raise", "skip", "return"] = "raise",
-    ) -> BatchStream:
-        """Run a stream of batches, each of them whole on one lane, several at the same time.
-
-        Grad and inference mode are those of this call, not of the loop over the results.
+        Whatever the flags of the module say, and without touching them: a service can answer in eval mode
+        beside a task that trains. `train()` itself is not called, and a module whose `train()` does more than
+        set flags is not told.
 
         Args:
-            batches: arguments of `on_one_lane`: a dict holds keyword arguments, a tuple positional
-                ones, anything else is the only argument. Sequences are read on the loop, other
-                iterables on a thread, async iterables by awaiting.
-            ordered: give results in the order of `batches`; else as they complete.
-            max_in_flight: batches read and not yet given back as results; two per lane if None.
-            on_error: what a batch that raises does: "raise" ends the stream, "skip" leaves it out,
-                "return" gives the exception in the result's place. The source's own errors are raised.
+            training: the mode of the module and all below it.
+        """
+        if not isinstance(training, bool):
+            raise TypeError(
+                f"training must be True or False, but got {training!r}. For eval mode use in_mode(False)."
+            )
+        if training not in self._views:
+            route = self._route.in_mode(training)
+            self._views[training] = EngineView(
+                self.runtime, route, self._num_lanes, self._adaptive is not None, training
+            )
+        return self._views[training]
+
+    async def snapshot(self, optimizer: Any = None) -> dict[str, Any]:
+        """Return a copy of the module's state, and of the optimizer's, as of a whole step.
+
+        Copied on a lane, where no step of any engine over the module changes it meanwhile. Forward and
+        backward of a step may go on, and only its end waits for the copy.
+
+        Args:
+            optimizer: of torch.optim; its state is that of the same moment.
 
         Returns:
-            An async iterator of results, also an async context manager. Leaving it early cancels
-            what is in flight and closes the source.
+            `{"module": module.state_dict()}`, and `"optimizer": optimizer.state_dict()` if one was given,
+            on the devices where they are.
 
         Raises:
-            TypeError, ValueError: an argument is none of the above.
+            NotAnOptimizerError: the optimizer has no state to copy.
         """
-        return map_batches(
-            self._runner, batches, ordered=ordered, max_in_flight=max_in_flight, on_error=on_error
-        )
+        if optimizer is not None and not callable(getattr(optimizer, "state_dict", None)):
+            raise NotAnOptimizerError(optimizer)
+        lane = scheduler_of(self.runtime).least_busy(self.lanes)[0]
+        return await self.runtime.run(copy_state, self.module, self._route.parts(), optimizer, lane=lane)
 
     async def train_step(
         self,
@@ -255,15 +230,15 @@ class DataParallel:
         A step that fails or is cancelled changes no parameter, gradient, buffer or optimizer state.
         Once the optimizer has begun it runs to its end, and a cancellation goes on after a whole step.
         Only an error that the optimizer itself raises can leave a step half done, and says so.
-        Steps of one engine run one after the other.
+        Steps of one module run one after the other, whichever engine and event loop they come from.
 
         Args:
             inputs: a tuple holds positional arguments, anything else is the only one. They are data:
                 no gradient flows back to them.
             targets: what `loss_fn` compares with; split like the inputs. May be None.
             loss_fn: called on every lane with its outputs and its targets; returns one number.
-            optimizer: of torch.optim, over the module's parameters. None only with `reduce_only`. On the
-                CPU it steps by torch's fused kernel, if it has one and says neither `foreach` nor `fused`.
+            optimizer: of torch.optim, over the module's parameters. None only with `reduce_only`.
+                On the CPU `fused=True` makes its step cheapest.
             loss_reduction: whether `loss_fn` gives the "mean" over the rows it gets, or the "sum".
             before_step: called on a lane between reduce and step, with the whole gradients in `.grad`,
                 unscaled: `lambda: clip_grad_norm_(module.parameters(), 1.0)`, say.
@@ -281,13 +256,13 @@ class DataParallel:
         """
         options = StepOptions(loss_fn, optimizer, loss_reduction, before_step, scaler, reduce_only)
         options.check()
-        modes = self._trainer.modes()
-        batch = Batch.of_step(inputs, targets, self._route.dim)
+        snapshot = self._trainer.snapshot()
+        batch = Batch.of_step(inputs, targets, self._route.dim, self._num_lanes)
         num_lanes, record = self._num_lanes, None
         if self._adaptive is not None:
-            num_lanes, record = self._adaptive.choose_for_step(batch, modes)
+            num_lanes, record = self._adaptive.choose_for_step(batch, snapshot)
         return await self._trainer.step(
-            batch, options, num_lanes, modes, accumulate=self in _accumulating.get(), record=record
+            batch, options, num_lanes, snapshot, accumulate=self in _accumulating.get(), record=record
         )
 
     @contextmanager
@@ -312,15 +287,19 @@ class DataParallel:
 
         Needed only for lanes on another device than the module's.
         """
-        self._route.replicas.refresh()
+        for route in self._routes():
+            route.replicas.refresh()
+
+    def _routes(self) -> list[Route]:
+        return [self._route, *(view._route for view in self._views.values())]
 
     def statistics(self) -> DataParallelStatistics:
         """Return a snapshot of the engine and its runtime."""
         return DataParallelStatistics(
-            num_passes=self._route.num_passes,
+            num_passes=sum(route.num_passes for route in self._routes()),
             num_steps=self._trainer.num_steps,
             num_lanes=len(self._route.lanes),
-            choices=() if self._adaptive is None else self._adaptive.choices(),
+            choices=(*self._choices(), *(each for view in self._views.values() for each in view._choices())),
             runtime=self.runtime.statistics(),
         )
 

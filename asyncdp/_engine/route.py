@@ -11,13 +11,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._replicas.replica_set import LaneModule, ReplicaSet, updates_buffers
-from .._replicas.snapshot import is_on, moves_weights
-from .._runtime import Lane, LaneState, Runtime, Scheduler, Task
+from .._replicas.order import Use, passes, wait_turn
+from .._replicas.replica_set import LaneModule, ReplicaSet
+from .._replicas.snapshot import ModuleSnapshot
+from .._runtime import Lane, Runtime, Scheduler, Task
+from .._runtime.ambient import Ambient
 from .._runtime.passes import NextStage, Stage
-from .._verbs.batch import Batch, move
-from .._verbs.gather import gather_to
+from .._runtime.schedule import split_sizes
+from .._verbs.batch import Batch
+from .._verbs.gather import check_rows, gather_to
 from .._verbs.inplace import SplitInputs
+from .._verbs.moving import move
 
 
 class Route:
@@ -25,11 +29,12 @@ class Route:
 
     Args:
         module: what to run.
-        replicas: its replicas, one per lane; a single lane uses none.
+        replicas: its replicas, one per lane; a single lane runs the module itself.
         scheduler: the scheduler of the lanes.
         lanes: where to run.
         output: the device that results go to.
         dim: the dimension that is split and concatenated.
+        only_replicas: leave the module itself alone even where a lane could run it.
     """
 
     def __init__(
@@ -40,6 +45,8 @@ class Route:
         lanes: Sequence[Lane],
         output: torch.device,
         dim: int,
+        *,
+        only_replicas: bool = False,
     ) -> None:
         self.module = module
         self.replicas = replicas
@@ -47,8 +54,20 @@ class Route:
         self.lanes = tuple(lanes)
         self.output = output
         self.dim = dim
+        self._only_replicas = only_replicas
         self.num_passes = 0
         self._counting = threading.Lock()  # loops and lanes count, each on a thread of its own
+
+    def in_mode(self, training: bool) -> Route:
+        """Make a route over the same lanes whose calls always run in one mode."""
+        replicas = self.replicas.in_mode(self.module, training)
+        return Route(
+            self.module, replicas, self.scheduler, self.lanes, self.output, self.dim, only_replicas=True
+        )
+
+    def parts(self) -> ModuleSnapshot:
+        """Return what the module consists of now."""
+        return self.replicas.snapshots.parts(self.module)
 
     def count_pass(self) -> None:
         """Count a pass that succeeded."""
@@ -58,34 +77,66 @@ class Route:
     async def run_split(self, batch: Batch, num_lanes: int) -> Any:
         """Scatter, replicate, apply and gather on at most `num_lanes` lanes.
 
-        Only views are made on the calling thread; everything else happens on lanes.
+        All shards get the weights of one moment: no training step runs meanwhile. Only views are made on the
+        calling thread; everything else happens on lanes.
         """
+        if batch.is_whole(num_lanes):
+            return await self.run_whole(batch)
         split_inputs = SplitInputs()
-        suspects = [lane for lane in self.lanes if lane.state is LaneState.SUSPECT]
-        shards = batch.split(max(1, min(num_lanes, len(self.lanes) - len(suspects))), split_inputs)
-        positions = self._positions(len(shards))
-        lanes = list(map(self.lanes.__getitem__, positions))
+        suspects = self.scheduler.schedule.suspects
+        if suspects:
+            num_suspect = sum(lane._index in suspects for lane in self.lanes)
+            num_lanes = max(1, min(num_lanes, len(self.lanes) - num_suspect))
+        shards = batch.split(num_lanes, split_inputs)
+        use = Use(self.replicas.snapshots.latest or self.parts())
+        try:
+            ambient = None if passes.arrive(use) else await self._wait_turn(use)
+            positions = self._positions(len(shards))
+            lanes = list(map(self.lanes.__getitem__, positions))
 
-        def apply_stage(modules: Sequence[LaneModule]) -> Stage:
-            return [
-                Task(lane, partial(batch.apply, module, lane.device, shard), "run", is_replica=True)
-                for lane, module, shard in zip(lanes, modules, shards, strict=True)
-            ]
+            def apply_stage(modules: Sequence[LaneModule]) -> Stage:
+                return [
+                    Task(lane, partial(self._apply, batch, position, module, shard), "run", is_replica=True)
+                    for lane, position, module, shard in zip(lanes, positions, modules, shards, strict=True)
+                ]
 
-        def gather_stage(outputs: Sequence[Any], last: Lane) -> Stage:
-            return [Task(self._gather_lane(last), partial(self.gather, outputs, split_inputs), "gather")]
+            def gather_stage(outputs: Sequence[Any], last: Lane) -> Stage:
+                function = partial(self.gather, outputs, batch, split_inputs)
+                return [Task(self._gather_lane(last), function, "gather")]
 
-        following: list[NextStage] = [gather_stage]
-        ready = self.replicas.prepare_nowait(self.module, positions)
-        if ready is not None:
-            stage = apply_stage(ready)
-        else:
-            prepare = partial(self.replicas.prepare, self.module, positions)
-            stage = [Task(lanes[0] if suspects else self.lanes[0], prepare, "replicate")]
-            following.insert(0, lambda results, _: apply_stage(results[0]))
-        num_threads = self.scheduler.thread_share(len(lanes))
-        results = await self.scheduler.run(stage, following, num_threads=num_threads, lanes=self.lanes)
-        return results[0]
+            following: list[NextStage] = [gather_stage]
+            # What had to wait may find another grad mode here than at its call.
+            ready = self.replicas.prepare_nowait(self.module, positions) if ambient is None else None
+            if ready is not None:
+                stage = apply_stage(ready)
+            else:
+                first = positions[0] if suspects else 0
+                stage = [Task(self.lanes[first], partial(self._prepare, first, positions), "replicate")]
+                following.insert(0, lambda results, _: apply_stage(results[0]))
+            num_threads = self.scheduler.thread_share(len(lanes))
+            results = await self.scheduler.run(
+                stage, following, num_threads=num_threads, ambient=ambient, lanes=self.lanes
+            )
+            return results[0]
+        finally:
+            passes.leave(use)
+
+    async def _wait_turn(self, use: Use) -> Ambient:
+        """Wait for the turn of a pass; return what was switched on at its call."""
+        self.scheduler.check_open()
+        ambient = self.scheduler.ambient()
+        await wait_turn(use)
+        return ambient
+
+    def _prepare(self, position: int, positions: Sequence[int]) -> list[LaneModule]:
+        """Make the replicas of some lanes up to date, on the thread of the lane at `position`."""
+        with self.replicas.readers[position]:
+            return self.replicas.prepare(self.module, positions)
+
+    def _apply(self, batch: Batch, position: int, module: Callable[..., Any], shard: list[Any]) -> Any:
+        """Run one lane's shard, on its thread."""
+        with self.replicas.readers[position]:
+            return batch.apply(module, self.lanes[position].device, shard)
 
     async def run_whole(self, batch: Batch) -> Any:
         """Run a whole batch on the lane that `pick` picks."""
@@ -101,13 +152,18 @@ class Route:
         count ever changes.
         """
         first = self.lanes[0]
-        if self.scheduler.least_busy(self.lanes)[0] is not first and not updates_buffers(self.module):
+        if self.scheduler.least_busy(self.lanes)[0] is not first and not self.parts().updates_buffers:
             return await self.run_whole(batch)
 
         def whole() -> Any:
-            is_ready = is_on(self.module, first.device) and not moves_weights(self.module, first.device)
-            module = self.module if is_ready else self.replicas.prepare(self.module, [0])[0]
-            output = batch.apply(module, first.device, batch.leaves)
+            with self.replicas.readers[0]:
+                parts = self.parts()
+                is_ready = not self._only_replicas and parts.is_on(first.device)
+                is_ready = is_ready and not parts.moves_weights(first.device)
+                module = self.module if is_ready else self.replicas.prepare(self.module, [0])[0]
+                output = batch.apply(module, first.device, batch.leaves)
+            if batch.num_rows is None:
+                return move(output, self.output)
             return gather_to([output], self.output, self.dim)
 
         num_threads = self.scheduler.thread_share(1)
@@ -115,7 +171,7 @@ class Route:
 
     def pick(self) -> int:
         """Return the position of the lane for a whole batch: the least busy, or 0 if buffers change."""
-        if len(self.lanes) == 1 or updates_buffers(self.module):
+        if len(self.lanes) == 1 or self.parts().updates_buffers:
             return 0
         return self.lanes.index(self.scheduler.least_busy(self.lanes)[0])
 
@@ -123,22 +179,26 @@ class Route:
         """Run one whole batch on this thread; a single lane runs the module itself, moved to its device."""
         device = self.lanes[position].device
         module: Callable[..., Any]
-        if len(self.lanes) == 1:
-            module = self.module if is_on(self.module, device) else self.module.to(device)
-        else:
-            module = self.replicas.prepare(self.module, [position])[0]
-        args, kwargs = batch.arguments_on(device, batch.leaves)
-        return move(module(*args, **kwargs), self.output)
+        with self.replicas.readers[position]:
+            if len(self.lanes) == 1 and not self._only_replicas:
+                module = self.module if self.parts().is_on(device) else self.module.to(device)
+            else:
+                module = self.replicas.prepare(self.module, [position])[0]
+            args, kwargs = batch.arguments_on(device, batch.leaves)
+            output = module(*args, **kwargs)
+        return move(output, self.output)
 
-    def gather(self, outputs: Sequence[Any], split_inputs: SplitInputs) -> Any:
-        """Gather the outputs of a pass's shards, and end its forward."""
+    def gather(self, outputs: Sequence[Any], batch: Batch, split_inputs: SplitInputs) -> Any:
+        """Gather the outputs of a batch's shards, and end its forward."""
+        if batch.num_rows is not None:
+            check_rows(outputs, split_sizes(batch.num_rows, len(outputs)))
         output = gather_to(outputs, self.output, self.dim)
         split_inputs.end_forward(output)
         return output
 
     def _positions(self, count: int) -> list[int]:
         """Return the lanes for `count` shards. If buffers change, lane 0 must run: its own survive."""
-        if count == len(self.lanes) or updates_buffers(self.module):
+        if count == len(self.lanes) or self.parts().updates_buffers:
             return list(range(count))
         return [self.lanes.index(lane) for lane in self.scheduler.least_busy(self.lanes, count)]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from typing import Any
 
 TURN = 3
 """Calls in a row on one number of lanes; the first of them only warms up caches and threads."""
@@ -21,6 +22,7 @@ MAX_TURNS = 4
 # A number of lanes that is slower than the best by this factor gets no further turns.
 _CLOSE = 1.2
 _MAX_WORKLOADS = 128
+_MAX_LAYOUTS = 16
 # Fewer lanes leave room for other passes and use less memory: a tie goes to them.
 _TIE = 1.03
 # Learned again after this many calls in a row that took longer or shorter by this factor,
@@ -72,6 +74,8 @@ class Workload:
     calls_since_choice: int = 0
     size: int | None = None
     shape: Hashable = None
+    layouts: dict[Hashable, Any] = field(default_factory=dict)  # of results on all lanes, by input shapes
+    compared: set[int] = field(default_factory=set)  # numbers of lanes whose results had the same layout
 
     @property
     def is_learning(self) -> bool:
@@ -103,6 +107,11 @@ class Workload:
         if self.shape is None:
             self.shape = shape
         return self.shape == shape
+
+    def note_layout(self, shapes: Hashable, layout: Any) -> None:
+        """Note what results on all lanes look like for inputs of these shapes."""
+        if len(self.layouts) < _MAX_LAYOUTS:
+            self.layouts[shapes] = layout
 
     def record(self, num_lanes: int, seconds: float, size: int = 1) -> None:
         """Record the duration of a call of `size` elements."""

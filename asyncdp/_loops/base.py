@@ -40,7 +40,7 @@ class Waiter(Protocol):
 class Loop(Protocol):
     """One event loop. Everything but `finish` of what it makes is called on its own thread.
 
-    Functions handed in must not raise. Tasks and calls belong to the loop and not to whoever started
+    Functions handed in must not raise. Tasks and calls belong to the loop and not to the task that started
     them: a task group would turn every exception of its body into a group, and has to be left by the
     task that entered it, which fixtures and generators do not promise.
     """
@@ -66,6 +66,9 @@ class Loop(Protocol):
         Returns:
             What cancels the task, callable from any thread. Keep it: it keeps the task alive.
         """
+
+    def is_closed(self) -> bool:
+        """Return whether the loop has ended for good, and its tasks with it; from any thread."""
 
     def is_cancelled(self) -> bool:
         """Return whether the running task was cancelled, or there is none."""

@@ -7,6 +7,7 @@ import contextlib
 import os
 import threading
 import weakref
+from asyncio import get_running_loop
 from collections import deque
 from collections.abc import Callable, Coroutine
 from functools import partial
@@ -19,33 +20,33 @@ class AsyncioLoop:
     """One asyncio event loop; see `Loop`."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = weakref.ref(loop)  # which lives as long as this, and not the other way round
+        # Refers to the loop but weakly: the table of all of these would else keep it for ever.
+        self._loop = weakref.ref(loop)
         self._mailbox = _Mailbox(loop)
         weakref.finalize(loop, self._mailbox.close)
 
-    @property
-    def _running(self) -> asyncio.AbstractEventLoop:
-        loop = self._loop()
-        assert loop is not None
-        return loop
-
     def completion(self, on_cancel: Callable[[], object]) -> _Completion:
-        return _Completion(self._running, self._mailbox, on_cancel)
+        return _Completion(self._mailbox, on_cancel)
 
     def callback(self, function: Callable[[], object]) -> _Callback:
         return _Callback(self._mailbox, function)
 
     def waiter(self) -> Waiter:
-        return self._running.create_future()
+        return get_running_loop().create_future()
 
     def call_soon(self, function: Callable[[], object]) -> None:
-        self._running.call_soon(function)
+        get_running_loop().call_soon(function)
 
     def call_later(self, seconds: float, function: Callable[[], object]) -> Callable[[], object]:
-        return self._running.call_later(seconds, function).cancel
+        return get_running_loop().call_later(seconds, function).cancel
 
     def spawn(self, function: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], object]:
-        return partial(_call_from_any_thread, self._running, self._running.create_task(function()).cancel)
+        loop = get_running_loop()
+        return partial(_call_from_any_thread, loop, loop.create_task(function()).cancel)
+
+    def is_closed(self) -> bool:
+        loop = self._loop()
+        return loop is None or loop.is_closed()
 
     def is_cancelled(self) -> bool:
         task = asyncio.current_task()
@@ -65,10 +66,8 @@ class _Completion(asyncio.Future[None]):
 
     __slots__ = ("_is_cancelled", "_mailbox", "_message", "_on_cancel")
 
-    def __init__(
-        self, loop: asyncio.AbstractEventLoop, mailbox: _Mailbox, on_cancel: Callable[[], object]
-    ) -> None:
-        super().__init__(loop=loop)
+    def __init__(self, mailbox: _Mailbox, on_cancel: Callable[[], object]) -> None:
+        super().__init__(loop=get_running_loop())
         self._mailbox = mailbox
         self._on_cancel: Callable[[], object] | None = on_cancel
         self._is_cancelled = False

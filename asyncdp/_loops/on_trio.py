@@ -54,6 +54,13 @@ class TrioLoop:
         trio.lowlevel.spawn_system_task(run, context=contextvars.copy_context())
         return partial(_call_from_any_thread, self._token, scope.cancel)
 
+    def is_closed(self) -> bool:
+        try:
+            self._token.run_sync_soon(int)
+        except trio.RunFinishedError:
+            return True
+        return False
+
     def is_cancelled(self) -> bool:
         if not trio.lowlevel.in_trio_task():
             return True

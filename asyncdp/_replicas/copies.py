@@ -10,16 +10,32 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .buckets import buckets
-
-_STRIDED = torch.strided
+DEFAULT_BUCKET_BYTES = 25 * 2**20
 
 
-class Stamp(NamedTuple):
-    """Tells whether a tensor's values may have changed.
+def buckets(tensors: Sequence[Tensor], max_bytes: int = DEFAULT_BUCKET_BYTES) -> list[list[Tensor]]:
+    """Divide tensors into buckets, in reverse order; each shares a transfer, a broadcast or a reduce-add.
 
-    For longer than a storage lives only together with `hold_storages`: another storage may get the place
-    in memory of one that is gone.
+    A backward reaches parameters about in the reverse of their order, so the first bucket is complete,
+    and can be reduced, while the rest of the backward still runs.
+    """
+    found: list[list[Tensor]] = []
+    size = 0
+    for tensor in reversed(tensors):
+        num_bytes = tensor.numel() * tensor.element_size()
+        if not found or size + num_bytes > max_bytes:
+            found.append([])
+            size = 0
+        found[-1].append(tensor)
+        size += num_bytes
+    return found
+
+
+class VersionTag(NamedTuple):
+    """Differs from an earlier one of the same tensor if the tensor's values may have changed.
+
+    To compare tags across the life of a storage, keep `storage_refs` beside them: another storage may get
+    the place in memory of one that is freed.
     """
 
     version: int
@@ -28,16 +44,16 @@ class Stamp(NamedTuple):
     checksum: int = 0
 
     @classmethod
-    def of(cls, tensor: Tensor, *, checksum: bool = False) -> Stamp | None:
-        """None for inference tensors, which count no versions: they always may have changed.
+    def of(cls, tensor: Tensor, *, checksum: bool = False) -> VersionTag | None:
+        """Return a tensor's tag; None for inference tensors, which count no versions and may always change.
 
         Args:
-            tensor: what to look at.
-            checksum: read the values too, for changes that no version tells of.
+            tensor: a parameter or buffer.
+            checksum: read the values too, for changes that no version counts.
         """
         if tensor.is_inference():
             return None
-        if tensor.layout is not _STRIDED:
+        if tensor.layout is not torch.strided:
             return cls(tensor._version)
         return cls(
             tensor._version,
@@ -47,31 +63,27 @@ class Stamp(NamedTuple):
         )
 
 
-def hold_storages(tensors: Sequence[Tensor]) -> list[StorageWeakRef]:
-    """Keep the places of the tensors' storages from being taken by others, but none of their values.
-
-    Returns:
-        What to keep for as long as stamps of these tensors shall tell them from later ones.
-    """
-    return [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors if tensor.layout is _STRIDED]
+def storage_refs(tensors: Sequence[Tensor]) -> list[StorageWeakRef]:
+    """Return references that keep the places of the tensors' storages from being reused, but no values."""
+    return [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors if tensor.layout is torch.strided]
 
 
 def storages(tensors: Iterable[Tensor]) -> list[torch.UntypedStorage]:
-    """The memory of tensors, to keep although they may be given other (as by `flatten_parameters`).
+    """Return the memory of tensors, to keep it although they may get other (as by `flatten_parameters`).
 
-    A CUDA allocator knows only the stream on which memory was made: it gives it away at once, although
+    A CUDA allocator knows only the stream on which memory was made, and reuses freed memory at once although
     another lane's stream has yet to read it.
     """
-    return [tensor.untyped_storage() for tensor in tensors if tensor.layout is _STRIDED]
+    return [tensor.untyped_storage() for tensor in tensors if tensor.layout is torch.strided]
 
 
 def copies_on(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Copy tensors to `device`; those that come from another one in buckets, one transfer for each.
+    """Copy tensors to `device`; those of another device in buckets, with one transfer for each.
 
     Returns:
-        One copy per tensor, of the same strides. No gradient leads back, and none is an inference tensor.
+        One copy per tensor, with the same strides; detached, and no inference tensors.
     """
-    # Outside inference mode, whose tensors could not be used by a later pass that trains.
+    # Outside inference mode: a later pass that trains could not use its tensors.
     with torch.inference_mode(False), torch.no_grad():
         if all(tensor.device == device for tensor in tensors):
             return [tensor.detach().to(device, copy=True) for tensor in tensors]
@@ -93,7 +105,7 @@ def flat_copies(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]
 
 
 def _transfers(tensors: Sequence[Tensor], device: torch.device) -> list[list[Tensor]]:
-    """The tensors that can travel together."""
+    """Return groups of tensors that can be copied in one transfer."""
     groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for tensor in tensors:
         if tensor.layout is torch.strided and tensor.is_contiguous() and tensor.device != device:
@@ -104,3 +116,10 @@ def _transfers(tensors: Sequence[Tensor], device: torch.device) -> list[list[Ten
 def _checksum(tensor: Tensor) -> int:
     values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return zlib.crc32(values.numpy().data)
+
+
+def wait_issued(devices: Iterable[torch.device]) -> None:
+    """Block until everything this thread has issued on its current streams of `devices` is done."""
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()

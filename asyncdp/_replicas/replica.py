@@ -1,9 +1,8 @@
-"""Copies of a module, one per lane, whose parameters lead their gradients back to the original."""
+"""Copies of a module, one per lane, whose parameters pass their gradients on to the original's."""
 
 from __future__ import annotations
 
 import copy
-import sys
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -12,49 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
-from ..errors import CompiledModuleError, LazyModuleError, NotAModuleError, UnsupportedModuleError
+from .refusals import warn_if_compiled
+from .snapshot import CACHE_ATTRIBUTE, PLAIN, AttributeMap, ModuleSnapshot
 
-TensorMap = Mapping[int, Tensor]
-"""The `id` of one of the original module's parameters or buffers -> what stands in its place."""
+Substitutions = Mapping[int, Tensor]
+"""The `id` of one of the original module's parameters or buffers -> the tensor in its place."""
 
-AttributeMap = Mapping[tuple[int, str], Any]
-"""The `id` of one of the original's modules and a plain attribute's name -> its value."""
-
-KEPT = "_asyncdp_replicas"
-"""The attribute under which a module keeps its replicas; no replica has it."""
-
-PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
-"""Types of values that hold no reference to anything else."""
-
-_COMPILED = "_compiled_call_impl"
-
-_SET_APART = ("_parameters", "_buffers", "_modules", _COMPILED, KEPT)
+_SET_APART = ("_parameters", "_buffers", "_modules")
 
 
-def check_module(module: object) -> None:
-    """Refuse what cannot be replicated, before any work starts."""
-    if not isinstance(module, nn.Module):
-        raise NotAModuleError(module)
-    compiled = getattr(sys.modules.get("torch._dynamo.eval_frame"), "OptimizedModule", ())
-    for each in module.modules():
-        if isinstance(each, torch.jit.ScriptModule):
-            raise UnsupportedModuleError(each)
-        if isinstance(each, compiled):
-            raise CompiledModuleError
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        if is_lazy(tensor):
-            raise LazyModuleError(name)
-
-
-def module_tensors(module: nn.Module) -> list[Tensor]:
-    """Every parameter and buffer once, parameters first."""
-    return [*module.parameters(), *module.buffers()]
-
-
-def stand_ins(originals: Sequence[Tensor], replacements: Sequence[Tensor]) -> TensorMap:
-    """Map originals to what stands in for them; a parameter's stand-in counts as a parameter too."""
+def substitutions(originals: Sequence[Tensor], replacements: Sequence[Tensor]) -> Substitutions:
+    """Map originals to their replacements; that of a parameter counts as a parameter too."""
     for original, replacement in zip(originals, replacements, strict=True):
         if isinstance(original, nn.Parameter) and replacement is not original:
             # What isinstance(x, nn.Parameter) looks at for tensors that are no such instances.
@@ -63,104 +31,168 @@ def stand_ins(originals: Sequence[Tensor], replacements: Sequence[Tensor]) -> Te
 
 
 class Replica:
-    """A module's structure copied, with places into which tensors can be put again and again.
+    """A copy of a module's structure, in whose places tensors can be put again and again.
 
     Args:
-        original: what to copy.
+        snapshot: what to copy, of a module that is alive.
         deep: whether attributes that are neither modules nor tensors are copied too, or shared with
             the original. Either way, references to the original's submodules become the replica's.
 
     Attributes:
         module: the copy.
-        installed: the stand-ins it holds now.
-        changes: the latest plain attributes that changed in the original since the copy was made.
     """
 
-    def __init__(self, original: nn.Module, *, deep: bool) -> None:
-        self.installed: TensorMap | None = None
-        self.changes: AttributeMap = {}
-        self._installed_changes: AttributeMap = self.changes
-        self._modules: dict[int, nn.Module] = {id(each): _bare_copy(each) for each in original.modules()}
-        self.module = self._modules[id(original)]
-        self._slots: dict[str, list[tuple[dict[str, Any], str, int]]] = {"_parameters": [], "_buffers": []}
+    def __init__(self, snapshot: ModuleSnapshot, *, deep: bool) -> None:
+        originals = snapshot.modules
+        warn_if_compiled(originals)
+        self._modules = [*map(_bare_copy, originals, snapshot.namespaces)]
+        self.module = self._modules[0]
+        self._bound: Substitutions = {}
+        self._bound_changes: AttributeMap = {}
+        self._parameters: list[tuple[dict[str, Any], str, int]] = []
+        self._buffers: list[tuple[dict[str, Any], str, int]] = []
         self._empty_buffers: list[tuple[dict[str, Any], str]] = []
         self._attributes: list[tuple[dict[str, Any], str, Any]] = []
-        self._memo: dict[int, Any] | None = None
-        if deep:
-            # A submodule, met inside an attribute, stands for its copy; a copy stands for itself.
-            self._memo = {**self._modules, **{id(copied): copied for copied in self._modules.values()}}
-        tensor_ids = {id(tensor) for tensor in module_tensors(original)}
-        for each in original.modules():
-            replica = self._modules[id(each)]
-            self._fill(each, replica.__dict__, tensor_ids)
-            if isinstance(each, nn.RNNBase) and not deep:
-                replica.__dict__["flatten_parameters"] = _Flatten(each, replica)
+        copies = {id(each): copied for each, copied in zip(originals, self._modules, strict=True)}
+        # A submodule, met inside an attribute, stands for its copy; a copy stands for itself.
+        memo = {**copies, **{id(copied): copied for copied in self._modules}} if deep else None
+        tensor_ids = {id(tensor) for tensor in snapshot.tensors}
+        for original, replica in zip(originals, self._modules, strict=True):
+            self._fill(replica.__dict__, copies, memo, tensor_ids)
+            if isinstance(original, nn.RNNBase) and not deep:
+                replica.__dict__["flatten_parameters"] = _Flatten(original, replica)
 
-    def install(self, tensors: TensorMap, changes: AttributeMap | None = None) -> None:
+    def bind(self, tensors: Substitutions, changes: AttributeMap) -> None:
         """Put tensors in the places of the original's, and values in those of its plain attributes.
 
         Args:
-            tensors: what stands for each parameter and buffer of the original.
-            changes: plain attributes that changed since the replica was made; the latest if None.
+            tensors: a substitution for each parameter and buffer of the original.
+            changes: all plain attributes that changed since the replica was made.
         """
-        changes = self.changes if changes is None else changes
         # Buffers always: a forward may have put another tensor in a buffer's place.
-        for registry, name, key in self._slots["_buffers"]:
+        for registry, name, key in self._buffers:
             registry[name] = tensors[key]
         for registry, name in self._empty_buffers:
             registry[name] = None
-        if tensors is not self.installed:
-            for registry, name, key in self._slots["_parameters"]:
+        if tensors is not self._bound:
+            for registry, name, key in self._parameters:
                 registry[name] = tensors[key]
             for namespace, name, template in self._attributes:
                 namespace[name] = _substitute(template, tensors)
-            self.installed = tensors
-        if changes is not self._installed_changes:
-            for (owner, name), value in changes.items():
-                self._modules[owner].__dict__[name] = value
-            self._installed_changes = changes
+            self._bound = tensors
+        if changes is not self._bound_changes:
+            for (position, name), value in changes.items():
+                self._modules[position].__dict__[name] = value
+            self._bound_changes = changes
 
-    def set_modes(self, training: Mapping[int, bool]) -> None:
-        """Put the copies of the original's modules, named by their ids, in train mode or out of it."""
-        for owner, mode in training.items():
-            self._modules[owner].__dict__["training"] = mode
+    def set_modes(self, training: Sequence[bool]) -> None:
+        """Put each module in train mode or in eval mode."""
+        for module, mode in zip(self._modules, training, strict=True):
+            module.__dict__["training"] = mode
 
-    def buffers_of(self, original: nn.Module) -> dict[str, Tensor | None]:
-        """The buffers of the copy of one of the original's modules."""
-        return self._modules[id(original)]._buffers
+    def buffer_versions(self) -> dict[int, int]:
+        """Return the version of each buffer by its `id`, to give to `write_back_buffers` after a forward."""
+        buffers = [registry[name] for registry, name, _ in self._buffers]
+        return {id(buffer): buffer._version for buffer in buffers if not buffer.is_inference()}
 
-    def _fill(self, original: nn.Module, namespace: dict[str, Any], tensor_ids: set[int]) -> None:
-        for registry in ("_parameters", "_buffers"):
-            entries = dict(namespace[registry])
-            namespace[registry] = entries
-            self._slots[registry] += [
-                (entries, name, id(value)) for name, value in entries.items() if value is not None
-            ]
+    def write_back_buffers(self, snapshot: ModuleSnapshot, versions: Mapping[int, int]) -> None:
+        """Carry what a forward did to the buffers into those of the original."""
+        originals = snapshot.modules
+        for position in snapshot.buffer_owners:
+            replica, own = self._modules[position], originals[position]._buffers
+            for name in own | replica._buffers:
+                before, after = own.get(name), replica._buffers.get(name)
+                if after is before:
+                    continue
+                if before is None or after is None or after is not self._bound.get(id(before)):
+                    # The forward put another tensor in the buffer's place.
+                    device = None if before is None else before.device
+                    own[name] = None if after is None else after.detach().to(device)
+                elif after.requires_grad and after.device == before.device:
+                    continue  # the two share their storage
+                elif versions.get(id(after)) != after._version or (
+                    # Batch norm changes its statistics without counting a version.
+                    replica.training and not _overlaps_itself(before)
+                ):
+                    with torch.no_grad():
+                        before.copy_(after)
+
+    def _fill(
+        self,
+        namespace: dict[str, Any],
+        copies: Mapping[int, nn.Module],
+        memo: dict[int, Any] | None,
+        tensor_ids: set[int],
+    ) -> None:
+        for registry, slots in (("_parameters", self._parameters), ("_buffers", self._buffers)):
+            entries = namespace[registry] = dict(namespace[registry])
+            slots += [(entries, name, id(value)) for name, value in entries.items() if value is not None]
         buffers = namespace["_buffers"]
         self._empty_buffers += [(buffers, name) for name, value in buffers.items() if value is None]
-        namespace.pop(KEPT, None)
+        namespace.pop(CACHE_ATTRIBUTE, None)
         namespace["_modules"] = {
-            name: None if child is None else self._modules[id(child)]
-            for name, child in original._modules.items()
+            name: None if child is None else copies[id(child)]
+            for name, child in namespace["_modules"].items()
         }
         # Compiled code of the original would run the original.
-        namespace.pop(_COMPILED, None)
-        for name, value in original.__dict__.items():
+        namespace.pop("_compiled_call_impl", None)
+        for name, value in [*namespace.items()]:
             if name in _SET_APART:
                 continue
-            mapped = _substitute(value, self._modules)
+            mapped = _substitute(value, copies)
             if _refers_to(mapped, tensor_ids):
                 self._attributes.append((namespace, name, mapped))
-            elif self._memo is not None:
-                mapped = _deep_copy(name, mapped, self._memo)
+            elif memo is not None:
+                mapped = _deep_copy(name, mapped, memo)
             namespace[name] = mapped
 
 
-class _Flatten:
-    """`flatten_parameters` of a replica, which leaves weights alone that it shares with the original.
+class ReplicaCache:
+    """The replicas of one module, made once and kept while nothing but plain attributes changes.
 
-    It gives every weight a new place in memory. Shared ones are no longer shared then, or other lanes read
-    them while they move. They are flat as far as the original's are.
+    Args:
+        num_replicas: one per lane.
+
+    Attributes:
+        snapshot: what the replicas follow; None before they are first built.
+        replicas: the replicas.
+        changes: plain attributes that changed since they were built. A new map for every change: a pass
+            under way keeps the values of its own time.
+    """
+
+    def __init__(self, num_replicas: int) -> None:
+        self._num_replicas = num_replicas
+        self.snapshot: ModuleSnapshot | None = None
+        self.replicas: list[Replica] = []
+        self.changes: AttributeMap = {}
+
+    def follow(self, snapshot: ModuleSnapshot) -> bool:
+        """Take over changes of plain attributes; return False if the replicas have to be built anew."""
+        if self.snapshot is None:
+            return False
+        if snapshot is self.snapshot:
+            return True
+        changes = self.snapshot.plain_changes(snapshot)
+        if changes is None:
+            return False
+        if changes:
+            self.changes = {**self.changes, **changes}
+        self.snapshot = snapshot
+        return True
+
+    def build(self, snapshot: ModuleSnapshot) -> None:
+        """Make all replicas anew."""
+        self.snapshot = None  # should anything below fail, the next pass starts here again
+        self.replicas = [Replica(snapshot, deep=False) for _ in range(self._num_replicas)]
+        self.changes = {}
+        self.snapshot = snapshot
+
+
+class _Flatten:
+    """The `flatten_parameters` of a replica, which does not move weights shared with the original.
+
+    Moved weights would no longer be shared, or would move while other lanes read them. They are as flat as
+    the original's.
     """
 
     def __init__(self, original: nn.RNNBase, replica: nn.Module) -> None:
@@ -174,18 +206,26 @@ class _Flatten:
             type(replica).flatten_parameters(replica)
 
 
-def _share_weights(one: nn.RNNBase, other: nn.RNNBase) -> bool:
-    pairs = zip(one._flat_weights, other._flat_weights, strict=True)
+def _share_weights(original: nn.RNNBase, replica: nn.RNNBase) -> bool:
+    pairs = zip(original._flat_weights, replica._flat_weights, strict=True)
     return any(
         isinstance(weight, Tensor) and isinstance(twin, Tensor) and weight.data_ptr() == twin.data_ptr()
         for weight, twin in pairs
     )
 
 
-def _bare_copy(module: nn.Module) -> nn.Module:
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Return whether elements share memory, as after `expand`; nothing can write to such a tensor."""
+    if tensor.layout is not torch.strided:
+        return False
+    lengths = zip(tensor.stride(), tensor.shape, strict=True)
+    return any(stride == 0 and length > 1 for stride, length in lengths)
+
+
+def _bare_copy(module: nn.Module, namespace: Mapping[str, Any]) -> nn.Module:
     # Not through the class's own __new__, which some classes (GraphModule) use to make a new class.
     replica = object.__new__(type(module))
-    replica.__dict__.update(module.__dict__)
+    replica.__dict__.update(namespace)
     return replica
 
 
@@ -205,9 +245,9 @@ def _substitute(value: Any, memo: Mapping[int, Any]) -> Any:
 
 
 def _rebuilt(value: Any, new: list[Any], make: Callable[[list[Any]], Any], old: Any = None) -> Any:
-    """Make a new container if an entry changed; else keep the very one, so that edits stay visible."""
+    """Make a new container if an entry changed; else return the same one, so that edits stay visible."""
     entries = value if old is None else old
-    if all(one is other for one, other in zip(entries, new, strict=True)):
+    if all(before is after for before, after in zip(entries, new, strict=True)):
         return value
     return make(new)
 
@@ -223,12 +263,12 @@ def _refers_to(value: Any, ids: set[int]) -> bool:
 
 
 def _deep_copy(name: str, value: Any, memo: dict[int, Any]) -> Any:
-    """Copy an attribute deeply, but for hooks and what cannot be copied (locks, handles): shared."""
+    """Copy an attribute deeply, but share hooks and what cannot be copied (locks, handles)."""
     if isinstance(value, PLAIN):
         return value
     if name.endswith("_hooks"):
         return copy.copy(value)
-    # A copy that fails leaves half-built objects in its memo, which no later copy may meet.
+    # A copy that fails leaves half-built objects in its memo, which no later copy may find.
     trial = dict(memo)
     try:
         copied = copy.deepcopy(value, trial)

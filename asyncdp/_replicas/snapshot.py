@@ -1,181 +1,327 @@
-"""What a module consists of, remembered so that any change of it is noticed."""
+"""What a module consists of at one moment: the one answer to whether it has changed since."""
 
 from __future__ import annotations
 
+import copy
+import sys
 import weakref
 from collections import OrderedDict
-from itertools import chain
-from operator import is_
-from types import MethodType
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from itertools import chain, starmap
+from operator import attrgetter, call, is_, itemgetter
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from .replica import KEPT, PLAIN
+from ..errors import CompiledModuleError, LazyModuleError, NotAModuleError, UnsupportedModuleError
+from .refusals import check_placement
+
+CACHE_ATTRIBUTE = "_asyncdp_replicas"
+"""The attribute of a module that holds its replicas; no snapshot and no replica has it."""
+
+AttributeMap = Mapping[tuple[int, str], Any]
+"""The position of a module in `ModuleSnapshot.modules` and the name of an attribute -> its value."""
+
+PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+"""Types of values that hold no reference to anything else."""
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_OF_ALL_MODULES = frozenset(vars(nn.Module()))
 
-_CONTAINERS = (list, tuple, dict, OrderedDict)
+# What equals a value of these types can stand for it. Equal numbers may differ in type, equal tensors in
+# everything but values, so values of all other types are compared by identity.
+_EQUALITY_SUFFICES = frozenset({str, type(None), set, torch.dtype, FunctionType, MethodType})
 
-
-def modules_of(module: nn.Module) -> list[nn.Module]:
-    """A module and all below it. `module.modules()` makes names on the way, which takes far longer."""
-    found = [module]
-    known = {id(module)}
-    for each in found:
-        for child in each._modules.values():
-            if child is not None and id(child) not in known:
-                known.add(id(child))
-                found.append(child)
-    return found
+_CONTAINERS = frozenset({list, tuple, dict, OrderedDict})
+_namespace = attrgetter("__dict__")  # quicker than `vars`
+_training = attrgetter("training")
+_device = attrgetter("device")
 
 
-def is_on(module: nn.Module, device: torch.device) -> bool:
-    """Whether all of a module is on a device; `module.to(device)` takes far longer to find out."""
-    return all(
-        tensor is None or tensor.device == device
-        for each in modules_of(module)
-        for tensor in chain(each._parameters.values(), each._buffers.values())
-    )
+def check_module(module: object) -> None:
+    """Refuse what cannot be replicated, before anything runs."""
+    if not isinstance(module, nn.Module):
+        raise NotAModuleError(module)
+    compiled = getattr(sys.modules.get("torch._dynamo.eval_frame"), "OptimizedModule", ())
+    for each in _modules_of(module):
+        if isinstance(each, torch.jit.ScriptModule):
+            raise UnsupportedModuleError(each)
+        if isinstance(each, compiled):
+            raise CompiledModuleError
+        if any(map(_is_lazy, chain(each._parameters.values(), each._buffers.values()))):
+            tensors = chain(module.named_parameters(), module.named_buffers())
+            raise LazyModuleError(next(name for name, tensor in tensors if _is_lazy(tensor)))
+        check_placement(module, each)
 
 
-def moves_weights(module: nn.Module, device: torch.device) -> bool:
-    """Whether the module's forward may give its own weights another place, under lanes that read them."""
-    return device.type == "cuda" and any(isinstance(each, nn.RNNBase) for each in modules_of(module))
+def _is_lazy(tensor: Tensor | None) -> bool:
+    return tensor is not None and is_lazy(tensor)
 
 
-class Outline:
-    """The modules that a module consists of, remembered to look at them all once more in little time.
+class ModuleSnapshot:
+    """A module and all below it, as of a moment. Never changes itself.
 
-    Unlike a `Structure` it keeps them alive, and notices no other change than of which they are.
+    Refers to the module weakly: the module may hold its replicas, which hold their snapshot.
+
+    Attributes:
+        namespaces: copies of all modules' `__dict__`, without replicas.
+        parameters: every parameter once, in the order of `module.parameters()`.
+        buffers: every buffer once.
+        tensors: the parameters, then the buffers.
+        buffer_owners: the positions of the modules that have buffers, or empty places for them.
+        training: the mode of every module.
+        updates_buffers: whether a forward is likely to change buffers: some have an owner in train mode.
+        changes_uncounted: whether forwards may change buffers without counting a version.
+        has_rnn: whether one of the modules is recurrent.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.modules = modules_of(module)
-        # Live views.
-        self._children = [each._modules.values() for each in self.modules]
-        self._parameters = [each._parameters.values() for each in self.modules]
-        self._noted_children = [*chain.from_iterable(self._children)]
-        self._noted_parameters: list[Tensor | None] = []
-        self._distinct_parameters: list[Tensor] = []
-
-    def is_same(self) -> bool:
-        """Whether the modules are the same still."""
-        found = [*chain.from_iterable(self._children)]
-        return len(found) == len(self._noted_children) and all(map(is_, found, self._noted_children))
-
-    def parameters(self) -> list[Tensor]:
-        """The parameters of all modules as of now, each once."""
-        found: list[Tensor | None] = [*chain.from_iterable(self._parameters)]
-        noted = self._noted_parameters
-        if len(found) != len(noted) or not all(map(is_, found, noted)):
-            self._noted_parameters = found
-            distinct = {id(tensor): tensor for tensor in found if tensor is not None}
-            self._distinct_parameters = list(distinct.values())
-        return self._distinct_parameters
-
-
-class Structure:
-    """What a module looked like when its replicas were made; tells cheaply whether it still does.
-
-    Everything a module consists of is a value in one of its dictionaries, so one pass over all those
-    values finds any change.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        # Weak: a module keeps its replicas, so references to its namespace would make a cycle.
-        self._owners = [weakref.ref(each) for each in module.modules()]
-        self.take_note()
-
-    def __len__(self) -> int:
-        return len(self._owners)
-
-    def take_note(self) -> None:
-        """Remember the values as they are now."""
-        namespaces = [each.__dict__ for each in self._modules() or ()]
+        check_module(module)
+        modules = _modules_of(module)
+        namespaces = _namespaces_of(modules)
+        self._root = weakref.ref(module)
+        self._below = modules[1:]
+        self._types = [*map(type, modules)]
+        self.namespaces = [*map(dict, namespaces)]
         registries = [namespace[name] for namespace in namespaces for name in _REGISTRIES]
-        hooks = [
-            values
-            for namespace in namespaces
-            for name, values in namespace.items()
-            if name.endswith("_hooks") and isinstance(values, dict)
+        hooks = [namespace[name] for namespace in namespaces for name in _HOOKS]
+        # Views, all of them live; most dictionaries of most modules are empty, which is asked for faster.
+        self._live_parts = [each.values() for each in registries if each]
+        self._live_names = [each.keys() for each in (*registries, *hooks) if each]
+        self._empty_registries = [each for each in registries if not each]
+        self._empty_hooks = [each for each in hooks if not each]
+        self._parts = [*chain.from_iterable(self._live_parts)]
+        self._names = [*chain.from_iterable(self._live_names)]
+        self._getters = [_getter_of(namespace) for namespace in namespaces]
+        self._identities = [*chain.from_iterable(map(call, self._getters, namespaces))]
+        containers = _containers_with_parts(namespaces)
+        self._containers = [
+            (each, dict(each) if isinstance(each, dict) else list(each)) for each in containers
         ]
-        parts = [
-            each
-            for namespace in namespaces
-            for name, value in namespace.items()
-            if name not in _REGISTRIES and _holds_parts(value)
-            for each in _containers_in(value)
-        ]
-        # Views and lists, all of them live. A hook's key is never used again, so keys tell all of hooks.
-        self._values = [_values_of(each) for each in (*registries, *parts)]
-        named = [*registries, *hooks, *(each for each in parts if isinstance(each, dict))]
-        self._names = [each.keys() for each in named if each]
-        self._empty = [each for each in named if not each]
-        self._attribute_names = [list(namespace) for namespace in namespaces]
-        self._noted_names = list(chain.from_iterable(self._names))
-        # The root's may hold this very object by its replicas, so of them all but those are kept.
-        self._root_ids = [id(value) for value in namespaces[0].values()] if namespaces else []
-        self._root = [value for name, value in namespaces[0].items() if name != KEPT] if namespaces else []
-        containers = self._containers(namespaces)
-        self._lengths = [*map(len, containers)]
-        self._noted = [*chain.from_iterable(containers)]
+        self.parameters = _distinct(each["_parameters"] for each in namespaces)
+        self.buffers = _distinct(each["_buffers"] for each in namespaces)
+        self.tensors = self.parameters + self.buffers
+        self.buffer_owners = [place for place, each in enumerate(namespaces) if each["_buffers"]]
+        self.training = [*map(_training, modules)]
+        self.updates_buffers = any(self.training[position] for position in self.buffer_owners)
+        self.changes_uncounted = self.updates_buffers
+        self.has_rnn = any(isinstance(each, nn.RNNBase) for each in modules)
 
-    def is_same(self) -> bool:
-        """Whether nothing at all was replaced, added or removed."""
-        try:
-            namespaces = [owner().__dict__ for owner in self._owners]
-        except AttributeError:  # one of the modules is gone
+    @classmethod
+    def capture(cls, module: nn.Module) -> ModuleSnapshot:
+        """Return what `module` consists of now.
+
+        Raises:
+            NotAModuleError, LazyModuleError, UnsupportedModuleError: it cannot be replicated.
+        """
+        return cls(module)
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """Return the module and all below it, in the order of `module.modules()`."""
+        root = self._root()
+        assert root is not None, "the caller holds the module"
+        return [root, *self._below]
+
+    def is_current(self) -> bool:
+        """Return whether nothing at all was replaced, added, removed, renamed or reordered since."""
+        root = self._root()
+        if root is None or not self.has_same_parts():
             return False
-        containers = self._containers(namespaces)
+        modules = [root, *self._below]
+        namespaces = _namespaces_of(modules)
+        try:
+            # Identities first, so that equality is never asked of different tensors.
+            return (
+                all(map(is_, chain.from_iterable(map(call, self._getters, namespaces)), self._identities))
+                and namespaces == self.namespaces
+                and not any(self._empty_hooks)
+                and [*chain.from_iterable(self._live_names)] == self._names
+                and [*map(type, modules)] == self._types
+                and (not self._containers or all(starmap(_holds_the_same, self._containers)))
+            )
+        except Exception:  # an attribute is gone, or its new value cannot be compared
+            return False
+
+    def in_mode(self, training: bool) -> ModuleSnapshot:
+        """Return a snapshot of the module as if each module in it were in train mode, or in eval mode."""
+        forced = copy.copy(self)
+        forced.namespaces = [{**namespace, "training": training} for namespace in self.namespaces]
+        forced.training = [training] * len(self.training)
+        forced.updates_buffers = training and bool(self.buffer_owners)
+        forced.changes_uncounted = self.changes_uncounted or forced.updates_buffers
+        return forced
+
+    def has_same_root(self, other: ModuleSnapshot) -> bool:
+        """Return whether the other is a snapshot of the same module."""
+        return self._root is other._root  # a module has only one weak reference
+
+    def has_same_parts(self) -> bool:
+        """Return whether parameters, buffers and submodules are the same, in less time than `is_current`."""
+        found = [*chain.from_iterable(self._live_parts)]
         return (
-            [id(value) for value in namespaces[0].values()] == self._root_ids
-            and [*map(len, containers)] == self._lengths
-            and all(map(is_, chain.from_iterable(containers), self._noted))
-            and self._has_same_names()
+            len(found) == len(self._parts)
+            and all(map(is_, found, self._parts))
+            and not any(self._empty_registries)
         )
 
-    def plain_changes(self) -> dict[tuple[int, str], Any] | None:
-        """The attributes that changed, or None if anything else than plain values did."""
-        modules = self._modules()
-        if modules is None or not self._has_same_names():
+    def has_same_modes(self) -> bool:
+        """Return whether every module is in the mode that it was in."""
+        return [*map(_training, self.modules)] == self.training
+
+    def plain_changes(self, later: ModuleSnapshot) -> AttributeMap | None:
+        """Return the attributes that changed from this snapshot to a later one of the same module.
+
+        Returns:
+            The new values, or None if anything but values of `PLAIN` types changed.
+        """
+        if not self._has_parts_of(later):
             return None
-        namespaces = [each.__dict__ for each in modules]
-        if [*map(list, namespaces)] != self._attribute_names:
-            return None
-        if [*map(len, self._containers(namespaces))] != self._lengths:
-            return None
-        before = chain(self._root, self._noted)
-        changes = {
-            (id(module), name): value
-            for module in modules
-            for name, value in module.__dict__.items()
-            if (name != KEPT or module is not modules[0]) and value is not next(before)
-        }
-        unchanged = [*map(id, chain.from_iterable(self._values))] == [*map(id, before)]
-        return changes if unchanged and all(isinstance(each, PLAIN) for each in changes.values()) else None
+        changes = {}
+        for position, (before, now) in enumerate(zip(self.namespaces, later.namespaces, strict=True)):
+            if [*before] != [*now]:
+                return None
+            for name, value in now.items():
+                if value is before[name]:
+                    continue
+                if isinstance(value, PLAIN) and isinstance(before[name], PLAIN):
+                    changes[position, name] = value
+                elif type(value) not in _EQUALITY_SUFFICES or value != before[name]:
+                    return None
+        return changes
 
-    def _containers(self, namespaces: list[dict[str, Any]]) -> list[Any]:
-        """All that holds values, but for the root's namespace."""
-        return [each.values() for each in namespaces[1:]] + self._values
+    def is_on(self, device: torch.device) -> bool:
+        """Return whether all tensors are on a device; `module.to(device)` takes far longer to find out."""
+        return {*map(_device, self.tensors)} <= {device}
 
-    def _modules(self) -> list[nn.Module] | None:
-        """All modules, or None if one of them is gone."""
-        modules = [owner() for owner in self._owners]
-        return None if None in modules else modules  # type: ignore[return-value]
+    def moves_weights(self, device: torch.device) -> bool:
+        """Return whether a forward may move the weights in memory while other lanes read them."""
+        return self.has_rnn and device.type == "cuda"
 
-    def _has_same_names(self) -> bool:
-        # Most dictionaries of most modules are empty, which is asked for much faster than their names.
-        return not any(self._empty) and list(chain.from_iterable(self._names)) == self._noted_names
+    def trainable(self) -> list[Tensor]:
+        """Return the tensors that require gradients now."""
+        return [tensor for tensor in self.tensors if tensor.requires_grad]
+
+    def _has_parts_of(self, other: ModuleSnapshot) -> bool:
+        mine, theirs = self._containers, other._containers
+        return (
+            self._root() is other._root()
+            and self._names == other._names
+            and self._types == other._types
+            and _holds_the_same(self._parts, other._parts)
+            and len(mine) == len(theirs)
+            and all(a is b and _holds_the_same(x, y) for (a, x), (b, y) in zip(mine, theirs, strict=True))
+        )
 
 
-def _values_of(container: Any) -> Any:
-    return container.values() if isinstance(container, dict) else container
+class LatestSnapshot:
+    """The latest snapshot of one module, captured anew only when it has to be.
+
+    Attributes:
+        latest: the snapshot; None before the first.
+    """
+
+    def __init__(self) -> None:
+        self.latest: ModuleSnapshot | None = None
+
+    def current(self, module: nn.Module) -> ModuleSnapshot:
+        """Return a snapshot of the module as it is."""
+        latest = self.latest
+        if latest is None or not latest.is_current():
+            latest = self.latest = ModuleSnapshot.capture(module)
+        return latest
+
+    def parts(self, module: nn.Module) -> ModuleSnapshot:
+        """Return a snapshot that has the parts and modes of the module; its attributes may be older."""
+        latest = self.latest
+        if latest is None or not (latest.has_same_parts() and latest.has_same_modes()):
+            latest = self.latest = ModuleSnapshot.capture(module)
+        return latest
+
+
+class LatestInMode(LatestSnapshot):
+    """The latest snapshot of one module as if it were in one mode, whatever its flags say.
+
+    Args:
+        training: the mode.
+    """
+
+    def __init__(self, training: bool) -> None:
+        super().__init__()
+        self._training = training
+        self._forced: tuple[ModuleSnapshot, ModuleSnapshot] | None = None
+
+    def current(self, module: nn.Module) -> ModuleSnapshot:
+        return self._in_mode(super().current(module))
+
+    def parts(self, module: nn.Module) -> ModuleSnapshot:
+        return self._in_mode(super().parts(module))
+
+    def _in_mode(self, snapshot: ModuleSnapshot) -> ModuleSnapshot:
+        pair = self._forced
+        if pair is None or pair[0] is not snapshot:
+            pair = self._forced = (snapshot, snapshot.in_mode(self._training))
+        return pair[1]
+
+
+def _modules_of(module: nn.Module) -> list[nn.Module]:
+    """Return what `module.modules()` yields, without making names on the way, which takes far longer."""
+    found: dict[int, nn.Module] = {}
+    waiting = [module]
+    while waiting:
+        each = waiting.pop()
+        if id(each) not in found:
+            found[id(each)] = each
+            waiting += [child for child in reversed(each._modules.values()) if child is not None]
+    return [*found.values()]
+
+
+def _namespaces_of(modules: Sequence[nn.Module]) -> list[dict[str, Any]]:
+    """Return the attributes of modules; of the first one without its replicas."""
+    namespaces = [*map(_namespace, modules)]
+    if CACHE_ATTRIBUTE in namespaces[0]:
+        namespaces[0] = {name: value for name, value in namespaces[0].items() if name != CACHE_ATTRIBUTE}
+    return namespaces
+
+
+def _getter_of(namespace: dict[str, Any]) -> itemgetter[Any]:
+    """Return what gets a tuple of all attributes that have to be compared by identity."""
+    names = [
+        name
+        for name, value in namespace.items()
+        if type(value) not in _EQUALITY_SUFFICES and name not in _OF_ALL_MODULES
+    ]
+    # Of a single name `itemgetter` would give no tuple.
+    return _getter(*(names if len(names) > 1 else (names or ["training"]) * 2))
+
+
+@lru_cache(maxsize=1024)
+def _getter(*names: str) -> itemgetter[Any]:
+    return itemgetter(*names)
+
+
+def _distinct(registries: Iterator[dict[str, Tensor | None]]) -> list[Tensor]:
+    found = chain.from_iterable(registry.values() for registry in registries)
+    return [*{id(tensor): tensor for tensor in found if tensor is not None}.values()]
+
+
+def _containers_with_parts(namespaces: Sequence[dict[str, Any]]) -> list[Any]:
+    """Return the lists and dictionaries among attributes whose entries a replica has to replace."""
+    return [
+        container
+        for namespace in namespaces
+        for name, value in namespace.items()
+        if type(value) in _CONTAINERS and value and name not in _REGISTRIES and _holds_parts(value)
+        for container in _containers_in(value)
+    ]
 
 
 def _holds_parts(value: Any) -> bool:
-    """Whether a plain container holds parts of a module, for which a replica has others."""
     return type(value) in _CONTAINERS and any(
         isinstance(entry, (nn.Module, Tensor, MethodType)) or _holds_parts(entry)
         for entry in _values_of(value)
@@ -183,8 +329,19 @@ def _holds_parts(value: Any) -> bool:
 
 
 def _containers_in(value: Any) -> list[Any]:
-    """A container and all those within it, but for tuples: they never change."""
+    """Return a container and all those within it, but no tuples, which never change."""
     if type(value) not in _CONTAINERS:
         return []
     within = [each for entry in _values_of(value) for each in _containers_in(entry)]
     return within if type(value) is tuple else [value, *within]
+
+
+def _holds_the_same(one: Any, other: Any) -> bool:
+    """Return whether two containers hold the very same values, in the same order and by the same names."""
+    if len(one) != len(other) or not all(map(is_, _values_of(one), _values_of(other))):
+        return False
+    return not isinstance(one, dict) or [*one] == [*other]
+
+
+def _values_of(container: Any) -> Any:
+    return container.values() if isinstance(container, dict) else container

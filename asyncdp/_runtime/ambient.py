@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextvars
 import copy
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any, TypeVar
 
@@ -17,8 +17,9 @@ from torch import (
     is_grad_enabled,
     is_inference_mode_enabled,
 )
+from torch.autograd.graph import saved_tensors_hooks
 
-from .._torch_private import num_function_modes
+from .._torch_private import num_function_modes, saved_tensors_hooks_of
 
 # Which event loop runs, as the library sniffio sees it; it may not be installed.
 _event_loop_name: contextvars.ContextVar[str | None] | None
@@ -33,7 +34,7 @@ Modes = tuple[Any, ...]
 """Grad mode, inference mode, autocast's cache; then each device type, whether autocast is on, its dtype."""
 
 
-def current_modes(device_types: tuple[str, ...]) -> Modes:
+def current_modes(device_types: Sequence[str]) -> Modes:
     """Return the modes of the calling thread."""
     name = device_types[0]
     modes: Modes = (
@@ -67,17 +68,20 @@ def _entered(modes: Modes, present: Modes) -> ExitStack:
 class Ambient:
     """What a caller had switched on when it submitted a pass.
 
-    Grad mode, inference mode, autocast and the default device belong to a thread in torch, so a lane
-    knows nothing of the caller's. The default dtype belongs to the process and needs no carrying.
+    Grad mode, inference mode, autocast, the default device and hooks for saved tensors belong to a thread in
+    torch, so a lane knows nothing of the caller's. The default dtype belongs to the process and needs no
+    carrying.
     """
 
-    __slots__ = ("_contexts", "_default_device", "modes")
+    __slots__ = ("_contexts", "_default_device", "_saved_hooks", "modes")
 
-    def __init__(self, device_types: tuple[str, ...]) -> None:
+    def __init__(self, device_types: Sequence[str]) -> None:
         self.modes = current_modes(device_types)
         # A set default device is a mode of torch functions; looking for it among none takes microseconds.
         has_modes = num_function_modes() > 0
         self._default_device = torch.get_default_device() if has_modes else None
+        # Torch itself applies only the innermost.
+        self._saved_hooks = None if saved_tensors_hooks_of is None else saved_tensors_hooks_of(False)
         context = contextvars.copy_context()
         # The lane's thread runs no event loop, whatever the caller's context says.
         if _event_loop_name is not None and _event_loop_name.get() is not None:
@@ -91,7 +95,7 @@ class Ambient:
         return other
 
     def bind(self, function: Callable[[], T], index: int, device: torch.device) -> Callable[[], T]:
-        """Give `function` the caller's context variables and default device.
+        """Give `function` the caller's context variables, default device and hooks for saved tensors.
 
         Args:
             function: what the task at `index` of its stage calls.
@@ -103,12 +107,14 @@ class Ambient:
             self._contexts.append(self._contexts[0].copy())
         if self._default_device is not None:
             same_type = self._default_device.type == device.type
-            function = partial(_with_default_device, device if same_type else self._default_device, function)
+            function = partial(_within, device if same_type else self._default_device, function)
+        if self._saved_hooks is not None:
+            function = partial(_within, saved_tensors_hooks(*self._saved_hooks), function)
         return partial(self._contexts[index].run, function)
 
 
-def _with_default_device(device: torch.device, function: Callable[[], T]) -> T:
-    with device:
+def _within(block: AbstractContextManager[Any] | torch.device, function: Callable[[], T]) -> T:
+    with block:
         return function()
 
 
@@ -121,9 +127,13 @@ class LaneModes:
 
     def __init__(self) -> None:
         self._stack: ExitStack | None = None
-        self._are_brief = False
+        self.are_brief = False
+        """Whether to `leave` them after the task.
 
-    def switch(self, modes: Modes, device_types: tuple[str, ...]) -> None:
+        As long as anything of autocast is entered it keeps its casts of weights, which may change then.
+        """
+
+    def switch(self, modes: Modes, device_types: Sequence[str]) -> None:
         """Let the thread have `modes`, whatever earlier tasks have left switched."""
         if modes == current_modes(device_types):
             return
@@ -131,19 +141,11 @@ class LaneModes:
         present = current_modes(device_types)
         if modes != present:
             self._stack = _entered(modes, present)
-            self._are_brief = modes[2:] != present[2:]
-
-    def rest(self) -> None:
-        """Leave what must not outlast a task.
-
-        As long as anything of autocast is entered it keeps its casts of weights, which may change then.
-        """
-        if self._are_brief:
-            self.leave()
+            self.are_brief = modes[2:] != present[2:]
 
     def leave(self) -> None:
         """Let the thread have the modes that it began with."""
         if self._stack is not None:
             self._stack.close()
             self._stack = None
-            self._are_brief = False
+            self.are_brief = False

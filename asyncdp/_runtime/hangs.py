@@ -75,7 +75,7 @@ class HangWatch:
                     _logger.warning(
                         "Lane %s is suspect: its task %r has run for %.1f s. Others are used until it ends.",
                         lane.name,
-                        task.label,
+                        task.name,
                         now - started,
                     )
             self._abandon_cancelled()
@@ -88,11 +88,9 @@ class HangWatch:
 
     # All that follows is called with the lock held.
 
-    def _note_answer(self, task: Task) -> None:
+    def _note_answer(self, lane: Lane) -> None:
         """Take note that a lane has ended a task, and so does not hang."""
-        lane = task.lane
         started = self._threads[lane._index].started
-        del started[task]
         if started:
             started[next(iter(started))] = time.perf_counter()  # it had to wait for this one
         if self.schedule.mark_suspect(lane._index, suspect=False):
@@ -109,12 +107,12 @@ class HangWatch:
         _logger.warning(
             "Lane %s hangs: its task %r, which has run for %.1f s, is abandoned.",
             lane.name,
-            task.label,
+            task.name,
             seconds,
         )
         if self.schedule.is_closed:
             self._threads[lane._index].give_up()
-        error = LaneHungError(f"task {task.label!r} on lane {lane.name}", seconds)
+        error = LaneHungError(f"task {task.name!r} on lane {lane.name}", seconds)
         pass_.failures = (*pass_.failures, (task.place, error))
         self._perform(self.schedule.on_task_done(pass_, lane._index, failed=True))
 

@@ -6,7 +6,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ class LaneThread:
 
     Args:
         lane: whose thread it is.
-        device_types: of all lanes of the runtime, whose modes are switched; see `LaneModes`.
+        device_types: of all lanes of the runtime, also of later ones; see `LaneModes`.
         lock: guards the queue; held by callers of `put`, `remove`, `clear` and `stop`.
         on_ended: called with each task that has ended, under the lock.
         on_lost: called with the error that keeps the device from being opened, without the lock.
@@ -35,7 +35,7 @@ class LaneThread:
     def __init__(
         self,
         lane: Lane,
-        device_types: Callable[[], tuple[str, ...]],
+        device_types: Sequence[str],
         lock: threading.Lock,
         *,
         on_ended: Callable[[Task], None],
@@ -149,13 +149,12 @@ class LaneThread:
         started = time.perf_counter()
         setting, lane = task.setting, self._lane
         lane._busy = (lane._busy[0], started)
-        task.label = trace.name_of(task)  # while its function is known
         if setting.num_threads != self._num_threads:
             set_intra_op_threads(setting.num_threads)
             self._num_threads = setting.num_threads
-        self._modes.switch(setting.ambient.modes, self._device_types())
+        self._modes.switch(setting.ambient.modes, self._device_types)
         issued = None if trace.recorder is None else trace.recorder.started(task)
-        call, task.call, task.function = task.call, None, None
+        call, task.call = task.call, None
         assert call is not None
         marker: Any = None
         this_thread.task = task
@@ -170,7 +169,8 @@ class LaneThread:
             self._driver.on_complete(marker, partial(self._on_complete, task, call))
         if issued is not None:
             issued(marker is None)
-        self._modes.rest()
+        if self._modes.are_brief:
+            self._modes.leave()
         seconds = time.perf_counter() - started
         lane._num_done += 1
         lane._busy = (lane._busy[0] + seconds, None)

@@ -134,6 +134,7 @@ class Schedule:
         is_closed: whether new passes are rejected.
         num_running: passes admitted and not yet ended.
         counts: passes ended, by their last state.
+        suspects: the lanes that hang.
     """
 
     def __init__(self, max_queue: int) -> None:
@@ -141,6 +142,7 @@ class Schedule:
         self.is_closed = False
         self.num_running = 0
         self.counts: Counter[PassState] = Counter()
+        self.suspects: set[int] = set()
         self._states: list[LaneState] = []
         self._loads: list[int] = []  # tasks admitted to each lane and not yet ended
         self._waiting: dict[Progress, None] = {}
@@ -165,9 +167,14 @@ class Schedule:
         return len(self._states) - 1
 
     def pick(self, candidates: Iterable[int], count: int) -> list[int]:
-        """Return the `count` least busy open lanes among `candidates`, in the candidates' order."""
+        """Return the `count` least busy open lanes among `candidates`, in the candidates' order.
+
+        Of any lanes if too few are open.
+        """
         order = list(candidates)
-        usable = [lane for lane in order if self._states[lane] is LaneState.OPEN] or order
+        usable = [lane for lane in order if self._states[lane] is LaneState.OPEN]
+        if len(usable) < count:
+            usable = order
         if count == 1:
             return [min(usable, key=self._loads.__getitem__)]
         chosen = set(sorted(usable, key=self._loads.__getitem__)[:count])
@@ -229,6 +236,7 @@ class Schedule:
         if self._states[lane] is LaneState.LOST:
             return []
         self._states[lane] = LaneState.LOST
+        self.suspects.discard(lane)
         actions = [
             action
             for pass_ in list(self._waiting)
@@ -245,6 +253,7 @@ class Schedule:
         if self._states[lane] is not before:
             return False
         self._states[lane] = after
+        self.suspects ^= {lane}
         return True
 
     def close(self) -> list[Action]:
@@ -252,6 +261,7 @@ class Schedule:
         if self.is_closed:
             return []
         self.is_closed = True
+        self.suspects.clear()
         self._states = [state if state is LaneState.LOST else LaneState.CLOSED for state in self._states]
         actions = [action for pass_ in list(self._waiting) for action in self._reject(pass_, None)]
         return actions if self.num_running else [*actions, Stop()]

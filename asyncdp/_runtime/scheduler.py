@@ -13,19 +13,13 @@ import torch
 
 from .. import _loops
 from .._devices import LaneDevice, lane_device_for
-from ..errors import (
-    AsyncDPError,
-    DeviceLostError,
-    NestedPassError,
-    RuntimeClosedError,
-    UnknownDeviceError,
-)
+from ..errors import AsyncDPError, DeviceLostError, NestedPassError, RuntimeClosedError, UnknownDeviceError
 from .ambient import Ambient
 from .hangs import GRACE_SECONDS, HangWatch
 from .lane import LaneThread
 from .passes import NextStage, Pass, Stage
 from .schedule import Action, Advance, Clear, Complete, Discard, Enqueue, LaneState, Reject, Schedule, Stop
-from .task import Lane, Setting, Task, current_lane
+from .task import Lane, Setting, Task, this_thread
 
 
 class Scheduler(HangWatch):
@@ -55,7 +49,7 @@ class Scheduler(HangWatch):
         self._num_threads = num_threads
         self._lane_threads = num_threads
         self._threads: list[LaneThread] = []
-        self._device_types: tuple[str, ...] = ("cpu",)
+        self._device_types = ["cpu"]
         self._captures = False
         self._lost: dict[int, str] = {}  # lanes, and the error that their devices were lost by
         self._to_wake: deque[Callable[[], None]] = deque()
@@ -66,7 +60,7 @@ class Scheduler(HangWatch):
         lane = Lane(_lane_name(driver.device, ordinal), self.schedule.add_lane(), driver, self.schedule)
         thread = LaneThread(
             lane,
-            lambda: self._device_types,
+            self._device_types,
             self.lock,
             on_ended=self._on_ended,
             on_lost=self._on_lost,
@@ -78,7 +72,7 @@ class Scheduler(HangWatch):
         self._threads.append(thread)
         self._captures = self._captures or driver.captures
         if driver.device.type not in self._device_types:
-            self._device_types += (driver.device.type,)
+            self._device_types.append(driver.device.type)
         self._lane_threads = self.thread_share(sum(lane.device.type == "cpu" for lane in self.lanes))
         thread.start()
 
@@ -128,7 +122,7 @@ class Scheduler(HangWatch):
 
     def check_not_nested(self) -> None:
         """Raise `NestedPassError` on a lane of this very runtime, which would wait for itself."""
-        lane = current_lane()
+        lane = this_thread.lane
         if lane is not None and lane in self.lanes:
             raise NestedPassError(lane.name)
 
@@ -176,9 +170,10 @@ class Scheduler(HangWatch):
             # The traceback of a failure refers to this pass: they would keep each other alive.
             pass_.failures = ()
             raise
-        error = pass_.take_failure()
-        if error is None:
+        if not pass_.failures:
             return pass_.results
+        error = pass_.take_failure()
+        assert error is not None
         try:
             raise error
         finally:
@@ -259,7 +254,7 @@ class Scheduler(HangWatch):
         lanes: Sequence[Lane] | None,
     ) -> Pass:
         captured = self._capture(lanes or [task.lane for task in stage]) if self._captures else {}
-        setting = Setting(ambient or self.ambient(), num_threads or self._lane_threads, captured)
+        setting = Setting(ambient or Ambient(self._device_types), num_threads or self._lane_threads, captured)
         pass_ = Pass((), len(following), following=following, setting=setting)
         pass_.lanes = _prepare(pass_, stage)
         return pass_
@@ -335,7 +330,11 @@ class Scheduler(HangWatch):
         """Take note of a task's end."""
         pass_ = task.pass_
         assert isinstance(pass_, Pass)
-        self._note_answer(task)
+        started = self._threads[task.lane._index].started
+        del started[task]
+        task.function = None
+        if started or self.schedule.suspects:
+            self._note_answer(task.lane)
         if task.is_abandoned:
             task.value = task.error = None
             return
@@ -399,14 +398,16 @@ def _prepare(pass_: Pass, stage: Stage) -> list[int]:
     """Make `stage` the pass's own; return the lanes of its tasks."""
     setting = pass_.setting
     assert setting is not None
+    lanes = []
     for index, task in enumerate(stage):
         task.index, task.pass_, task.setting = index, pass_, setting
         assert task.function is not None
         # Here, and not when it begins: tasks before it may change their context variables.
         task.call = setting.ambient.bind(task.function, index, task.lane.device)
+        lanes.append(task.lane._index)
     pass_.stage = stage
     pass_.results = [None] * len(stage)
-    return [task.lane._index for task in stage]
+    return lanes
 
 
 def _lane_name(device: torch.device, ordinal: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 import time
@@ -70,6 +71,9 @@ class Lane:
         if since is not None:
             seconds += time.perf_counter() - since
         task, started = oldest(self._started)
+        label = None if task is None else task.name
+        if task is None or task.function is None:
+            label = started = None  # it has ended meanwhile
         return LaneStatistics(
             name=self.name,
             device=self.device,
@@ -77,7 +81,7 @@ class Lane:
             num_queued=self._schedule.load(self._index),
             num_done=self._num_done,
             busy_seconds=seconds,
-            task_label=None if task is None else task.label,
+            task_label=label,
             task_started=started,
         )
 
@@ -103,7 +107,7 @@ class Task:
 
     Attributes:
         lane: where it runs.
-        function: what it does; None once it has begun or was discarded.
+        function: what it does; None once it has ended or was discarded.
         label: how traces call it; None for the function's own name.
         is_replica: whether its errors say which replica they come from.
         index: its place in its stage.
@@ -124,6 +128,14 @@ class Task:
     error: BaseException | None = field(default=None, init=False)
     lost: bool = field(default=False, init=False)
     is_abandoned: bool = field(default=False, init=False)
+
+    @property
+    def name(self) -> str:
+        """How a person would call it, as long as it has not ended."""
+        function: Any = self.function
+        while isinstance(function, functools.partial):
+            function = function.func
+        return self.label or str(getattr(function, "__name__", type(function).__name__))
 
     @property
     def place(self) -> str:
@@ -149,11 +161,6 @@ class _Thread(threading.local):
 
 this_thread = _Thread()
 """The lane whose thread this is, and the task it runs."""
-
-
-def current_lane() -> Lane | None:
-    """Return the lane whose thread this is, or None."""
-    return this_thread.lane
 
 
 def begin_stage() -> bool:

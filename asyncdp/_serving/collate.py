@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _tree
+from .._tree import PerRow
 from .._verbs.batch import arguments
 from ..errors import CollateError, SplitError
 
@@ -119,13 +120,14 @@ def _padded(tensors: Sequence[Tensor], pad: float) -> Tensor:
 def unbind(output: Any, samples: Sequence[Any]) -> Sequence[Any]:
     """Give row `i` of every tensor to sample `i`, and other leaves to all: the default `split`.
 
-    An output of nothing but None and empty containers goes to all, too.
+    Of a `PerRow` it gives entry `i`. An output of nothing but None and empty containers goes to all, too.
 
     Raises:
         SplitError: a tensor has not one row per sample, or there is none although there are values.
     """
     leaves, spec = _tree.flatten(output)
-    if not any(map(torch.is_tensor, leaves)) and any(leaf is not None for leaf in leaves):
+    has_rows = any(isinstance(leaf, (Tensor, PerRow)) for leaf in leaves)
+    if not has_rows and any(leaf is not None for leaf in leaves):
         raise SplitError(f"a {type(output).__qualname__} without tensors has no row for each", len(samples))
     columns = [_rows(leaf, len(samples)) for leaf in leaves]
     rows = zip(*columns, strict=True) if columns else [()] * len(samples)
@@ -133,6 +135,10 @@ def unbind(output: Any, samples: Sequence[Any]) -> Sequence[Any]:
 
 
 def _rows(leaf: Any, num_samples: int) -> Sequence[Any]:
+    if isinstance(leaf, PerRow):
+        if len(leaf) != num_samples:
+            raise SplitError(f"a PerRow of {len(leaf)} entries has not one for each", num_samples)
+        return leaf
     if not isinstance(leaf, Tensor):
         return [leaf] * num_samples
     if not leaf.shape or leaf.shape[0] != num_samples:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from .._devices.threads import set_intra_op_threads
 from ..errors import ClosureOptimizerError, LossReductionError, NotAnOptimizerError
-from .fused import fused
 from .reducer import Gradients, add_up
 
 
@@ -48,73 +47,77 @@ def _needs_closure(kind: type) -> bool:
     return closure is not None and closure.default is inspect.Parameter.empty
 
 
-class Accumulated:
-    """Gradients that lanes hold back until a step reduces them.
+class AccumulatedGradients:
+    """Gradients that stay on their lanes until a step reduces them.
 
     Args:
-        num_lanes: how many lanes may hold some.
+        num_lanes: how many lanes may have some.
     """
 
     def __init__(self, num_lanes: int) -> None:
-        # The tensors themselves are kept too, so that their ids stay theirs.
+        # With the tensors themselves, so that their ids stay theirs.
         self._by_lane: list[dict[int, tuple[Tensor, Tensor]]] = [{} for _ in range(num_lanes)]
 
     def __bool__(self) -> bool:
         return any(self._by_lane)
 
     def clear(self) -> None:
-        """Forget everything."""
-        for held in self._by_lane:
-            held.clear()
+        """Discard everything."""
+        for own in self._by_lane:
+            own.clear()
 
     def of(self, tensors: Sequence[Tensor]) -> list[Gradients]:
-        """What each lane holds for `tensors`; lanes that hold nothing are left out."""
+        """Return each lane's gradients of `tensors`; lanes that have none at all are left out."""
         return [
-            [held[id(tensor)][1] if id(tensor) in held else None for tensor in tensors]
-            for held in self._by_lane
-            if held
+            [own[id(tensor)][1] if id(tensor) in own else None for tensor in tensors]
+            for own in self._by_lane
+            if own
         ]
 
     def add(self, tensors: Sequence[Tensor], gradients: Sequence[Gradients]) -> None:
-        """Add one step's gradients of each lane, which may be written to, to what the lanes hold."""
-        for held, own in zip(self._by_lane, gradients, strict=False):
-            places = [place for place, gradient in enumerate(own) if gradient is not None]
+        """Add one step's gradients, which may be written to, to those of each lane."""
+        for earlier, new in zip(self._by_lane, gradients, strict=False):
+            places = [place for place, gradient in enumerate(new) if gradient is not None]
             groups = [
-                ([own[place]], [held[id(tensors[place])][1]] if id(tensors[place]) in held else [])
+                ([new[place]], [earlier[id(tensors[place])][1]] if id(tensors[place]) in earlier else [])
                 for place in places
             ]
-            devices = [gradient.device for gradient in own if gradient is not None]
+            devices = [gradient.device for gradient in new if gradient is not None]
             for place, total in zip(places, add_up(groups, devices), strict=True):
-                assert total is not None
-                held[id(tensors[place])] = (tensors[place], total)
+                assert total is not None, "there was a gradient to add"
+                earlier[id(tensors[place])] = (tensors[place], total)
 
 
-class Held:
+class SavedGradients:
     """The gradients that a step finds, put aside so that it begins without any.
 
-    What the step's backwards add to `.grad` of these tensors directly, by a loss that looks at the
-    module's parameters itself or learns a temperature, say, is then the step's own.
+    What the step's backwards add to `.grad` of these tensors directly (by a loss that reads the module's
+    parameters itself, or trains a temperature of its own) is then the step's own.
 
     Args:
-        learning: the module's tensors that learn.
-        optimizer: whose tensors may learn too; may be None.
+        trainable: the module's trainable tensors.
+        optimizer: may have further trainable tensors; None has none.
+
+    Attributes:
+        outsiders: the optimizer's tensors that are not the module's.
+        tensors: all tensors whose gradients are put aside, the outsiders last.
+        gradients: their gradients.
+        is_empty: whether there were none.
     """
 
-    def __init__(self, learning: Sequence[Tensor], optimizer: Any) -> None:
-        own = [tensor for tensor in learning if tensor.is_leaf]
+    def __init__(self, trainable: Sequence[Tensor], optimizer: Any) -> None:
+        own = [tensor for tensor in trainable if tensor.is_leaf]
         groups = getattr(optimizer, "param_groups", ())
         others = [tensor for group in groups for tensor in group["params"]]
         if len(others) == len(own) and all(map(is_, others, own)):
             others = []  # by far the most frequent case, spared the search
         self.outsiders: list[Tensor] = []
-        """The optimizer's tensors that are not the module's."""
         if others:
             known = set(map(id, own))
             self.outsiders = [tensor for tensor in others if id(tensor) not in known]
         self.tensors = own + self.outsiders
         self.gradients = [tensor.grad for tensor in self.tensors]
         self.is_empty = self.gradients.count(None) == len(self.gradients)
-        """Whether there were none."""
         if not self.is_empty:
             clear(self.tensors)
 
@@ -124,82 +127,84 @@ class Held:
             tensor.grad = gradient
 
     def direct(self) -> Gradients:
-        """What the step's backwards have added to the tensors themselves."""
+        """Return what the step's backwards have added to the tensors themselves."""
         return [tensor.grad for tensor in self.tensors]
 
 
 def clear(tensors: Sequence[Tensor]) -> None:
-    """Let tensors have no gradients."""
+    """Set the gradients of tensors to None."""
     for tensor in tensors:
         tensor.grad = None
 
 
-def deliver(held: Held, learning: Sequence[Tensor], sums: Gradients, kept: Sequence[Gradients]) -> None:
+def deliver(
+    saved: SavedGradients, trainable: Sequence[Tensor], sums: Gradients, accumulated: Sequence[Gradients]
+) -> None:
     """Put whole gradients into `.grad`: those of the step, and those that were there before it.
 
     Args:
-        held: what was there before, and the tensors to deliver to.
-        learning: the module's tensors that learn.
-        sums: what lanes have found for each of `learning`; may be written to.
-        kept: what earlier steps have kept for each of the outsiders.
+        saved: what was there before, and the tensors to deliver to.
+        trainable: the module's trainable tensors.
+        sums: the sum over the lanes for each of `trainable`; may be written to.
+        accumulated: what earlier steps have accumulated for each of the outsiders.
     """
     own: dict[int, Tensor] = {}
-    for tensor, gradient in zip(learning, sums, strict=True):
+    for tensor, gradient in zip(trainable, sums, strict=True):
         if gradient is not None and tensor.is_leaf:
             own[id(tensor)] = gradient
-        elif gradient is not None:  # it was made of leaves, which get what is theirs
+        elif gradient is not None:  # it was computed from leaves, which get their part
             torch.autograd.backward(tensor, gradient)
-    devices = [tensor.device for tensor in held.tensors]
-    fresh = [[own.get(id(tensor)), tensor.grad] for tensor in held.tensors]
-    for place, tensor in enumerate(held.tensors):
+    devices = [tensor.device for tensor in saved.tensors]
+    fresh = [[own.get(id(tensor)), tensor.grad] for tensor in saved.tensors]
+    for place, tensor in enumerate(saved.tensors):
         if has_hooks(tensor) and id(tensor) in own:
             fresh[place] = [_hooked(tensor, fresh[place])]
-    earlier: list[Gradients] = [[gradient] for gradient in held.gradients]
-    first_outsider = len(earlier) - len(held.outsiders)
-    for gradients in kept:
+    earlier: list[Gradients] = [[gradient] for gradient in saved.gradients]
+    first_outsider = len(earlier) - len(saved.outsiders)
+    for gradients in accumulated:
         for place, gradient in enumerate(gradients, start=first_outsider):
             earlier[place].insert(-1, gradient)
     totals = add_up(list(zip(fresh, earlier, strict=True)), devices)
-    for tensor, total in zip(held.tensors, totals, strict=True):
+    for tensor, total in zip(saved.tensors, totals, strict=True):
         tensor.grad = total
 
 
 def _hooked(tensor: Tensor, gradients: Gradients) -> Tensor | None:
-    """Send gradients through autograd, so that the hooks of the parameter see the whole batch's."""
+    """Pass gradients through autograd, so that the parameter's hooks get the whole batch's."""
     total = add_up([(gradients, [])], [tensor.device])[0]
     tensor.grad = None
     torch.autograd.backward(tensor, total)
     return tensor.grad
 
 
-def commit(held: Held, options: StepOptions, write_buffers: Callable[[], None] | None) -> None:
+def commit(
+    saved: SavedGradients, options: StepOptions, write_back_buffers: Callable[[], None] | None
+) -> None:
     """Take the optimizer's step with the gradients that are in `.grad`, and clear them.
 
     Args:
-        held: the tensors that have them.
+        saved: the tensors that have them.
         options: what the user said about the step.
-        write_buffers: makes the module's buffers those of the step; called when only the optimizer
+        write_back_buffers: makes the module's buffers those of the step; called when only the optimizer
             itself can still fail. None if there are none.
     """
     if options.before_step is not None:
         _before_step(options, options.before_step)
-    if write_buffers is not None:
-        write_buffers()
+    if write_back_buffers is not None:
+        write_back_buffers()
     if options.reduce_only:
         return
     try:
-        with fused(options.optimizer):
-            if options.scaler is None:
-                options.optimizer.step()
-            else:
-                options.scaler.step(options.optimizer)
-        if options.scaler is not None:
+        if options.scaler is None:
+            options.optimizer.step()
+        else:
+            options.scaler.step(options.optimizer)
             options.scaler.update()
     except BaseException as error:
         _forget_unscaling(options)
         error.add_note("raised by the optimizer itself, which may have changed some parameters already")
         raise
-    clear(held.tensors)
+    clear(saved.tensors)
     if getattr(options.optimizer.zero_grad, "__func__", None) is not torch.optim.Optimizer.zero_grad:
         options.optimizer.zero_grad()  # torch's own would do the same once more
 
@@ -215,19 +220,19 @@ def _before_step(options: StepOptions, call: Callable[[], object]) -> None:
 
 
 def _forget_unscaling(options: StepOptions) -> None:
-    """Let the next step unscale its gradients although this one, which failed, has done so."""
+    """Let the next step unscale its gradients although this failed one already has."""
     if options.scaler is not None and not options.reduce_only:
         options.scaler.update(options.scaler.get_scale())
 
 
 def has_hooks(tensor: Tensor) -> bool:
-    """Whether someone waits for a tensor's gradient."""
+    """Return whether a tensor's gradient is to be passed to hooks."""
     return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
 
 
 @contextmanager
 def threads(num_threads: int) -> Iterator[None]:
-    """A block with `num_threads` intra-op threads."""
+    """Run a block with `num_threads` intra-op threads."""
     before = torch.get_num_threads()
     if before == num_threads:
         yield

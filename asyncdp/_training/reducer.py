@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _kernels
-from .._replicas.buckets import buckets as divide
+from .._replicas.copies import buckets as divide
 
 # Smaller than a broadcast's: a bucket is summed while the processor's cache still holds part of it,
 # and the gradients of a second lane live only until their bucket is complete.
@@ -19,19 +19,19 @@ BUCKET_BYTES = 2**20
 _IN_PLACE_DTYPES = frozenset({torch.float32, torch.float64, torch.complex64, torch.complex128})
 
 Gradients = list[Tensor | None]
-"""One entry per tensor that learns; None where nothing depended on it."""
+"""One entry per trainable tensor; None where nothing depended on it."""
 
 
 class Reducer:
-    """The gradients of one step on their way from several lanes to one sum.
+    """Sums the gradients of one step over several lanes.
 
     Args:
         tensors: what the gradients belong to; sums go to each one's device.
         buckets: which tensors, by position, are summed together; see `bucket_positions`.
         num_lanes: how many lanes will report.
-        kept: gradients of earlier batches to be added; never written to.
-        overlap: sum a bucket on the thread that completes it. Only right where a gradient is
-            complete once it is reported, which on an accelerator takes the end of the lane's work.
+        accumulated: gradients of earlier batches to be added; never written to.
+        overlap: sum a bucket on the thread that completes it. Only right where a gradient is complete
+            once it is reported; on an accelerator it is complete only when the lane's task has ended.
     """
 
     def __init__(
@@ -39,12 +39,12 @@ class Reducer:
         tensors: Sequence[Tensor],
         buckets: Sequence[Sequence[int]],
         num_lanes: int,
-        kept: Sequence[Gradients],
+        accumulated: Sequence[Gradients],
         *,
         overlap: bool,
     ) -> None:
         self._tensors = tensors
-        self._kept = kept
+        self._accumulated = accumulated
         self._overlap = overlap
         self._buckets = buckets
         self._bucket_of = {place: number for number, bucket in enumerate(self._buckets) for place in bucket}
@@ -53,7 +53,7 @@ class Reducer:
         self._summed = [False] * len(self._buckets)
         self._lock = threading.Lock()
         self.gradients: list[Gradients] = [[None] * len(tensors) for _ in range(num_lanes)]
-        """What each lane reported and no sum has taken yet."""
+        """What each lane has reported and no sum contains yet."""
         self._sums: Gradients = [None] * len(tensors)
         self._taken: Gradients = []  # by launches that may still read it, on another stream than its own
 
@@ -72,7 +72,7 @@ class Reducer:
             self._sum(bucket)
 
     def end(self, lane: int) -> None:
-        """A lane's backward has ended: what it did not report, it will not."""
+        """Note that a lane's backward has ended, and will report no more."""
         for bucket in range(len(self._buckets)):
             with self._lock:
                 complete = self._leave(bucket, lane)
@@ -80,13 +80,13 @@ class Reducer:
                 self._sum(bucket)
 
     def sums(self) -> Gradients:
-        """The sums over lanes and kept gradients, after every lane has ended."""
+        """Return the sums over lanes and accumulated gradients, after every lane has ended."""
         for bucket in range(len(self._buckets)):
             self._sum(bucket)
         return self._sums
 
     def _leave(self, bucket: int, lane: int) -> bool:
-        """Count a lane out of a bucket, once; tell whether it was the last and the sum is due."""
+        """Count a lane out of a bucket, once; return whether it was the last and the sum is due."""
         missing = self._missing[lane][bucket]
         if missing is _LEFT:
             return False
@@ -104,30 +104,32 @@ class Reducer:
             self._sums[position] = total
 
     def _take(self, position: int, bucket: int) -> tuple[Gradients, Gradients]:
-        """What there is to add for one tensor; on a second visit only late reports, if any."""
+        """Return what there is to add for one tensor; on a second visit only late reports, if any."""
         reported = [self._sums[position], *(own[position] for own in self.gradients)]
         for own in self.gradients:
             if not self._overlap:
                 self._taken.append(own[position])
             own[position] = None
-        return reported, [] if self._summed[bucket] else [each[position] for each in self._kept]
+        return reported, [] if self._summed[bucket] else [each[position] for each in self._accumulated]
 
 
 _LEFT: set[int] = set()
 
 
 def bucket_positions(tensors: Sequence[Tensor]) -> list[list[int]]:
-    """Which tensors, by position, are summed together, in the order a backward meets them."""
+    """Return which tensors, by position, are summed together, in the order a backward reaches them."""
     positions = {id(tensor): position for position, tensor in enumerate(tensors)}
     return [[positions[id(tensor)] for tensor in bucket] for bucket in divide(tensors, BUCKET_BYTES)]
 
 
-def add_kept(gradients: Gradients, kept: Sequence[Gradients], devices: Sequence[torch.device]) -> Gradients:
-    """The gradients of one lane, which may be written to, and kept ones as one, each sum on its device."""
+def add_accumulated(
+    gradients: Gradients, accumulated: Sequence[Gradients], devices: Sequence[torch.device]
+) -> Gradients:
+    """Add accumulated gradients to those of one lane, which may be written to; each sum on its device."""
     pairs = zip(gradients, devices, strict=True)
-    if not kept and all(gradient is None or gradient.device == device for gradient, device in pairs):
+    if not accumulated and all(gradient is None or gradient.device == device for gradient, device in pairs):
         return gradients
-    groups = [([own], [each[place] for each in kept]) for place, own in enumerate(gradients)]
+    groups = [([own], [each[place] for each in accumulated]) for place, own in enumerate(gradients)]
     return add_up(groups, devices)
 
 

@@ -1,4 +1,4 @@
-"""One training step on its way: what its lanes do, and what becomes of their gradients."""
+"""One training step: what its lanes compute, and what happens to their gradients."""
 
 from __future__ import annotations
 
@@ -6,19 +6,28 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .._replicas.replica_set import wait_issued
-from .._replicas.snapshot import Outline
+from .._replicas.copies import wait_issued
+from .._replicas.order import Use
+from .._replicas.reading import in_turn
+from .._replicas.snapshot import ModuleSnapshot
 from .._runtime import Lane
 from .._verbs.batch import positional
 from ..errors import LossNotScalarError
-from .commit import Accumulated, Held, StepOptions, commit, deliver, threads
-from .lanes import Modes, TrainingLane, TrainingLanes, trained_in_place
-from .reducer import Gradients, Reducer, add_kept
+from .commit import AccumulatedGradients, SavedGradients, StepOptions, commit, deliver, has_hooks, threads
+from .lanes import TrainingLane, TrainingLanes
+from .reducer import Gradients, Reducer, add_accumulated
+
+_RECORD = (
+    "Check that parameters require gradients and that nothing detaches them. A checkpoint with "
+    "use_reentrant=True records nothing around a first layer, since inputs of a step require no gradients: "
+    "call it with use_reentrant=False."
+)
 
 # Below this an optimizer's step takes less time than changing the thread count twice.
 _MIN_ELEMENTS_FOR_THREADS = 2**21
@@ -28,7 +37,7 @@ Shard = Callable[[torch.device], tuple[tuple[Any, ...], Mapping[str, Any]]]
 
 
 def recording() -> AbstractContextManager[None]:
-    """A block whose operations can be differentiated, at no cost where they can be anyway."""
+    """Return a block whose operations can be differentiated, at no cost where they can be anyway."""
     if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
         return _NOTHING_TO_CHANGE
     return _recording()
@@ -41,15 +50,16 @@ def _recording() -> Iterator[None]:
 
 
 _NOTHING_TO_CHANGE = nullcontext()
+_is_leaf = attrgetter("is_leaf")
 
 
 class _Prepared(NamedTuple):
-    """What all lanes of a step share."""
+    """Parts of a step that all its lanes share."""
 
     lanes: Sequence[TrainingLane]
-    learning: list[Tensor]
+    trainable: list[Tensor]
     reducer: Reducer | None
-    """None where one lane is alone: it has nothing to reduce."""
+    """None for a single lane, which has nothing to reduce."""
     scale: Tensor | None
     """The factor of a GradScaler."""
 
@@ -58,21 +68,21 @@ class Step:
     """One step, from the first lane's forward to the optimizer.
 
     Args:
-        modes: the module to train, with its modes as of the call.
+        snapshot: the module to train, as of the call.
         replicas: its training replicas.
-        kept: gradients that earlier steps held back.
-        lanes: where to work, one shard on each.
+        accumulated: gradients that earlier steps have accumulated.
+        lanes: where to compute, one shard on each.
         shards: inputs and targets.
         weights: each shard's part in the loss.
         options: what the user said.
-        accumulate: hold the gradients back instead of stepping.
+        accumulate: accumulate the gradients instead of stepping.
     """
 
     def __init__(
         self,
-        modes: Modes,
+        snapshot: ModuleSnapshot,
         replicas: TrainingLanes,
-        kept: Accumulated,
+        accumulated: AccumulatedGradients,
         lanes: Sequence[Lane],
         shards: Sequence[Shard],
         weights: Sequence[float],
@@ -81,32 +91,32 @@ class Step:
     ) -> None:
         self.options = options
         self.accumulate = accumulate
-        self._modes = modes
-        self._module = modes.modules[0]
+        self._snapshot = snapshot
+        self._module = snapshot.modules[0]
         self._replicas = replicas
-        self._kept = kept
+        self._accumulated = accumulated
         self._lanes = lanes
         self._shards = shards
         self._weights = weights
         self._prepared: _Prepared | None = None
-        self._in_place: list[Tensor] | None = None  # what learns, if the module itself has trained
-        self._held: Held | None = None
+        self._in_place: list[Tensor] | None = None  # what is trainable, if the module itself was trained
+        self._saved: SavedGradients | None = None
         self._lock = threading.Lock()
         self._own_gradients: Gradients = []
         self._is_done = False
 
     def run_lane(self, index: int) -> Tensor:
-        """One lane's forward, loss and backward. Returns its share of the loss."""
+        """Run one lane's forward, loss and backward, and return its share of the loss."""
         with recording():
             return self.compute(index)
 
     def compute(self, index: int) -> Tensor:
-        """As `run_lane`, where operations are recorded already."""
+        """Do what `run_lane` does, where operations are recorded already."""
         lanes, _, reducer, scale = self._prepare()
         lane = lanes[index]
         try:
             report = None if reducer is None else partial(reducer.report, index)
-            share = self._loss_of(index, lane.module(report, self._modes))
+            share = self._loss_of(index, lane.module(report))
             _backward(share if scale is None else share * scale.to(share.device))
         finally:
             gradients = lane.collect()
@@ -117,37 +127,39 @@ class Step:
         return share.detach()
 
     def compute_in_place(self) -> Tensor | None:
-        """As `compute(0)` of an only lane, with the module itself, as in plain torch.
+        """Do what `compute(0)` does on a single lane, with the module itself, as in plain torch.
 
-        Without buffers there is nothing but gradients that a step which fails would have to put back.
+        Without buffers, gradients are all that a failed step has to put back.
 
         Returns:
-            The loss, or None if the module has to have a replica; nothing has changed then.
+            The loss, or None if the module needs a replica; nothing has changed then.
         """
         self._note_changes()
-        device = self._lanes[0].device
-        learning = trained_in_place(self._modes.outline, device) if self._modes.hold() else None
-        if learning is None:
+        if not self._snapshot.has_same_modes() or not _trains_in_place(self._snapshot, self._lanes[0].device):
             return None
-        self._held = Held(learning, self.options.optimizer)
+        trainable = [tensor for tensor in self._snapshot.parameters if tensor.requires_grad]
+        self._saved = SavedGradients(trainable, self.options.optimizer)
         loss = self._loss_of(0, self._module)
-        if not self._modes.hold():  # layers may have run in different modes
+        if not self._snapshot.has_same_modes():  # layers may have run in different modes
             return None
-        scale = self._scale(learning)
+        scale = self._scale(trainable)
         _backward(loss if scale is None else loss * scale.to(loss.device))
-        self._in_place = learning
+        self._in_place = trainable
         return loss.detach()
 
-    def keep(self) -> None:
-        """Put the lanes' gradients aside for the next step that reduces."""
-        assert self._held is not None
-        direct = self._held.direct()
+    def accumulate_gradients(self) -> None:
+        """Accumulate the lanes' gradients for the next step that reduces."""
+        assert self._saved is not None, "a lane has begun"
+        direct = self._saved.direct()
         if self._in_place is None:
-            lanes, learning, reducer, _ = self._prepare()
-            self._kept.add(learning, [self._own_gradients] if reducer is None else reducer.gradients)
-            lanes[0].write_buffers(self._module)
-        self._kept.add(self._held.tensors, [direct])
-        self._held.restore()
+            lanes, trainable, reducer, _ = self._prepare()
+            gradients = [self._own_gradients] if reducer is None else reducer.gradients
+            self._accumulated.add(trainable, gradients)
+            if self._snapshot.buffer_owners:
+                with in_turn(self._change()):
+                    lanes[0].write_back_buffers()
+        self._accumulated.add(self._saved.tensors, [direct])
+        self._saved.restore()
         self._is_done = True
 
     def commit(self, all_threads: int) -> None:
@@ -162,36 +174,43 @@ class Step:
         self._is_done = True
 
     def _commit(self) -> None:
-        assert self._held is not None
-        lanes, learning, reducer, _ = self._prepare()
-        sums = self._own_sums(learning) if reducer is None else reducer.sums()
-        deliver(self._held, learning, sums, self._kept.of(self._held.outsiders))
-        commit(self._held, self.options, partial(lanes[0].write_buffers, self._module))
-        self._kept.clear()
+        assert self._saved is not None, "a lane has begun"
+        lanes, trainable, reducer, _ = self._prepare()
+        sums = self._own_sums(trainable) if reducer is None else reducer.sums()
+        deliver(self._saved, trainable, sums, self._accumulated.of(self._saved.outsiders))
+        with in_turn(self._change()):
+            commit(self._saved, self.options, lanes[0].write_back_buffers)
+        self._accumulated.clear()
 
-    def _commit_in_place(self, learning: list[Tensor]) -> None:
-        assert self._held is not None
-        if self._kept or not self._held.is_empty:
-            self._own_gradients = [None] * len(learning)  # they are in `.grad` already
-            deliver(self._held, learning, self._own_sums(learning), self._kept.of(self._held.outsiders))
-        commit(self._held, self.options, None)
-        self._kept.clear()
+    def _commit_in_place(self, trainable: list[Tensor]) -> None:
+        assert self._saved is not None, "the lane has begun"
+        if self._accumulated or not self._saved.is_empty:
+            self._own_gradients = [None] * len(trainable)  # they are in `.grad` already
+            sums = self._own_sums(trainable)
+            deliver(self._saved, trainable, sums, self._accumulated.of(self._saved.outsiders))
+        with in_turn(self._change()):
+            commit(self._saved, self.options, None)
+        self._accumulated.clear()
+
+    def _change(self) -> Use:
+        """Return what the end of this step does to the module, for its place in the order of tasks."""
+        return Use(self._snapshot, changes=True, optimizer=self.options.optimizer)
 
     def undo(self) -> None:
-        """After a failure or a cancellation, when all lanes are done: let the gradients be as they were."""
-        if self._held is not None and not self._is_done:
-            self._held.restore()
+        """Restore the gradients after a failure or a cancellation, when all lanes are done."""
+        if self._saved is not None and not self._is_done:
+            self._saved.restore()
 
     @property
     def takes_all_threads(self) -> bool:
-        """Whether the commit pays for giving its lane all the machine's threads; after `run_lane`."""
+        """Whether the commit takes long enough to give its lane all the machine's threads."""
         is_spread = len(self._lanes) > 1 and self._lanes[0].device.type == "cpu"
         return is_spread and self._replicas.num_elements >= _MIN_ELEMENTS_FOR_THREADS
 
     @property
     def needs_first_lane(self) -> bool:
         """Whether the commit has to be the first lane's: no other may write to the module's buffers."""
-        return self._replicas.has_buffers
+        return bool(self._snapshot.buffer_owners)
 
     def _loss_of(self, index: int, module: nn.Module) -> Tensor:
         lane = self._lanes[index]
@@ -201,11 +220,12 @@ class Step:
         weight = self._weights[index]
         return loss if weight == 1.0 else loss * weight
 
-    def _own_sums(self, learning: Sequence[Tensor]) -> Gradients:
-        return add_kept(self._own_gradients, self._kept.of(learning), [each.device for each in learning])
+    def _own_sums(self, trainable: Sequence[Tensor]) -> Gradients:
+        devices = [tensor.device for tensor in trainable]
+        return add_accumulated(self._own_gradients, self._accumulated.of(trainable), devices)
 
     def _prepare(self) -> _Prepared:
-        """What the first lane to come here makes for all."""
+        """Return what the first lane to come here makes for all."""
         if self._prepared is not None:
             return self._prepared
         with self._lock:
@@ -215,30 +235,38 @@ class Step:
             return self._prepared
 
     def _note_changes(self) -> None:
-        """Let modules that were changed since the call have their modes of now."""
-        if not self._modes.outline.is_same():
-            self._modes = Modes(Outline(self._module))
+        """Take the module as it is now if parts of it were replaced since the call."""
+        if not self._snapshot.has_same_parts():
+            self._snapshot = ModuleSnapshot.capture(self._module)
 
     def _prepare_lanes(self) -> _Prepared:
         num_lanes = len(self._lanes)
-        lanes = self._replicas.prepare_training(self._module, num_lanes)
-        learning = self._replicas.learning
+        lanes = self._replicas.prepare(self._snapshot, num_lanes)
+        trainable = self._replicas.trainable
         reducer = None
         if num_lanes > 1:
             overlap = not self.accumulate and all(lane.device.type == "cpu" for lane in self._lanes)
-            kept = [] if self.accumulate else self._kept.of(learning)
-            reducer = Reducer(learning, self._replicas.buckets, num_lanes, kept, overlap=overlap)
-        if self._held is None:
-            self._held = Held(learning, self.options.optimizer)
-        prepared = _Prepared(lanes, learning, reducer, self._scale(learning))
+            accumulated = [] if self.accumulate else self._accumulated.of(trainable)
+            reducer = Reducer(trainable, self._replicas.buckets, num_lanes, accumulated, overlap=overlap)
+        if self._saved is None:
+            self._saved = SavedGradients(trainable, self.options.optimizer)
+        prepared = _Prepared(lanes, trainable, reducer, self._scale(trainable))
         if num_lanes > 1:  # made on this lane's stream, read on those of others
-            wait_issued({*(lane.device for lane in self._lanes), *(each.device for each in learning)})
+            wait_issued({*(lane.device for lane in self._lanes), *(each.device for each in trainable)})
         return prepared
 
-    def _scale(self, learning: Sequence[Tensor]) -> Tensor | None:
-        if self.options.scaler is None or not learning:
+    def _scale(self, trainable: Sequence[Tensor]) -> Tensor | None:
+        if self.options.scaler is None or not trainable:
             return None
-        return self.options.scaler.scale(torch.ones((), device=learning[0].device))  # type: ignore[no-any-return]
+        return self.options.scaler.scale(torch.ones((), device=trainable[0].device))  # type: ignore[no-any-return]
+
+
+def _trains_in_place(snapshot: ModuleSnapshot, device: torch.device) -> bool:
+    """Return whether a module can train on `device` itself, without a replica."""
+    # A hook is to get the whole gradient, accumulated ones included, and only if all is well.
+    if snapshot.buffer_owners or not snapshot.is_on(device):
+        return False
+    return not any(map(has_hooks, snapshot.parameters)) and all(map(_is_leaf, snapshot.parameters))
 
 
 def _checked(loss: Any) -> Tensor:
@@ -247,12 +275,12 @@ def _checked(loss: Any) -> Tensor:
     if loss.numel() != 1:
         raise LossNotScalarError(f"a tensor of shape {list(loss.shape)}")
     if not loss.requires_grad:
-        raise LossNotScalarError("a tensor without a gradient function")
+        raise LossNotScalarError("a tensor without a gradient function", _RECORD)
     return loss.reshape(()) if loss.dim() else loss
 
 
 def _backward(loss: Tensor) -> None:
-    """As torch advises, not under autocast: a backward takes the dtypes of its forward."""
+    """Run a backward, not under autocast, as torch advises: it takes the dtypes of its forward."""
     kind = loss.device.type
     if not torch.is_autocast_enabled(kind):
         loss.backward()

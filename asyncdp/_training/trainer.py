@@ -7,18 +7,19 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import anyio
 import torch
 from torch import Tensor, nn
 
-from .._replicas.snapshot import Outline
+from .. import _loops
+from .._replicas.order import Use, passes, wait_turn
+from .._replicas.snapshot import LatestSnapshot, ModuleSnapshot
 from .._runtime import Lane, Scheduler, Task
 from .._runtime.passes import NextStage, Stage
 from .._runtime.schedule import split_sizes
 from .._runtime.task import begin_stage
 from .._verbs.batch import Batch
-from .commit import Accumulated, StepOptions
-from .lanes import Modes, TrainingLanes
+from .commit import AccumulatedGradients, StepOptions
+from .lanes import TrainingLanes
 from .step import Step, recording
 
 
@@ -38,27 +39,24 @@ class Trainer:
         self._scheduler = scheduler
         self._lanes = lanes
         self._output = output
-        self._replicas = TrainingLanes(module, [lane.device for lane in lanes])
-        self._accumulated = Accumulated(len(lanes))
+        self._replicas = TrainingLanes([lane.device for lane in lanes])
+        self._accumulated = AccumulatedGradients(len(lanes))
         self._module = module
         self._all_threads = scheduler.thread_share(1)
-        self._outline = Outline(module)
-        self._one_at_a_time = anyio.Lock(fast_acquire=True)
+        self._snapshots = LatestSnapshot()
         self.num_steps = 0
         """Optimizer steps taken, including those whose caller was cancelled too late to stop them."""
 
-    def modes(self) -> Modes:
-        """Return the modes of the module as of now."""
-        if not self._outline.is_same():
-            self._outline = Outline(self._module)
-        return Modes(self._outline)
+    def snapshot(self) -> ModuleSnapshot:
+        """Return what the module consists of now."""
+        return self._snapshots.current(self._module)
 
     async def step(
         self,
         batch: Batch,
         options: StepOptions,
         num_lanes: int,
-        modes: Modes,
+        snapshot: ModuleSnapshot,
         *,
         accumulate: bool,
         record: Callable[[float], None] | None = None,
@@ -67,25 +65,23 @@ class Trainer:
         shards, weights = _divide(batch, num_lanes, options.loss_reduction)
         lanes = self._lanes[: len(shards)]
         inputs = [partial(batch.arguments_on, leaves=leaves) for leaves in shards]
-        step = Step(modes, self._replicas, self._accumulated, lanes, inputs, weights, options, accumulate)
+        step = Step(snapshot, self._replicas, self._accumulated, lanes, inputs, weights, options, accumulate)
         stage, following = self._stages(step, lanes)
         share = self._all_threads if len(lanes) == 1 else self._scheduler.thread_share(len(lanes))
-        if not self._one_at_a_time.locked():
-            self._one_at_a_time.acquire_nowait()
-            ambient = None
-        else:  # a step that has to wait must not find the state that torch has by then
-            # In a forked child the step that it waits for never ends.
-            self._scheduler.check_open()
-            ambient = self._scheduler.ambient()
-            await self._one_at_a_time.acquire()
-        started = time.perf_counter()
+        use = Use(snapshot, changes=True, optimizer=options.optimizer, loop=_loops.current())
+        ambient = None
         try:
+            if not passes.arrive(use):  # what has to wait must not find the state that torch has by then
+                self._scheduler.check_open()
+                ambient = self._scheduler.ambient()
+                await wait_turn(use)
+            started = time.perf_counter()
             results = await self._scheduler.run(stage, following, num_threads=share, ambient=ambient)
         except BaseException:
             step.undo()
             raise
         finally:
-            self._one_at_a_time.release()
+            passes.leave(use)
         if record is not None:
             record(time.perf_counter() - started)
         return results[0]  # type: ignore[no-any-return]
@@ -130,7 +126,7 @@ class Trainer:
         for other in shares[1:]:
             loss = loss + other.to(self._output)
         if step.accumulate:
-            step.keep()
+            step.accumulate_gradients()
         else:
             step.commit(self._all_threads)
             self.num_steps += not step.options.reduce_only
@@ -139,8 +135,9 @@ class Trainer:
 
 def _divide(batch: Batch, num_lanes: int, loss_reduction: str) -> tuple[list[list[Any]], list[float]]:
     """Return the shards of a batch, and the weight of each one's loss."""
-    num_rows = batch.num_rows
-    if num_rows is None or num_lanes == 1:  # with nothing to split, every lane would do the whole step
+    # With nothing to split, every lane would do the whole step.
+    num_rows = None if batch.is_whole(num_lanes) else batch.num_rows
+    if num_rows is None or num_lanes == 1:
         return [batch.leaves], [1.0]
     shards = batch.split(num_lanes)
     if loss_reduction == "sum" or num_rows == 0:

@@ -13,9 +13,13 @@ from torch import Tensor
 from .. import _tree
 from .._runtime import trace
 from .._runtime.schedule import split_sizes
-from ..errors import LengthMismatchError, UnsplittableError
+from .._tree import PerRow, Whole
+from ..errors import AmbiguousSequenceError, LengthMismatchError, UnsplittableError
+from . import rows
 from .inplace import SplitInputs
+from .moving import moved_leaves
 
+_HOLDERS = (PerRow, Whole)
 _REQUIRES_GRAD = attrgetter("requires_grad")
 
 
@@ -54,7 +58,7 @@ class Batch:
         names: what error messages call the positional arguments.
     """
 
-    __slots__ = ("_args", "_flat", "_kwargs", "_names", "_specs", "dim", "leaves")
+    __slots__ = ("_args", "_flat", "_kwargs", "_names", "_rows", "_specs", "dim", "leaves")
 
     def __init__(
         self,
@@ -66,6 +70,7 @@ class Batch:
         self.dim = dim
         self._args, self._kwargs, self._names = args, kwargs, names
         self._specs = []
+        self._rows: tuple[int | None, dict[int, Tensor | PerRow]] | None = None
         self._flat: list[Any] = []
         for value in (*args, *kwargs.values()):
             leaves, spec = _tree.flatten(value)
@@ -75,14 +80,16 @@ class Batch:
         """Every value within the arguments that is no container."""
 
     @classmethod
-    def of_step(cls, inputs: Any, targets: Any, dim: int) -> Batch:
-        """Make the batch of a training step: data that no gradient flows back to.
+    def of_step(cls, inputs: Any, targets: Any, dim: int, num_lanes: int) -> Batch:
+        """Make the batch of a training step on up to `num_lanes` lanes: data that no gradient flows back to.
 
         The backwards of several lanes would race for the gradients of shared inputs.
         """
         batch = cls((inputs, targets), {}, dim, ("inputs", "targets"))
-        if any(map(_REQUIRES_GRAD, batch.tensors)):
-            batch.leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in batch.leaves]
+        has_holders = any(isinstance(leaf, _HOLDERS) for leaf in batch.leaves)
+        if has_holders or any(map(_REQUIRES_GRAD, batch.tensors)):
+            batch.leaves = [rows.detached(leaf) for leaf in batch.leaves]
+        batch.is_whole(num_lanes)  # raises errors before anything runs
         return batch
 
     @property
@@ -92,19 +99,67 @@ class Batch:
 
     @property
     def num_rows(self) -> int | None:
-        """The length that all splittable tensors share along `dim`; None if there is no such tensor.
+        """The length that all splittable values share along `dim`; None if there is no such value.
 
         Raises:
-            LengthMismatchError: tensors differ in length.
-            UnsplittableError: a value cannot be split along one dimension (a PackedSequence).
+            LengthMismatchError: values differ in length.
+            UnsplittableError: a value cannot be split (a PackedSequence, a sparse tensor).
         """
-        return self._rows()[0]
+        return self._splittable()[0]
+
+    @property
+    def num_elements(self) -> int:
+        """The number of elements of all tensors; an entry of a `PerRow` counts as one."""
+        return sum(leaf.numel() if isinstance(leaf, Tensor) else len(leaf) for leaf in self.shaped)
+
+    @property
+    def shaped(self) -> list[Tensor | PerRow]:
+        """All tensors and all `PerRow`."""
+        return [leaf for leaf in self.leaves if isinstance(leaf, (Tensor, PerRow))]
+
+    @property
+    def shapes(self) -> tuple[Any, ...]:
+        """The shapes of all tensors, and the lengths of all `PerRow`."""
+        return tuple(leaf.shape if isinstance(leaf, Tensor) else len(leaf) for leaf in self.shaped)
+
+    def is_whole(self, num_lanes: int) -> bool:
+        """Return whether the batch runs as it is on one of the lanes: nothing in it has rows.
+
+        So does one that has values which cannot be split, if one lane is all it may take.
+
+        Raises:
+            AmbiguousSequenceError: a list or tuple may or may not hold one entry per row.
+            LengthMismatchError, UnsplittableError: as `num_rows`.
+        """
+        try:
+            num_rows = self.num_rows
+        except (AmbiguousSequenceError, UnsplittableError):
+            if num_lanes == 1:
+                return True
+            raise
+        if num_rows is not None and num_lanes > 1:
+            self._check_sequences(num_rows)
+        return num_rows is None
+
+    def _check_sequences(self, num_rows: int, *, of_tensors: bool = True) -> None:
+        if num_rows < 2:
+            return
+        values = (*self._args, *self._kwargs.values())
+        for position, (value, spec) in enumerate(zip(values, self._specs, strict=True)):
+            if spec is _tree.LEAF:
+                continue
+            # The inputs of a step are arguments if they are a tuple.
+            is_arguments = position == 0 and self._names is not None and type(value) is tuple
+            found = rows.ambiguous(value, num_rows, self.dim, except_root=is_arguments, of_tensors=of_tensors)
+            if found is not None:
+                path, sequence = found
+                raise AmbiguousSequenceError(self._root_names()[position] + path, sequence, num_rows)
 
     def split(self, num_lanes: int, split_inputs: SplitInputs | None = None) -> list[list[Any]]:
         """Split into at most `num_lanes` shards: one if there are no arguments at all.
 
         Forwards may write into the shards, unless `split_inputs` gives views. Whatever has no rows is
-        repeated in every shard.
+        repeated in every shard, the whole batch if nothing has any.
 
         Returns:
             The leaves of each shard.
@@ -112,11 +167,15 @@ class Batch:
         Raises:
             LengthMismatchError, UnsplittableError: as `num_rows`.
         """
-        num_rows, to_split = self._rows()
+        num_rows, to_split = self._splittable()
         if num_rows is None:
             return [self.leaves] * (num_lanes if self._specs else 1)
         sizes = split_sizes(num_rows, num_lanes)
-        columns = (split_inputs or SplitInputs()).split(list(to_split.values()), sizes, self.dim)
+        tensors = [leaf for leaf in to_split.values() if isinstance(leaf, Tensor)]
+        of_tensors = iter((split_inputs or SplitInputs()).split(tensors, sizes, self.dim))
+        columns = [
+            leaf.split(sizes) if isinstance(leaf, PerRow) else next(of_tensors) for leaf in to_split.values()
+        ]
         shards = []
         for pieces in zip(*columns, strict=True):
             leaves = list(self.leaves)
@@ -133,7 +192,7 @@ class Batch:
         A trace shows the copies as a span of their own.
         """
         begun = time.perf_counter()
-        moved = _moved(leaves, device)
+        moved = moved_leaves(leaves, device)
         if moved is not leaves and trace.recorder is not None:
             trace.recorder.scattered(begun)
         if moved is self._flat:
@@ -151,17 +210,30 @@ class Batch:
         args, kwargs = self.arguments_on(device, leaves)
         return module(*args, **kwargs)
 
-    def _rows(self) -> tuple[int | None, dict[int, Tensor]]:
-        """Return the number of rows, and the tensors that have them by their positions in `leaves`."""
+    def _splittable(self) -> tuple[int | None, dict[int, Tensor | PerRow]]:
+        """Return the number of rows, and the values that have them by their positions in `leaves`."""
+        if self._rows is None:
+            self._rows = self._find_rows()
+        return self._rows
+
+    def _find_rows(self) -> tuple[int | None, dict[int, Tensor | PerRow]]:
         num_rows: int | None = None
-        found: dict[int, Tensor] = {}
+        found: dict[int, Tensor | PerRow] = {}
         for position, leaf in enumerate(self.leaves):
-            if isinstance(leaf, _tree.Packed):
-                raise UnsplittableError(leaf.sequence)
-            if not isinstance(leaf, Tensor) or not -leaf.dim() <= self.dim < leaf.dim():
+            if isinstance(leaf, Tensor):
+                if leaf.layout is not torch.strided or leaf.is_nested or leaf.is_meta:
+                    raise rows.refusal(leaf, self._leaf_names()[position])
+                if not -leaf.dim() <= self.dim < leaf.dim():
+                    continue
+                length = leaf.shape[self.dim]
+            elif isinstance(leaf, PerRow):
+                length = len(leaf)
+            elif isinstance(leaf, _tree.Packed):
+                raise rows.refusal(leaf, self._leaf_names()[position])
+            else:
                 continue
-            length = leaf.shape[self.dim]
             if num_rows is not None and length != num_rows:
+                self._check_sequences(num_rows, of_tensors=False)  # whose entries may differ in length
                 names = self._leaf_names()
                 first = names[next(iter(found))], num_rows
                 raise LengthMismatchError(self.dim, first, (names[position], length))
@@ -169,28 +241,12 @@ class Batch:
             found[position] = leaf
         return num_rows, found
 
-    def _leaf_names(self) -> list[str]:
-        """Name every leaf as a user would: "argument 0['mask']", "keyword 'y'"."""
+    def _root_names(self) -> list[str]:
+        """Name every argument as a user would: "argument 0", "keyword 'y'"."""
         args = self._names or [f"argument {position}" for position in range(len(self._args))]
-        roots = [*args, *(f"keyword {key!r}" for key in self._kwargs)]
-        return [
-            root + path for root, spec in zip(roots, self._specs, strict=True) for path in _tree.paths(spec)
-        ]
+        return [*args, *(f"keyword {key!r}" for key in self._kwargs)]
 
-
-def move(tree: Any, device: torch.device) -> Any:
-    """Move every tensor of a tree to `device`; a tree that is there already is returned as it is."""
-    leaves, spec = _tree.flatten(tree)
-    moved = _moved(leaves, device)
-    return tree if moved is leaves else _tree.unflatten(spec, moved)
-
-
-def _moved(leaves: list[Any], device: torch.device) -> list[Any]:
-    """Move what is elsewhere; return the very list if nothing is."""
-    moved = leaves
-    for position, leaf in enumerate(leaves):
-        if isinstance(leaf, (Tensor, _tree.Packed)) and leaf.device != device:
-            moved = list(leaves) if moved is leaves else moved
-            # Only towards CUDA: the other way the copy might be read on the host before it has arrived.
-            moved[position] = leaf.to(device, non_blocking=device.type == "cuda")
-    return moved
+    def _leaf_names(self) -> list[str]:
+        """Name every leaf as a user would: "argument 0['mask']"."""
+        roots = zip(self._root_names(), self._specs, strict=True)
+        return [root + path for root, spec in roots for path in _tree.paths(spec)]

@@ -101,8 +101,7 @@ def _storage_of(tensor: Tensor) -> int:
 
 def _watch(split: Sequence[_SplitInput], outputs: Any) -> None:
     """Let every backward from `outputs` first compare the versions of base tensors with those of now."""
-    leaves, _ = _tree.flatten(outputs)
-    nodes = {leaf.grad_fn for leaf in leaves if isinstance(leaf, Tensor) and leaf.grad_fn}
+    nodes = {tensor.grad_fn for tensor in _tree.tensors(outputs) if tensor.grad_fn}
     if nodes:
         counters = [(each.base._version, _version_counters(each)) for each in split]
         for node in nodes:

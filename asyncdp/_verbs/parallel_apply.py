@@ -7,13 +7,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import _tree
 from .._devices import Devices, parse_devices
 from .._runtime import Lane, Scheduler, Task, default_lanes, default_runtime, scheduler_of
 from ..errors import CountMismatchError, NotAModuleError
-from .batch import Batch, move, positional
+from .batch import Batch, positional
+from .moving import move
 
 
 async def parallel_apply(
@@ -77,10 +78,8 @@ def _check_counts(
 
 
 def _device_of(inputs: Any) -> torch.device:
-    for leaf in _tree.flatten(inputs)[0]:
-        if isinstance(leaf, Tensor):
-            return leaf.device
-    return torch.device("cpu")
+    tensors = _tree.tensors(inputs)
+    return tensors[0].device if tensors else torch.device("cpu")
 
 
 def _lanes_in_turn(targets: Sequence[torch.device]) -> tuple[Scheduler, list[Lane]]:

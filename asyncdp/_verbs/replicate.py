@@ -1,4 +1,4 @@
-"""Copies of a module, one per device, whose parameters lead their gradients back to the original."""
+"""Copies of a module, one per device, whose parameters pass their gradients on to the original's."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from torch import nn
 
 from .._autograd import Broadcast
 from .._devices import Devices, parse_devices
-from .._replicas.replica import Replica, check_module, module_tensors, stand_ins
+from .._replicas.replica import Replica, substitutions
+from .._replicas.snapshot import ModuleSnapshot
 
 
 def replicate(module: nn.Module, devices: Devices, *, detach: bool = False) -> list[nn.Module]:
@@ -26,9 +27,9 @@ def replicate(module: nn.Module, devices: Devices, *, detach: bool = False) -> l
     Raises:
         NotAModuleError, LazyModuleError, UnsupportedModuleError: the module cannot be replicated.
     """
-    check_module(module)
+    snapshot = ModuleSnapshot.capture(module)
     targets = parse_devices(devices)
-    tensors = module_tensors(module)
+    tensors = snapshot.tensors
     if detach:
         copies = [tensor.detach().to(device, copy=True) for device in targets for tensor in tensors]
     else:
@@ -36,7 +37,7 @@ def replicate(module: nn.Module, devices: Devices, *, detach: bool = False) -> l
     replicas = []
     for lane in range(len(targets)):
         own = copies[lane * len(tensors) : (lane + 1) * len(tensors)]
-        replica = Replica(module, deep=True)
-        replica.install(stand_ins(tensors, own))
+        replica = Replica(snapshot, deep=True)
+        replica.bind(substitutions(tensors, own), {})
         replicas.append(replica.module)
     return replicas

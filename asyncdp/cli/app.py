@@ -43,9 +43,18 @@ def infer(
     weights: Annotated[str | None, typer.Option(help="A .safetensors file for the factory's model.")] = None,
     task: Annotated[str | None, typer.Option(help="embed: text to vectors, --model is a HF folder.")] = None,
     input_format: Annotated[str | None, typer.Option(help="jsonl csv lines parquet npz images ...")] = None,
+    encoding: Annotated[str | None, typer.Option(help="Of text: cp1252, utf-16 ...; else UTF-8.")] = None,
+    delimiter: Annotated[str | None, typer.Option(help="Between the fields of CSV.")] = None,
+    quote: Annotated[str, typer.Option(help="Around fields of CSV.")] = '"',
+    allow_nan: Annotated[bool, typer.Option("--allow-nan", help="Read NaN and Infinity in JSON.")] = False,
+    first_frame: Annotated[
+        bool, typer.Option("--first-frame", help="Leave out an image's further frames or pages.")
+    ] = False,
     output_format: Annotated[str, typer.Option(help="parquet jsonl npy safetensors")] = "parquet",
     column: Annotated[list[str] | None, typer.Option(help="Column for the model; repeatable.")] = None,
     id_column: Annotated[str | None, typer.Option(help="Column with the id; else the row index.")] = None,
+    keep: Annotated[list[str] | None, typer.Option(help="Column to copy to the output; repeatable.")] = None,
+    rename: Annotated[list[str] | None, typer.Option(help="Of the output: old=new; repeatable.")] = None,
     devices: Annotated[str | None, typer.Option(help="cpu*4, cuda, cuda:0,cuda:1 ...; else all.")] = None,
     batch_size: Annotated[int, typer.Option(help="Most records per batch.")] = 32,
     max_batch_cost: Annotated[int | None, typer.Option(help="Most records times longest.")] = None,
@@ -57,6 +66,9 @@ def infer(
     postprocess: Annotated[str | None, typer.Option(help="module:function, output to columns.")] = None,
     workers: Annotated[int, typer.Option(help="Workers that preprocess.")] = 1,
     worker_processes: Annotated[bool, typer.Option("--worker-processes", help="Use processes.")] = False,
+    input_dtype: Annotated[
+        str | None, typer.Option(help="Of the model's numbers: float32, or ids=int64,x=float32.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
     autocast: Annotated[str | None, typer.Option(help="float16 or bfloat16.")] = None,
     compile: Annotated[bool, typer.Option("--compile", help="Compile the model.")] = False,
@@ -73,6 +85,7 @@ def infer(
 ) -> None:
     """Run a model over all records of some files."""
     given = {**locals(), "inputs": tuple(inputs), "columns": tuple(column or ())}
+    given |= {"keep": tuple(keep or ()), "rename": tuple(rename or ())}
     with _exit_codes(as_json=as_json):
         options = InferOptions(
             **{field.name: given[field.name] for field in dataclasses.fields(InferOptions)}

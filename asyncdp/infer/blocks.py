@@ -12,6 +12,9 @@ import numpy as np
 from ..errors import JobError
 from .records import Columns, Failure, Record
 
+OBJECTS = "objects"
+"""In a schema: values of any kind, whose type the output format finds."""
+
 _GROWTH = 1024
 
 
@@ -74,7 +77,7 @@ class BlockRows:
             picked = {name: values[: len(places)] for name, values in self._columns.items()}
         else:
             picked = {name: _pick(values, places) for name, values in self._columns.items()}
-        return picked.pop("id"), picked
+        return picked["id"], {name: picked[name] for name in self.schema}
 
     def _places(self, positions: Sequence[int]) -> list[int]:
         if self._first is None:
@@ -83,11 +86,13 @@ class BlockRows:
 
     def _check_schema(self, columns: Columns, where: str) -> None:
         schema = schema_of(columns)
-        if not self.schema:
-            self.schema = schema
-            for name, values in columns.items():
-                self._columns[name] = values[:0].copy() if isinstance(values, np.ndarray) else []
-        check_same_schema(self.schema, schema, where)
+        check_same_schema(self.schema or schema, schema, where)
+        for name in [name for name in schema if name not in self.schema]:
+            values = columns[name]
+            # Records before a column of a dict's entries have none there.
+            missing: list[Any] = [None] * len(self._columns["id"])
+            self._columns[name] = values[:0].copy() if isinstance(values, np.ndarray) else missing
+        self.schema = merged(self.schema, schema)
 
     def _grow(self, size: int) -> None:
         if size <= len(self._columns["id"]):
@@ -120,13 +125,15 @@ class OpenBlock:
 def schema_of(columns: Columns) -> dict[str, str]:
     """Return type and shape of the entries of each column."""
     return {
-        name: f"{values.dtype}{list(values.shape[1:])}" if isinstance(values, np.ndarray) else "objects"
+        name: f"{values.dtype}{list(values.shape[1:])}" if isinstance(values, np.ndarray) else OBJECTS
         for name, values in columns.items()
     }
 
 
 def check_same_schema(before: dict[str, str], now: dict[str, str], where: str) -> None:
     """Fail when the outputs of two batches do not go into one table.
+
+    Columns of objects, such as texts and the entries of dicts, may be missing, and may be of several types.
 
     Args:
         before: type and shape of each column, as `schema_of` gives them.
@@ -136,11 +143,22 @@ def check_same_schema(before: dict[str, str], now: dict[str, str], where: str) -
     Raises:
         JobError: with both schemas.
     """
-    if before != now:
+    if fixed_columns(before) != fixed_columns(now):
         raise JobError(
             f"The model's outputs differ between batches: {before}, then {now} in {where}",
             "Bring every record to one shape and type with --preprocess or --postprocess.",
         )
+
+
+def merged(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """Return the columns of both, in an order that does not depend on which of them came first."""
+    both = {**before, **now}
+    return both if not before or list(before) == list(now) else dict(sorted(both.items()))
+
+
+def fixed_columns(schema: dict[str, str]) -> dict[str, str]:
+    """Return the columns that are arrays, whose type and shape never change."""
+    return {name: kind for name, kind in schema.items() if not kind.startswith(OBJECTS)}
 
 
 def _put(column: Any, places: Sequence[int], values: Any) -> None:

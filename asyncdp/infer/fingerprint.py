@@ -25,8 +25,34 @@ _SAMPLE = 1 << 20
 
 # These change which rows come out or how they are grouped into batches, which changes the last bits.
 _FINGERPRINTED = (
-    *("model", "task", "dtype", "autocast", "compile", "preprocess", "collate", "postprocess", "columns"),
-    *("id_column", "batch_size", "max_batch_cost", "window", "shard_size", "output_format", "order"),
+    *(
+        "model",
+        "task",
+        "input_dtype",
+        "dtype",
+        "autocast",
+        "compile",
+        "preprocess",
+        "collate",
+        "postprocess",
+        "columns",
+    ),
+    *(
+        "id_column",
+        "keep",
+        "rename",
+        "encoding",
+        "delimiter",
+        "quote",
+        "allow_nan",
+        "first_frame",
+        "batch_size",
+        "max_batch_cost",
+        "window",
+        "shard_size",
+        "output_format",
+        "order",
+    ),
 )
 
 

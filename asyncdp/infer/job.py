@@ -54,9 +54,12 @@ class Job:
         _check_apart(options)
         self.devices = find_devices(options.devices)
         self.inputs = open_inputs(
-            options.inputs, options.input_format, options.selection, output=options.output
+            options.inputs,
+            options.input_format,
+            options.selection,
+            output=options.output,
+            dialect=options.dialect,
         )
-        self.steps = make_steps(options, self.inputs.format_name)
         self.model = load_model(
             options.model,
             weights=options.weights,
@@ -65,6 +68,9 @@ class Job:
             compile=options.compile,
             allow_pickle=options.allow_unsafe_pickle,
         )
+        if not (options.preprocess or options.collate or options.task):
+            self.inputs.check_fit()
+        self.steps = make_steps(options, self.inputs.format_name, self.model)
 
     async def run(self, reporter: Reporter | None = None, monitor: Monitor | None = None) -> Summary:
         """Run the job to its end.
@@ -80,11 +86,12 @@ class Job:
         with await anyio.to_thread.run_sync(self._open_output) as output:
             monitor.num_earlier = sum(block.num_records for block in output.finished.values())
             monitor.num_earlier_bad = sum(block.num_bad for block in output.finished.values())
-            monitor.warnings += output.warnings
+            monitor.warnings += self.inputs.warnings + output.warnings
             if not self._is_complete(output):
                 await self._run_engine(output, reporter, monitor)
             files, error_files = output.count_files()
             summary = summarize(monitor, output=str(output.path), files=files, error_files=error_files)
+            summary = dataclasses.replace(summary, passed_over=dict(self.inputs.passed_over))
             text = json.dumps(dataclasses.asdict(summary), indent=1).encode()
             await anyio.to_thread.run_sync(write_whole, output.path / SUMMARY_NAME, text)
         return summary

@@ -8,9 +8,10 @@ from collections.abc import Collection
 from pathlib import Path
 
 from ..errors import JobUsageError
+from .dtypes import parse_dtypes
 from .model.models import DTYPES
 from .output.writers import WRITERS
-from .readers import FORMATS, STDIN, Selection
+from .readers import FORMATS, STDIN, Dialect, Selection
 
 _ALLOWED: dict[str, Collection[str]] = {
     "input_format": FORMATS,
@@ -35,6 +36,11 @@ class InferOptions:
         output: folder for the shards.
         window: records that are sorted by length together.
         shard_size: records per block, hence per shard.
+        encoding, delimiter, quote, allow_nan: see `readers.Dialect`.
+        first_frame: whether further frames or pages of an image are left out.
+        keep: columns of the input that are copied into the output.
+        rename: new names of output columns, each as `old=new`.
+        input_dtype: dtype of the numbers that the model gets, for all or as `name=dtype` by input.
         shard: part of the blocks to do, as `i/n` counting from 1.
     """
 
@@ -44,9 +50,16 @@ class InferOptions:
     weights: str | None = None
     task: str | None = None
     input_format: str | None = None
+    encoding: str | None = None
+    delimiter: str | None = None
+    quote: str = '"'
+    allow_nan: bool = False
+    first_frame: bool = False
     output_format: str = "parquet"
     columns: tuple[str, ...] = ()
     id_column: str | None = None
+    keep: tuple[str, ...] = ()
+    rename: tuple[str, ...] = ()
     devices: str | None = None
     batch_size: int = 32
     max_batch_cost: int | None = None
@@ -58,6 +71,7 @@ class InferOptions:
     postprocess: str | None = None
     workers: int = 1
     worker_processes: bool = False
+    input_dtype: str | None = None
     dtype: str | None = None
     autocast: str | None = None
     compile: bool = False
@@ -86,6 +100,24 @@ class InferOptions:
             raise JobUsageError(
                 "Standard input cannot be read a second time", "Save it to a file for jobs to be resumed."
             )
+        if parse_dtypes(self.input_dtype) and (self.collate or self.task):
+            raise JobUsageError(
+                f"--input-dtype has no effect beside {'--collate' if self.collate else '--task'}",
+                "Leave one of them out.",
+            )
+        for name in ("delimiter", "quote"):
+            value = getattr(self.dialect, name)
+            if value is not None and (len(value) != 1 or value in "\r\n"):
+                raise JobUsageError(f"{_flag(name)} {value!r} is no single character", "Give one, as in ';'.")
+        try:
+            "".encode(self.encoding or "utf-8")
+        except LookupError:
+            raise JobUsageError(
+                f"--encoding {self.encoding} is unknown", "Give one of Python's, as cp1252 or utf-16."
+            ) from None
+        for entry in self.rename:
+            if not all(entry.partition("=")):
+                raise JobUsageError(f"--rename {entry} names no two columns", "Write old=new.")
         self.part  # noqa: B018  raises where --shard is no part
 
     @property
@@ -99,7 +131,18 @@ class InferOptions:
     @property
     def selection(self) -> Selection:
         """Which columns the readers should pick."""
-        return Selection(self.columns, self.id_column)
+        return Selection(self.columns, self.id_column, self.keep)
+
+    @property
+    def dialect(self) -> Dialect:
+        """How the text files are written."""
+        delimiter = self.delimiter and self.delimiter.replace("\\t", "\t")
+        return Dialect(self.encoding, delimiter, self.quote, self.allow_nan)
+
+    @property
+    def new_names(self) -> dict[str, str]:
+        """New names of output columns by the old ones."""
+        return dict(entry.split("=", 1) for entry in self.rename)
 
 
 def _flag(name: str) -> str:

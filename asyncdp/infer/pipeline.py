@@ -22,7 +22,7 @@ from .blocks import Batch, BlockRows, OpenBlock
 from .options import InferOptions
 from .records import Failure, Record
 from .report.monitor import Monitor
-from .steps import Steps, arguments, to_columns
+from .steps import Steps, arguments_of, check_texts, to_columns, with_kept
 from .task_groups import plain_task_group
 
 # Two batches per lane: one runs while the next one waits right behind it.
@@ -216,12 +216,14 @@ class Pipeline:
 
     def _collate(self, items: Sequence[Any]) -> Any:
         with self._monitor.timed("collate"):
-            return arguments(self._steps.collate(items))
+            return arguments_of(self._steps.collate(items))
 
     def _store(self, output: Any, batch: Batch) -> None:
         """Put the outputs of a batch into its block, in a worker thread."""
         with self._monitor.timed("postprocess"):
             columns = to_columns(self._steps.postprocess(output), len(batch.items))
+            columns = with_kept(columns, batch.records, self._options.keep, self._options.new_names)
+            check_texts(columns)
             self._open[batch.block].rows.add(batch.records, columns)
 
     def _count(self, batch: Batch) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import traceback
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from .values import as_text
 
 Columns = dict[str, "np.ndarray[Any, Any] | list[Any]"]
 """Named outputs; every value has one entry per record along its first dimension."""
@@ -16,9 +19,10 @@ class Row(NamedTuple):
     """What a reader makes of one entry of one file."""
 
     value: Any
-    id: str | None
+    id: Any
     where: str
     error: Exception | None = None
+    kept: Mapping[str, Any] = {}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -27,17 +31,19 @@ class Record:
 
     Attributes:
         position: row index over all inputs, from 0.
-        id: the entry of the id column as text, or the position.
+        id: the entry of the id column, as text or a scalar of Arrow, or the position.
         value: what preprocessing gets.
         where: file and line or row, for a person to find it.
         error: why the reader could not read it, else None.
+        kept: entries for the output, by column of the input; from Arrow they are its scalars.
     """
 
     position: int
-    id: str | int
+    id: Any
     value: Any
     where: str
     error: Exception | None = None
+    kept: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -54,4 +60,6 @@ class Failure:
     def of(cls, record: Record, error: BaseException) -> Failure:
         """Describe why a record was refused."""
         text = "".join(traceback.format_exception(error))
-        return cls(record.position, record.id, record.where, f"{type(error).__name__}: {error}", text)
+        return cls(
+            record.position, as_text(record.id), record.where, f"{type(error).__name__}: {error}", text
+        )

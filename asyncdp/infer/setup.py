@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,21 @@ import torch
 
 from .._devices import parse_devices
 from ..errors import JobUsageError
+from .dtypes import InputDtypes, parse_dtypes
+from .model.models import LoadedModel
 from .model.names import load_name
 from .options import InferOptions
 from .readers import decode_image
-from .steps import EachValue, Steps, default_collate, image_to_tensor, length_of, same
+from .steps import EachValue, Stack, Steps, image_to_tensor, length_of, same
 
 
-def make_steps(options: InferOptions, input_format: str) -> Steps:
+def make_steps(options: InferOptions, input_format: str, model: LoadedModel) -> Steps:
     """Put together the functions around the model.
+
+    Args:
+        options: names of the functions.
+        input_format: format of the input files.
+        model: says what it expects.
 
     Raises:
         JobUsageError: a function that was named cannot be imported.
@@ -27,8 +35,9 @@ def make_steps(options: InferOptions, input_format: str) -> Steps:
 
         steps = embed_steps(Path(options.model))
     else:
+        dtypes = InputDtypes(parse_dtypes(options.input_dtype), model.input_dtypes)
         prepare = image_to_tensor if input_format == "images" else same
-        steps = Steps(EachValue(prepare), default_collate, same, length_of)
+        steps = Steps(EachValue(prepare), Stack(dtypes), same, length_of)
     named = {name: getattr(options, name) for name in ("preprocess", "collate", "postprocess")}
     own = {name: _load_function(spec, f"--{name}") for name, spec in named.items() if spec is not None}
     if "preprocess" in own:
@@ -36,7 +45,8 @@ def make_steps(options: InferOptions, input_format: str) -> Steps:
         own["preprocess"] = _Chained(inner, steps.preprocess) if options.task == "embed" else inner
     steps = dataclasses.replace(steps, **own)
     if input_format == "images":
-        steps = dataclasses.replace(steps, preprocess=_Chained(EachValue(decode_image), steps.preprocess))
+        decode = functools.partial(decode_image, first_frame=options.first_frame)
+        steps = dataclasses.replace(steps, preprocess=_Chained(EachValue(decode), steps.preprocess))
     return steps
 
 

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from .._verbs.batch import arguments
 from ..errors import JobError
-from .records import Columns
+from .dtypes import InputDtypes
+from .records import Columns, Record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Steps:
 
     Attributes:
         preprocess: values of some records -> one item each. Must be importable to run in processes.
-        collate: items of one batch -> what the model is called with, see `arguments`.
+        collate: items of one batch -> what the model is called with, see `arguments_of`.
         postprocess: output of one batch -> columns, or one entry per record.
         cost: item -> its length; batches are made of items of similar length.
     """
@@ -32,7 +34,7 @@ class Steps:
     @property
     def pads(self) -> bool:
         """Whether the items of a batch may be padded to the longest one; stacking them never does."""
-        return self.collate is not default_collate
+        return not isinstance(self.collate, Stack)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,40 +59,54 @@ def image_to_tensor(image: Any) -> torch.Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1).float().div_(255)
 
 
-def arguments(batch: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-    """Return a batch as arguments: mappings by keyword, tuples by position, anything else as the only one."""
-    if isinstance(batch, Mapping):
-        return (), batch
-    return (batch if isinstance(batch, tuple) else (batch,)), {}
+def arguments_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments that a collated batch stands for.
 
-
-def default_collate(items: Sequence[Any]) -> Any:
-    """Stack numbers and arrays into one tensor, dicts entry by entry; texts stay a list.
-
-    Raises:
-        ValueError: the items of a batch differ in shape, or are no numbers.
+    A mapping of any class, such as a tokenizer's `BatchEncoding`, holds keyword arguments.
     """
-    first = items[0]
-    if isinstance(first, Mapping):
-        return {name: default_collate([item[name] for item in items]) for name in first}
-    if isinstance(first, str | bytes):
-        return (list(items),)
-    try:
-        return torch.stack([to_tensor(item) for item in items])
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"the records of a batch do not stack into one tensor ({error})") from error
+    return arguments(dict(batch) if isinstance(batch, Mapping) else batch)
 
 
-def to_tensor(item: Any) -> torch.Tensor:
-    """Return numbers as a tensor, of a dtype that does not depend on the rest of the batch.
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """Stacks numbers and arrays into one tensor, dicts entry by entry; texts stay a list.
 
-    A tensor keeps its dtype. So does everything else, except doubles, which become torch's default dtype:
-    numbers of Python and arrays of NumPy are double unless another dtype was chosen.
+    A batch whose records differ is refused, so that it is halved and none gets its dtype from a neighbour.
     """
-    tensor = torch.as_tensor(item)
-    if isinstance(item, torch.Tensor) or tensor.dtype != torch.float64:
-        return tensor
-    return tensor.to(torch.get_default_dtype())
+
+    dtypes: InputDtypes = InputDtypes()  # noqa: RUF009  frozen
+
+    def __call__(self, items: Sequence[Any]) -> Any:
+        """Collate the items of one batch.
+
+        Raises:
+            ValueError: the items differ in shape, dtype or names, or are no numbers.
+        """
+        if isinstance(items[0], str | bytes):
+            return (list(items),)
+        return self._stacked(items, "")
+
+    def _stacked(self, items: Sequence[Any], name: str) -> Any:
+        first = items[0]
+        if isinstance(first, Mapping):
+            if any(not isinstance(item, Mapping) or item.keys() != first.keys() for item in items):
+                raise ValueError("the records of a batch differ in their names")
+            return {key: self._stacked([item[key] for item in items], name or key) for key in first}
+        if isinstance(first, str | bytes):
+            return list(items)
+        try:
+            tensors = [self.dtypes.tensor(item, name) for item in items]
+            if len({tensor.dtype for tensor in tensors}) > 1:
+                raise ValueError("they differ in dtype")
+            return torch.stack(tensors)
+        except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+            what = f"input {name!r}: " if name else ""
+            raise ValueError(
+                f"{what}the records of a batch do not stack into one tensor ({error})"
+            ) from error
+
+
+default_collate = Stack()
 
 
 def length_of(item: Any) -> int:
@@ -116,7 +132,7 @@ def to_columns(output: Any, num_records: int) -> Columns:
     """
     columns = {str(name): _column(values) for name, values in _named(output).items()}
     for name, values in columns.items():
-        length = len(values) if np.ndim(values) or isinstance(values, list) else None
+        length = len(values) if isinstance(values, list) or np.ndim(values) else None
         if length != num_records:
             found = "no" if length is None else length
             raise JobError(
@@ -131,6 +147,65 @@ def to_columns(output: Any, num_records: int) -> Columns:
     return columns
 
 
+def with_kept(
+    columns: Columns, records: Sequence[Record], keep: Sequence[str], new_names: Mapping[str, str]
+) -> Columns:
+    """Add the columns that are copied from the input, and rename what is to be renamed.
+
+    Raises:
+        JobError: two columns have the same name, or none has a name that is to be changed.
+    """
+    kept = {name: _kept([record.kept[name] for record in records]) for name in keep}
+    named = [*kept.items(), *columns.items()]
+    for old in new_names.keys() - kept.keys() - columns.keys():
+        listed = ", ".join(map(repr, (*kept, *columns)))
+        raise JobError(f"There is no column {old!r} to rename", f"The output has {listed}.")
+    # Where both have the name, that of the input is meant, which makes room for the other.
+    names = [new_names.get(name, name) for name in kept]
+    names += [name if name in kept else new_names.get(name, name) for name in columns]
+    for name in names:
+        if names.count(name) > 1 or name == "id":
+            raise JobError(
+                f"The output would have two columns {name!r}", "Give one another name: --rename old=new."
+            )
+    return dict(zip(names, (values for _, values in named), strict=True))
+
+
+def check_texts(columns: Columns) -> None:
+    """Fail where a text is no valid Unicode, which no file can hold.
+
+    Raises:
+        ValueError: with the column; the record at fault can be found by halving the batch.
+    """
+    for name, values in columns.items():
+        if isinstance(values, list):
+            try:
+                _encode(values)
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"column {name!r} of the output holds no valid Unicode text: {error}"
+                ) from None
+
+
+def _encode(value: Any) -> None:
+    if isinstance(value, str):
+        value.encode()
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            _encode(entry)
+    elif isinstance(value, dict):
+        for pair in value.items():
+            _encode(pair)
+
+
+def _kept(values: list[Any]) -> Any:
+    """Return entries of arrays as one array where they are of one shape and dtype, all others as a list."""
+    first = values[0]
+    if isinstance(first, torch.Tensor):
+        return _column(torch.stack(values))
+    return np.stack(values) if isinstance(first, np.ndarray | np.generic) else values
+
+
 def _named(output: Any) -> Mapping[Any, Any]:
     if isinstance(output, Mapping):
         return output
@@ -139,7 +214,8 @@ def _named(output: Any) -> Mapping[Any, Any]:
     if isinstance(output, tuple):
         return {f"output_{index}": values for index, values in enumerate(output)}
     if isinstance(output, list) and output and all(isinstance(entry, Mapping) for entry in output):
-        return {name: [entry.get(name) for entry in output] for name in output[0]}
+        names = dict.fromkeys(name for entry in output for name in entry)
+        return {name: [entry.get(name) for entry in output] for name in names}
     return {"output": output}
 
 

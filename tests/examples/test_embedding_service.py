@@ -23,8 +23,8 @@ import pytest
 import torch
 
 from asyncdp import Batcher, QueueFull, Runtime
-from asyncdp._runtime import scheduler_of
 from asyncdp.testing.fake import FakeDevice
+from tests.runtime.helpers import lose_lane
 
 pytest.importorskip("starlette")
 uvicorn = pytest.importorskip("uvicorn")
@@ -117,8 +117,7 @@ def test_metrics_count(service: Service) -> None:
 def test_health_follows_the_lanes(service: Service) -> None:
     """The service is healthy, until its lanes are lost: then it says so, and calls fail at once."""
     assert service.get("/healthz")[0] == 200
-    scheduler = scheduler_of(service.app.state.engine.runtime)
-    scheduler._on_lost(scheduler.lanes[1], RuntimeError("test"))
+    lose_lane(service.app.state.engine.runtime, 1)
     status, text = service.get("/healthz")
     assert status == 503
     assert json.loads(text)["lanes"] == {"cpu:0": "lost", "cpu:1": "lost"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import namedtuple
+from collections import UserDict, namedtuple
 
 import numpy as np
 import pytest
@@ -11,7 +11,9 @@ from torch import nn
 
 from asyncdp.errors import JobError
 from asyncdp.infer.model.models import InferenceModule
-from asyncdp.infer.steps import arguments, default_collate, length_of, to_columns
+from asyncdp.infer.steps import arguments_of, default_collate, length_of, to_columns
+
+Pair = namedtuple("Pair", "mean spread")
 
 
 def test_collate_makes_float32_and_int64():
@@ -41,11 +43,21 @@ def test_numbers_of_python_get_the_default_dtypes(number, dtype):
 
 @pytest.mark.parametrize(
     ("batch", "expected"),
-    [({"a": 1}, ((), {"a": 1})), ((1, 2), ((1, 2), {})), ([1, 2], (([1, 2],), {})), (1, ((1,), {}))],
+    [
+        ({"a": 1}, ((), {"a": 1})),
+        (UserDict(a=1), ((), {"a": 1})),
+        ((1, 2), ((1, 2), {})),
+        (Pair(1, 2), ((Pair(1, 2),), {})),
+        ([1, 2], (([1, 2],), {})),
+        (1, ((1,), {})),
+    ],
 )
 def test_a_batch_as_arguments(batch, expected):
-    """A dict is keyword arguments, a tuple positional ones, anything else the only argument."""
-    assert arguments(batch) == expected
+    """A mapping is keyword arguments, a tuple positional ones, anything else the only argument.
+
+    A tokenizer returns a mapping of its own class; a named tuple is one structure, as for `engine.map`.
+    """
+    assert arguments_of(batch) == expected
 
 
 def test_collate_of_dicts_and_texts():
@@ -75,9 +87,6 @@ def test_what_does_not_stack(items):
 def test_lengths(item, length):
     """The length of an item is what padding would grow with."""
     assert length_of(item) == length
-
-
-Pair = namedtuple("Pair", "mean spread")
 
 
 @pytest.mark.parametrize(

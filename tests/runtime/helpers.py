@@ -10,7 +10,19 @@ import anyio
 import anyio.lowlevel
 
 import asyncdp
+from asyncdp._devices import LaneDevice
 from asyncdp._runtime import Lane, Task, scheduler_of
+
+__all__ = [
+    "PATIENCE",
+    "LaneDevice",
+    "Latch",
+    "lane_threads",
+    "lose_lane",
+    "run_stages",
+    "runtime",
+    "wait_until",
+]
 
 PATIENCE = 20.0
 """Seconds after which a test gives up on another thread; far more than any needs."""
@@ -58,6 +70,12 @@ def lane_threads() -> set[threading.Thread]:
 def runtime(num_lanes: int = 2, max_queue: int = 1024) -> asyncdp.Runtime:
     """A runtime of CPU lanes."""
     return asyncdp.Runtime(f"cpu*{num_lanes}", max_queue=max_queue)
+
+
+def lose_lane(rt: asyncdp.Runtime, position: int) -> None:
+    """Let the device of a lane be lost."""
+    scheduler = scheduler_of(rt)
+    scheduler._on_lost(scheduler.lanes[position], RuntimeError("test"))
 
 
 Calls = Sequence[tuple[Lane, Callable[[], Any]]]

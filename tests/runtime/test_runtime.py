@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import asyncdp
-from asyncdp._devices import LaneDevice
 from asyncdp.errors import (
     DeviceLostError,
     NestedPassError,
@@ -22,7 +21,7 @@ from asyncdp.errors import (
     UnknownDeviceError,
 )
 
-from .helpers import PATIENCE, Latch, lane_threads, run_stages, runtime, wait_until
+from .helpers import PATIENCE, LaneDevice, Latch, lane_threads, run_stages, runtime, wait_until
 
 pytestmark = pytest.mark.anyio
 

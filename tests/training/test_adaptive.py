@@ -180,3 +180,43 @@ async def test_a_number_forces(num_lanes: Any) -> None:
             await one(torch.zeros(6, 1))
         assert one.statistics().choices == ()
     assert set(module.rows) == {6 // (3 if num_lanes == "all" else num_lanes)}
+
+
+@pytest.mark.parametrize("rows", [[4], [4, 5, 6, 7], [6, 4, 7, 5], [1, 4], [2, 3]], ids=str)
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x @ x.T,
+        lambda x: {"logits": (x @ x.T).softmax(-1), "x": x},
+        lambda x: x.unsqueeze(1).expand(-1, len(x), -1),
+        lambda x: tuple(x.new_zeros(len(x)) for _ in range(len(x))),
+    ],
+    ids=["products", "contrastive", "pairs", "as many parts as rows"],
+)
+async def test_where_rows_meet_every_call_means_the_same(function: Any, rows: list[int]) -> None:
+    """Outputs whose other dimensions depend on the rows of a shard are those of all lanes, in every call."""
+    async with (
+        asyncdp.DataParallel(Counting(function), "cpu*2", num_lanes="all") as fixed,
+        asyncdp.DataParallel(Counting(function), "cpu*2") as one,
+    ):
+        for number in range(40):
+            x = torch.randn(rows[number % len(rows)], 3)
+            try:
+                expected = await fixed(x)
+            except asyncdp.errors.GatherError:  # shards of unlike length cannot be joined
+                with pytest.raises(asyncdp.errors.GatherError):
+                    await one(x)
+                continue
+            found = await one(x)
+            torch.testing.assert_close(found, expected)
+
+
+async def test_results_are_compared_in_all_dimensions_before_a_choice() -> None:
+    """A number of lanes is chosen only once its results had the shape that all lanes give."""
+    module = Counting(lambda x: x * 2)
+    async with asyncdp.DataParallel(module, "cpu*2") as one:
+        # No two calls have the same shapes, so that the first on one lane is run on all lanes too.
+        for number in range(16):
+            x = torch.ones(8, 16 + number)
+            assert torch.equal(await one(x), x * 2)
+    assert module.rows.count(8) < module.rows.count(4)

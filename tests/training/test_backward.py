@@ -30,7 +30,7 @@ async def test_same_gradients_on_another_thread() -> None:
 
 
 async def test_after_a_pass() -> None:
-    """It leads through gather, replicas and scatter back to the module and the inputs."""
+    """Gradients flow through gather, replicas and scatter to the module and the inputs."""
     module = nn.Linear(3, 2).double()
     x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
     output = await asyncdp.data_parallel(module, x, "cpu*2")

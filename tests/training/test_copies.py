@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import asyncdp
-from asyncdp._replicas.copies import Stamp, copies_on, flat_copies
+from asyncdp._replicas.copies import VersionTag, copies_on, flat_copies
 from asyncdp._replicas.replica_set import ReplicaSet, _Copies
 from asyncdp.testing import fake_devices
 
@@ -68,10 +68,10 @@ def test_what_a_copy_notices(checksum: bool) -> None:
 def test_checksums_of_any_dtype(dtype: torch.dtype) -> None:
     """A checksum reads every byte of every kind of tensor, whatever its strides."""
     tensor = torch.zeros(4, 6, dtype=dtype)[:, ::2]
-    before = Stamp.of(tensor, checksum=True)
+    before = VersionTag.of(tensor, checksum=True)
     tensor.data[3, 2] = 1
-    assert Stamp.of(tensor) == Stamp.of(tensor)
-    assert Stamp.of(tensor, checksum=True) != before
+    assert VersionTag.of(tensor) == VersionTag.of(tensor)
+    assert VersionTag.of(tensor, checksum=True) != before
 
 
 @pytest.mark.anyio

@@ -110,7 +110,7 @@ async def test_tied_sparse_and_unused() -> None:
 
 
 async def test_groups_and_frozen_parameters() -> None:
-    """Parameter groups keep their settings; frozen parameters stay, and learn once they are thawed."""
+    """Parameter groups keep their settings; frozen parameters stay until they are trainable."""
     torch.manual_seed(0)
     modules = [mlp(), mlp()]
     modules[1].load_state_dict(modules[0].state_dict())

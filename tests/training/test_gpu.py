@@ -156,7 +156,7 @@ async def test_mixed_precision(home: str) -> None:
 
 @pytest.mark.parametrize("home", HOMES)
 async def test_accumulation_and_gradients_left(home: str) -> None:
-    """Gradients held back by the lanes and gradients in .grad are all there in the end."""
+    """Gradients accumulated on the lanes and gradients in .grad are all there in the end."""
     module, serial = pair(home)
     batches = [batch_on(home) for _ in range(3)]
     async with engine(module, home=home) as one:

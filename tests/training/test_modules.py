@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from asyncdp import _tree
-from asyncdp._replicas.snapshot import Outline, modules_of
 
 from ..verbs.models import MODULES
 from .helpers import engine
@@ -31,14 +30,14 @@ def mean_square(outputs: Any, _: None) -> Tensor:
 
 @pytest.mark.parametrize("name", MODULES)
 async def test_three_steps(name: str) -> None:
-    """Parameters, and buffers that learn or that a forward changes, agree with the serial run."""
+    """Parameters, and buffers that are trainable or that a forward changes, agree with the serial run."""
     modules, optimizers = [], []
     for _ in range(2):
         torch.manual_seed(0)
         module = MODULES[name].make()
         modules.append(module)
-        learning = [each for each in (*module.parameters(), *module.buffers()) if each.requires_grad]
-        optimizers.append(torch.optim.SGD(learning, 0.05))
+        trainable = [each for each in (*module.parameters(), *module.buffers()) if each.requires_grad]
+        optimizers.append(torch.optim.SGD(trainable, 0.05))
     async with engine(modules[0]) as one:
         for _ in range(3):
             x = MODULES[name].batch()
@@ -50,31 +49,28 @@ async def test_three_steps(name: str) -> None:
     torch.testing.assert_close(mine, theirs, atol=1e-12, rtol=1e-12)
 
 
-def test_a_walk_finds_every_module_once() -> None:
-    """Shared, missing and circular children are met as by `module.modules()`."""
-    shared = nn.Linear(2, 2)
-    module = nn.Sequential(shared, nn.Sequential(shared, nn.ReLU()))
-    module.register_module("absent", None)
-    module[1].above = module
-    found = modules_of(module)
-    assert len(found) == 4
-    assert set(found) == set(module.modules())
+class Recalling(nn.Module):
+    """Keeps its last hidden state as a buffer, graph and all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        self.register_buffer("state", torch.zeros(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.layer(x)
+        self.state = hidden.mean(0)
+        return hidden
 
 
-def test_an_outline_notices_other_modules_and_parameters() -> None:
-    """Which modules there are is compared at each look, and parameters are those of now, each once."""
-    tied = nn.Linear(2, 2)
-    module = nn.Sequential(tied, nn.Sequential(nn.ReLU(), nn.Linear(2, 2)), tied)
-    module[1][1].weight = tied.weight
-    outline = Outline(module)
-    assert outline.is_same()
-    assert list(map(id, outline.parameters())) == list(map(id, module.parameters()))
-    module[1][1].weight = nn.Parameter(torch.zeros(2, 2))
-    assert outline.is_same()
-    assert list(map(id, outline.parameters())) == list(map(id, module.parameters()))
-    module[1][0] = nn.GELU()
-    assert not outline.is_same()
-    module = nn.Sequential(nn.ReLU(), nn.Sequential())
-    outline = Outline(module)
-    module[1].append(nn.ReLU())
-    assert not outline.is_same()
+@pytest.mark.parametrize("num_lanes", [1, 2])
+async def test_a_buffer_replaced_by_a_result_survives(num_lanes: int) -> None:
+    """The first lane's new buffer becomes the module's, detached, though it requires gradients."""
+    module = Recalling()
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    x = torch.randn(4, 3)
+    expected = module.layer(x[: 4 // num_lanes]).mean(0).detach()
+    async with engine(module, num_lanes) as one:
+        await one.train_step(x, None, mean_square, optimizer)
+    torch.testing.assert_close(module.state, expected)
+    assert not module.state.requires_grad

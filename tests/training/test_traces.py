@@ -69,7 +69,7 @@ async def test_direct_gradients_of_a_failed_step_are_gone(num_lanes: int) -> Non
 
 @both
 async def test_an_optimizer_may_train_more_than_the_module(num_lanes: int) -> None:
-    """A temperature that only the loss knows learns with the module, also over accumulated batches."""
+    """A temperature that only the loss knows is trained with the module, also over accumulated batches."""
     module, serial = pair()
     temperatures = [nn.Parameter(torch.ones((), dtype=torch.float64)) for _ in range(2)]
     optimizers = [

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
-from asyncdp._runtime.task import current_lane
+from asyncdp._runtime.task import this_thread
 
 
 class Case(NamedTuple):
@@ -190,7 +190,7 @@ class Failing(nn.Module):
             # Raised is not yet recorded: that happens when the lane has put its work down.
             while self.lanes[before].statistics().num_queued > 0:
                 self.turns[row].wait(0.001)
-        self.lanes[row] = current_lane()
+        self.lanes[row] = this_thread.lane
         try:
             raise self.errors[row]
         finally:

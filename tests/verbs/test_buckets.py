@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncdp._replicas.buckets import buckets
+from asyncdp._replicas.copies import buckets
 
 
 def test_buckets_go_backwards_and_keep_to_their_size() -> None:

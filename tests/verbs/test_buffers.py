@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import asyncdp
-from asyncdp._replicas.replica_set import ReplicaSet
+from asyncdp.testing import fake_devices
 
 from .conftest import Passes
 from .models import Fn, numbered
@@ -204,41 +204,17 @@ def test_batches_on_one_lane_each() -> None:
     assert module.counter == 8
 
 
-# A device that is not the module's, for all that the replicas can tell, though torch has it too.
-ELSEWHERE = torch.device("cpu", 1)
-
-
-def test_copies_on_another_device_follow_and_carry_back() -> None:
-    """Lanes away from the module: copies follow its values, gradients and statistics come back to it."""
-    module, twin = (nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)) for _ in range(2))
-    twin.load_state_dict(module.state_dict())
-    replicas = ReplicaSet(module, [ELSEWHERE, ELSEWHERE])
-    for _ in range(3):
-        x = torch.randn(8, 3)
-        first, second = replicas.prepare(module, [0, 1])
-        found, expected = first(x), twin(x)
-        assert module[0].weight.data_ptr() not in [each.data_ptr() for each in first.tensors.values()]
-        torch.testing.assert_close(found, expected)
-        second(x + 1)
-        found.square().sum().backward()
-        expected.square().sum().backward()
-        torch.testing.assert_close(module[0].weight.grad, twin[0].weight.grad)
-        torch.testing.assert_close(statistics(module), statistics(twin))
-        with torch.no_grad():
-            module[0].weight.add_(0.1)
-            twin[0].weight.add_(0.1)
-    with torch.no_grad():
-        first, second = replicas.prepare(module.eval(), [0, 1])
-        torch.testing.assert_close(second(x), twin.eval()(x))
-
-
-def test_change_behind_autograd_needs_refresh_on_another_device() -> None:
+@pytest.mark.anyio
+async def test_change_behind_autograd_needs_refresh_on_another_device() -> None:
     """`refresh` makes copies notice what `parameter.data` did without a trace."""
-    module = nn.Linear(1, 1, bias=False)
-    replicas = ReplicaSet(module, [ELSEWHERE, ELSEWHERE])
-    x = torch.ones(1, 1)
-    with torch.no_grad():
-        replicas.prepare(module, [0, 1])[1](x)
-        module.weight.data.fill_(7)
-        replicas.refresh()
-        assert replicas.prepare(module, [0, 1])[1](x) == 7
+    module, x = nn.Linear(1, 1, bias=False), torch.ones(2, 1)
+    async with (
+        asyncdp.Runtime(fake_devices(2)) as runtime,
+        asyncdp.DataParallel(module, runtime=runtime, num_lanes="all") as engine,
+    ):
+        with torch.no_grad():
+            before = await engine(x)
+            module.weight.data.fill_(7)
+            assert torch.equal(await engine(x), before)
+            engine.refresh()
+            assert torch.equal(await engine(x), torch.full((2, 1), 7.0))

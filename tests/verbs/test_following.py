@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import asyncdp
-from asyncdp._replicas.replica import KEPT, Replica
+from asyncdp._replicas.replica import Replica
+from asyncdp._replicas.snapshot import CACHE_ATTRIBUTE
 
 from .conftest import Passes
 from .models import Fn, Hooked, Tied, rows
@@ -308,7 +309,9 @@ def test_replicas_leave_no_trace_in_copies_and_files(dp: Passes) -> None:
     torch.save(module, buffer)
     assert b"_replica_set" not in buffer.getvalue(), "the file could be loaded only where asyncdp is"
     buffer.seek(0)
-    assert not copy.deepcopy(module).__dict__.get(KEPT), "the copy would keep the original's replicas alive"
+    assert not copy.deepcopy(module).__dict__.get(CACHE_ATTRIBUTE), (
+        "the copy would keep the original's replicas alive"
+    )
     for other in (copy.deepcopy(module), torch.load(buffer, weights_only=False)):
         torch.testing.assert_close(dp(other, x), expected)
         with torch.no_grad():

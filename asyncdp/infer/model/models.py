@@ -16,6 +16,7 @@ from torch import nn
 
 from ..._tree import map_leaves
 from ...errors import JobError, JobUsageError, ModelLoadError
+from ..dtypes import dtypes_of_model
 from .exported import load_exported
 from .names import brief, load_name, source_of
 
@@ -29,11 +30,13 @@ class LoadedModel:
     Attributes:
         module: runs without gradients; safe to replicate over lanes.
         files: what its behaviour depends on, by what it is, for the fingerprint.
+        input_dtypes: what it expects of its inputs by their names, "" for all others.
         made_by_code: whether its weights may come from elsewhere than `files`.
     """
 
     module: nn.Module
     files: Mapping[str, Path]
+    input_dtypes: Mapping[str, torch.dtype]
     made_by_code: bool = False
 
 
@@ -124,10 +127,16 @@ def load_model(
     with contextlib.suppress(NotImplementedError):
         module.eval()
     module.requires_grad_(False)
+    # Half a precision is the model's own affair: what it gets is cast in its lane.
+    expected = dtypes_of_model(module) if dtype is None else _cast_later(dtypes_of_model(module))
     if dtype is not None:
         module.to(DTYPES[dtype])
     module = InferenceModule(module, DTYPES.get(dtype or ""), DTYPES.get(autocast or ""), compile)
-    return LoadedModel(module, files, made_by_code=not (is_folder or is_exported))
+    return LoadedModel(module, files, expected, made_by_code=not (is_folder or is_exported))
+
+
+def _cast_later(dtypes: Mapping[str, torch.dtype]) -> dict[str, torch.dtype]:
+    return {name: torch.float32 if dtype.is_floating_point else dtype for name, dtype in dtypes.items()}
 
 
 def _check_compiler() -> None:

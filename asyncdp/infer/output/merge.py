@@ -10,7 +10,7 @@ from ...errors import JobUsageError, ResumeRefusedError
 from ..blocks import check_same_schema
 from ..files import whole_file
 from .journal import TIMES, Block, JournalState, load_journal
-from .output import OutputFolder, check_output_free, explain_changes
+from .output import OutputFolder, check_no_new_columns, check_output_free, explain_changes
 
 
 class Merged(NamedTuple):
@@ -41,10 +41,14 @@ def merge_parts(folders: list[Path], output: Path) -> Merged:
     for index, block in whole.blocks.items():
         if block.schema:
             check_same_schema(whole.schema, block.schema, whole.place_of(index))
+            if fingerprint["output_format"] not in ("parquet", "jsonl"):
+                check_no_new_columns(whole.schema, block.schema, whole.place_of(index))
+                check_no_new_columns(block.schema, whole.schema, "other shards than " + whole.place_of(index))
     with OutputFolder(output, fingerprint["output_format"], fingerprint, resume=True) as target:
         for folder, block in blocks:
             if block.index not in target.finished:
                 _copy(folder, block, target)
+        target.widen_shards()
         target.journal.finish_input(total)
     return Merged(total, sum(block.num_bad for _, block in blocks))
 

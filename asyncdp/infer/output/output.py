@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...errors import JobUsageError, OutputExistsError, ResumeRefusedError
-from ..blocks import BlockRows, check_same_schema
+from ...errors import JobError, JobUsageError, OutputExistsError, ResumeRefusedError
+from ..blocks import BlockRows, check_same_schema, fixed_columns, merged
 from ..files import TEMPORARY_PREFIX, make_folder, whole_file
 from ..records import Failure
 from .journal import JOURNAL_NAME, Block, Journal, JournalState, StoredFile, load_journal
-from .writers import write_shard
+from .schema import conform, described, read_schema, read_table, unify, write_table
+from .writers import make_table, naming_culprit, write_shard
 
 _LOCK_NAME = ".lock"
 _ERRORS_PREFIX = "_errors-"
@@ -42,6 +44,7 @@ class OutputFolder:
         self.path = path
         self.warnings: list[str] = []
         self._format = format_name
+        self._schema: Any = None
         self._lock = _locked(path)
         try:
             self.journal = Journal(path, self._intact(read_state(path, fingerprint, resume=resume)))
@@ -80,17 +83,101 @@ class OutputFolder:
             OutputError: the disk does not take it.
             JobError: its outputs are of other types or shapes than those of the blocks before.
         """
-        files, schema = [], rows.schema if len(rows) else {}
+        files: list[StoredFile] = []
+        schema: dict[str, str] = {}
         if failures:
             files.append(self._write_errors(f"{index:06d}", failures))
-        if schema:
-            state = self.journal.state
-            check_same_schema(state.schema or schema, schema, state.place_of(index))
+        if len(rows):
             path = self.path / f"part-{index:06d}.{self._format}"
-            with whole_file(path) as file:
-                write_shard(self._format, file, *rows.finish())
+            write = self._write_table if self._format == "parquet" else self._write_rows
+            schema = write(path, rows, self.journal.state.place_of(index))
             files.append(StoredFile.of(path))
         self.journal.finish_block(Block(index, num_records, num_records - len(rows), tuple(files), schema))
+
+    def widen_shards(self) -> None:
+        """Give all shards the same columns and types.
+
+        Raises:
+            JobError: there is no common type.
+        """
+        if self._format == "parquet" and self._common_schema() is not None:
+            self._rewrite(self._common_schema())
+        elif self._format == "jsonl":
+            schemas = [block.schema for block in self.finished.values() if block.schema]
+            self._rewrite_rows(functools.reduce(merged, schemas, {}))
+
+    def _write_rows(self, path: Path, rows: BlockRows, where: str) -> dict[str, str]:
+        """Write a shard whose format knows no types; a column that only other shards have is null."""
+        ids, columns = rows.finish()
+        before = self.journal.state.schema or rows.schema
+        check_same_schema(before, rows.schema, where)
+        if self._format == "jsonl":
+            schema = merged(before, rows.schema)
+            self._rewrite_rows(schema)
+        else:
+            check_no_new_columns(before, rows.schema, where)
+            schema = before
+        with whole_file(path) as file:
+            missing: list[Any] = [None] * len(ids)
+            write_shard(self._format, file, ids, {name: columns.get(name, missing) for name in schema})
+        return schema
+
+    def _rewrite_rows(self, schema: dict[str, str]) -> None:
+        """Write the shards of JSON again that lack a column."""
+        for block in self._blocks_unlike(schema):
+            path = self.path / _shard_of(block)
+            rows = [json.loads(line) for line in path.read_bytes().splitlines()]
+            with whole_file(path) as file:
+                for row in rows:
+                    row = {"id": row["id"], **{name: row.get(name) for name in schema}}
+                    file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            self._finish_again(block, path, schema)
+
+    def _blocks_unlike(self, schema: dict[str, str]) -> list[Block]:
+        items = list(schema.items())
+        return [b for b in self.finished.values() if b.schema and list(b.schema.items()) != items]
+
+    def _finish_again(self, block: Block, path: Path, schema: dict[str, str]) -> None:
+        files = [file for file in block.files if file.name != path.name]
+        files.append(StoredFile.of(path))
+        self.journal.finish_block(dataclasses.replace(block, files=tuple(files), schema=schema))
+
+    def _write_table(self, path: Path, rows: BlockRows, where: str) -> dict[str, str]:
+        """Write a shard of parquet; the shards before are written again if they need wider types for it."""
+        ids, columns = rows.finish()
+        check_same_schema(self.journal.state.schema or rows.schema, rows.schema, where)
+        with naming_culprit(self._format, ids, columns):
+            table = make_table(ids, columns)
+        before = self._common_schema()
+        schema = unify(before, table.schema, where)
+        table = conform(table, schema, where)
+        if before is not None:
+            self._rewrite(schema)
+        names = described(schema, fixed_columns(rows.schema))
+        with whole_file(path) as file:
+            write_table(file, table, names)
+        return names
+
+    def _common_schema(self) -> Any:
+        """Return the schema of Arrow of all shards so far, None if there are none."""
+        if self._schema is None:
+            written = {str(block.schema): block for block in self.finished.values() if block.schema}
+            for block in written.values():
+                place = self.journal.state.place_of(block.index)
+                self._schema = unify(self._schema, read_schema(self.path / _shard_of(block)), place)
+        return self._schema
+
+    def _rewrite(self, schema: Any) -> None:
+        """Write the shards again that are of other types; after a crash meanwhile they count as damaged."""
+        fixed = fixed_columns(self.journal.state.schema)
+        names = described(schema, fixed)
+        for block in self._blocks_unlike(names):
+            path = self.path / _shard_of(block)
+            table = conform(read_table(path), schema, self.journal.state.place_of(block.index))
+            with whole_file(path) as file:
+                write_table(file, table, names)
+            self._finish_again(block, path, names)
+        self._schema = schema
 
     def write_unfinished(self, failures: Sequence[Failure]) -> None:
         """Store the bad records of blocks that will not be finished; a resume removes them as strays."""
@@ -120,6 +207,23 @@ class OutputFolder:
             for path in self.path.glob(pattern):
                 if path.name not in named:
                     path.unlink()
+
+
+def check_no_new_columns(before: dict[str, str], now: dict[str, str], where: str) -> None:
+    """Fail when a format that cannot be widened gets a column that the shards before do not have.
+
+    Raises:
+        JobError: with its name.
+    """
+    for name in [name for name in now if name not in before]:
+        raise JobError(
+            f"Column {name!r} comes first in {where}, and the shards before have no such column",
+            "Return it for every record, None where there is none, or write parquet or jsonl.",
+        )
+
+
+def _shard_of(block: Block) -> str:
+    return next(file.name for file in block.files if not file.name.startswith(_ERRORS_PREFIX))
 
 
 def read_state(path: Path, fingerprint: dict[str, Any], *, resume: bool) -> JournalState:

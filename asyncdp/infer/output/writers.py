@@ -2,36 +2,62 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
 
 import numpy as np
 
 from ...errors import JobError, MissingExtraError
+from ..blocks import schema_of
 from ..records import Columns
+from ..values import as_json, as_python, as_text, is_arrow
+from .schema import write_table
 
 Encoder = Callable[[IO[bytes], Sequence[Any], Columns], None]
 
 
 def _write_parquet(file: IO[bytes], ids: Sequence[Any], columns: Columns) -> None:
-    """Write one row per record; a vector per record becomes a fixed-size list."""
-    import pyarrow
-    import pyarrow.parquet
+    """Write one row per record."""
+    write_table(file, make_table(ids, columns), schema_of(columns))
 
-    arrays = {"id": pyarrow.array(ids), **{name: _arrow(values) for name, values in columns.items()}}
-    # A dictionary of floats that hardly repeat costs time and memory, and is thrown away.
-    repeating = [name for name, values in columns.items() if isinstance(values, list)]
-    pyarrow.parquet.write_table(pyarrow.table(arrays), file, use_dictionary=repeating or False)
+
+def make_table(ids: Sequence[Any], columns: Columns) -> Any:
+    """Return a table of Arrow with one row per record; a vector per record becomes a fixed-size list."""
+    import pyarrow
+
+    arrays = {"id": _arrow(list(ids)), **{name: _arrow(values) for name, values in columns.items()}}
+    return pyarrow.table(arrays)
 
 
 def _write_jsonl(file: IO[bytes], ids: Sequence[Any], columns: Columns) -> None:
     """Write one JSON object per record."""
     lists = [_listed(values) for values in columns.values()]
-    for identity, *entries in zip(ids, *lists, strict=True):
+    for identity, *entries in zip(map(as_text, ids), *lists, strict=True):
         row = {"id": identity, **dict(zip(columns, entries, strict=True))}
-        file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        file.write(_json_line(row))
+
+
+def _json_line(row: dict[str, Any]) -> bytes:
+    """Return a line of JSON, which has no word for NaN and infinity: they are null."""
+    try:
+        text = json.dumps(row, ensure_ascii=False, default=as_json, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_finite(row), ensure_ascii=False, default=as_json, allow_nan=False)
+    return text.encode() + b"\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind not in "mM":
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _write_npy(file: IO[bytes], ids: Sequence[Any], columns: Columns) -> None:
@@ -53,7 +79,7 @@ def _write_safetensors(file: IO[bytes], ids: Sequence[Any], columns: Columns) ->
     if all(isinstance(identity, int) for identity in ids):
         tensors["id"] = _id_array(ids)
     else:
-        metadata["ids"] = json.dumps(list(ids))
+        metadata["ids"] = json.dumps([as_text(identity) for identity in ids])
     file.write(safetensors.numpy.save(tensors, metadata))
 
 
@@ -71,9 +97,20 @@ def write_shard(format_name: str, file: IO[bytes], ids: Sequence[Any], columns: 
     Raises:
         JobError: the format cannot hold what is in a column; the error names it.
     """
+    with naming_culprit(format_name, ids, columns):
+        WRITERS[format_name](file, ids, columns)
+
+
+@contextlib.contextmanager
+def naming_culprit(format_name: str, ids: Sequence[Any], columns: Columns) -> Iterator[None]:
+    """Turn an error of a block of code that writes columns into one that names the column.
+
+    Raises:
+        JobError: with what to do.
+    """
     encode = WRITERS[format_name]
     try:
-        encode(file, ids, columns)
+        yield
     except (JobError, OSError, ImportError):
         raise
     except Exception as error:
@@ -109,29 +146,44 @@ def _arrow(values: Any) -> Any:
     import pyarrow
 
     if isinstance(values, list):
-        return pyarrow.array(values)
+        return _arrow_of_list(values)
     array = pyarrow.array(np.ascontiguousarray(values).reshape(-1))
     for size in reversed(values.shape[1:]):
         array = pyarrow.FixedSizeListArray.from_arrays(array, size)
     return array
 
 
+def _arrow_of_list(values: list[Any]) -> Any:
+    import pyarrow
+
+    first: Any = values[0] if values else None
+    if is_arrow(first):
+        if any(not is_arrow(value) or value.type != first.type for value in values):
+            raise TypeError(f"its values are of several types, {first.type} among them")
+        # Arrow itself refuses null scalars of lists.
+        return pyarrow.array([value if value.is_valid else None for value in values], first.type)
+    try:
+        return pyarrow.array(values)
+    except OverflowError:
+        return pyarrow.array(values, pyarrow.uint64())
+
+
 def _listed(values: Any) -> list[Any]:
-    return values.tolist() if isinstance(values, np.ndarray) else [_plain(value) for value in values]
-
-
-def _plain(value: Any) -> Any:
-    return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
+    if isinstance(values, np.ndarray) and values.dtype.kind not in "mM":
+        return values.tolist()  # type: ignore[no-any-return]
+    return list(values)
 
 
 def _id_array(ids: Sequence[Any]) -> np.ndarray[Any, Any]:
     kind = np.int64 if all(isinstance(identity, int) for identity in ids) else np.str_
-    return np.array(ids, dtype=kind)
+    return np.array([as_text(identity) for identity in ids], dtype=kind)
 
 
 def _numeric(name: str, values: Any) -> np.ndarray[Any, Any]:
     try:
-        array = np.asarray(values)
+        array = np.asarray(
+            [as_python(v) if is_arrow(v) else v for v in values] if isinstance(values, list) else values
+        )
     except ValueError:
         array = np.empty(0, dtype=object)
     if array.dtype.kind not in "biufc":

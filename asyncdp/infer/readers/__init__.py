@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ...errors import InputError
 from ..records import Record
 from . import arrays, images, parquet, text
-from .base import COMPRESSIONS, STDIN, Contents, InputFile, Reader, Selection
+from .base import COMPRESSIONS, STDIN, Contents, Dialect, InputFile, Reader, Selection
 from .images import decode_image
 
-__all__ = ["FORMATS", "STDIN", "InputFile", "Inputs", "Selection", "decode_image", "open_inputs"]
+__all__ = ["FORMATS", "STDIN", "Dialect", "InputFile", "Inputs", "Selection", "decode_image", "open_inputs"]
 
 FORMATS: dict[str, Reader] = {
     "jsonl": text.JsonlReader(),
@@ -41,7 +42,12 @@ _SUFFIXES = {
 
 
 def open_inputs(
-    specs: Sequence[str], format_name: str | None, selection: Selection, *, output: Path | None = None
+    specs: Sequence[str],
+    format_name: str | None,
+    selection: Selection,
+    *,
+    output: Path | None = None,
+    dialect: Dialect | None = None,
 ) -> Inputs:
     """Find the files that `specs` name.
 
@@ -49,30 +55,40 @@ def open_inputs(
         specs: paths, folders, glob patterns, or `-` for standard input.
         format_name: one of `FORMATS`, or None to go by the suffixes.
         selection: which columns are wanted.
+        dialect: how text files are written.
         output: a folder whose files are passed over: a resumed job must not read its own shards.
 
     Raises:
         InputError: a file is missing or a pipe, its format is unknown, or formats are mixed.
     """
-    paths = [path for spec in specs for path in _expand(spec)]
-    files = [InputFile(path) for path in (paths if output is None else _outside(output, paths))]
+    passed_over: Counter[str] = Counter()
+    paths = [path for spec in specs for path in _expand(spec, passed_over)]
+    files = [InputFile(path, dialect) for path in (paths if output is None else _outside(output, paths))]
     names = {format_name or _format_of(file) for file in files}
     if len(names) != 1:
         raise InputError(
             f"The inputs are of several formats ({', '.join(sorted(names))})",
             "Run one job per format, or name the format with --input-format.",
         )
-    return Inputs(files, names.pop(), selection)
+    return Inputs(files, names.pop(), selection, dict(sorted(passed_over.items())))
 
 
 class Inputs:
     """The records of all files, in order."""
 
-    def __init__(self, files: list[InputFile], format_name: str, selection: Selection) -> None:
+    def __init__(
+        self,
+        files: list[InputFile],
+        format_name: str,
+        selection: Selection,
+        passed_over: Mapping[str, int] | None = None,
+    ) -> None:
+        self.passed_over = passed_over or {}
         self.files = files
         self.format_name = format_name
         self.selection = selection
         self.num_records_read = 0
+        self.unfit: dict[str, tuple[str, str]] = {}
         self._reader = FORMATS[format_name]
         self._counts = [self._inspect(file) for file in files]
 
@@ -88,19 +104,35 @@ class Inputs:
                 position += count
                 continue
             skip = max(0, start - position) if count is not None else 0
+            end = position + (count or 0)
             position += skip
             for row in self._reader.rows(file, self.selection, skip):
                 self.num_records_read = position + 1
                 if position >= start:
                     identity = position if row.id is None else row.id
-                    yield Record(position, identity, row.value, row.where, row.error)
+                    yield Record(position, identity, row.value, row.where, row.error, row.kept)
                 position += 1
+            if count is not None and position != end:
+                raise file.broken(f"it states {count} rows, but has {position - end + count}")
         self.num_records_read = position
 
     def count_records(self) -> int | None:
         """Return the number of records where all files state it, else None."""
         counts = [count for count in self._counts if count is not None]
         return sum(counts) if len(counts) == len(self._counts) else None
+
+    def check_fit(self) -> None:
+        """Fail where the model would get numbers that torch does not have.
+
+        Raises:
+            InputError: with the column.
+        """
+        for name, (file, dtype) in self.unfit.items():
+            if not self.selection.columns or name in self.selection.columns:
+                raise InputError(
+                    f"{file}: array {name!r} is {dtype}, which no model takes",
+                    "Convert it, in the file or with --preprocess, or choose another with --column.",
+                )
 
     def estimate_num_records(self) -> int | None:
         """Return the number of records: exact where files state it, else by bytes read so far."""
@@ -109,6 +141,13 @@ class Inputs:
         total = sum(file.num_bytes for file in self.files)
         done = sum(file.num_bytes_read for file in self.files)
         return int(self.num_records_read * total / done) if done and total else None
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a person should know of the files."""
+        found = [text for file in self.files for text in file.warnings]
+        listed = ", ".join(f"{count} {suffix}" for suffix, count in self.passed_over.items())
+        return [*found, *([f"files that no reader takes were passed over: {listed}"] if listed else [])]
 
     def _inspect(self, file: InputFile) -> int | None:
         """Return the number of rows where it is known.
@@ -121,11 +160,12 @@ class Inputs:
                 f"{file.name} cannot be read as {self.format_name}",
                 "This format needs a plain, uncompressed file on disk.",
             )
-        num_rows, names = Contents() if is_stdin else self._reader.inspect(file.path)
+        num_rows, names, unfit = Contents() if is_stdin else self._reader.inspect(file, self.selection)
         missing = [] if names is None else [name for name in self.selection.named if name not in names]
         if missing:
             listed = ", ".join(map(repr, (names or ())[:20])) or "none: leave --column and --id-column out"
             raise InputError(f"{file.name} has no column {missing[0]!r}", f"Its columns are {listed}.")
+        self.unfit |= {name: (file.name, dtype) for name, dtype in unfit.items()}
         return num_rows
 
 
@@ -139,12 +179,14 @@ def _outside(folder: Path, paths: list[Path]) -> list[Path]:
     return outside
 
 
-def _expand(spec: str) -> list[Path]:
+def _expand(spec: str, passed_over: Counter[str]) -> list[Path]:
     path = Path(spec)
     if path == STDIN or path.is_file():
         return [path]
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.is_file() and _is_data(p))
+        files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith((".", "_")))
+        found = [p for p in files if _known_format(p) is not None]
+        passed_over.update(p.suffix.lower() or "without suffix" for p in files if _known_format(p) is None)
     elif not path.exists():
         found = sorted(Path(p) for p in glob.glob(spec, recursive=True) if Path(p).is_file())
     else:
@@ -158,11 +200,6 @@ def _expand(spec: str) -> list[Path]:
             f"There is no input at {spec}", "Name a file, a folder of known files, a pattern, or -."
         )
     return found
-
-
-def _is_data(path: Path) -> bool:
-    # Such names are bookkeeping, of this job's outputs too.
-    return not path.name.startswith((".", "_")) and _known_format(path) is not None
 
 
 def _known_format(path: Path) -> str | None:

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 import numpy as np
+import torch
 
+from ...errors import InputError
 from ..records import Row
 from .base import Contents, InputFile, Selection
 
@@ -19,47 +21,79 @@ _CHUNK = 256
 _Arrays = Mapping[str, Any]
 """Whatever gives rows by `array[begin:end]`, by name."""
 
-_Opener = Callable[[Path], contextlib.AbstractContextManager[tuple[_Arrays, int]]]
+_Opener = Callable[[Path], contextlib.AbstractContextManager[_Arrays]]
 
 
 class ArrayReader:
-    """Reads arrays through `opener`, which gives the arrays and the length that they all have."""
+    """Reads arrays through `opener`, which gives them by name."""
 
     binary = True
 
     def __init__(self, opener: _Opener) -> None:
         self._opener = opener
 
-    def inspect(self, path: Path) -> Contents:
+    def inspect(self, file: InputFile, selection: Selection) -> Contents:
         """Return the length along the first dimension, and the names; the array of a .npy file is `value`."""
-        with self._opened(InputFile(path)) as (arrays, length):
-            return Contents(length, list(arrays))
+        with self._opened(file) as arrays:
+            wanted = _wanted(file, arrays, selection)
+            unfit = {name: str(array.dtype) for name, array in wanted.items() if not _is_fit(array)}
+            return Contents(_num_rows(file, wanted) if wanted else None, list(arrays), unfit)
 
     def rows(self, file: InputFile, selection: Selection, start: int) -> Iterator[Row]:
         """Yield an array per row, or a dict of them when the file holds several."""
-        needed = selection.needed
-        with self._opened(file) as (arrays, length):
-            wanted = {name: array for name, array in arrays.items() if needed is None or name in needed}
+        with self._opened(file) as arrays:
+            wanted = _wanted(file, arrays, selection)
+            length = _num_rows(file, wanted)
             for begin in range(start, length, _CHUNK):
                 end = min(begin + _CHUNK, length)
                 parts = _read(file, wanted, begin, end)
                 for index in range(end - begin):
                     entry: Any = {name: part[index] for name, part in parts.items()}
+                    kept = {name: entry[name] for name in selection.keep}
                     if not selection.columns and selection.id_column is None and len(entry) == 1:
                         (entry,) = entry.values()
-                    yield _row(selection, entry, f"{file.name} row {begin + index}")
+                    yield _row(selection, entry, f"{file.name} row {begin + index}", kept)
 
     @contextlib.contextmanager
-    def _opened(self, file: InputFile) -> Iterator[tuple[_Arrays, int]]:
+    def _opened(self, file: InputFile) -> Iterator[_Arrays]:
         with contextlib.ExitStack() as stack:
             try:
                 opened = stack.enter_context(self._opener(file.path))
             except Exception as error:
                 # The libraries raise anything from EOFError to BadZipFile on a damaged file, and numpy
                 # takes most of them for pickles and advises to load those.
-                why = "no array, or pickled objects" if "allow_pickle" in str(error) else error
-                raise file.broken(why) from error
+                if "Python objects" in str(error):
+                    raise InputError(f"{file.name} {_OBJECTS[0]}", _OBJECTS[1]) from error
+                raise file.broken("no array" if "allow_pickle" in str(error) else error) from error
             yield opened
+
+
+_OBJECTS = (
+    "holds Python objects, which are never loaded",
+    "Save numbers or texts, of a dtype other than object.",
+)
+
+
+def _wanted(file: InputFile, arrays: _Arrays, selection: Selection) -> dict[str, Any]:
+    """Return the arrays that are needed, which must have no objects."""
+    needed = selection.needed
+    wanted = {name: array for name, array in arrays.items() if needed is None or name in needed}
+    for name, array in wanted.items():
+        if getattr(getattr(array, "dtype", None), "hasobject", False):
+            raise InputError(f"{file.name}: array {name!r} {_OBJECTS[0]}", _OBJECTS[1])
+    return wanted
+
+
+def _is_fit(array: Any) -> bool:
+    """Return whether torch, or a list of texts, can hold the numbers of an array."""
+    dtype = getattr(array, "dtype", None)
+    if not isinstance(dtype, np.dtype) or dtype.kind in "US":
+        return True
+    try:
+        torch.from_numpy(np.zeros(1, dtype.newbyteorder("=")))
+    except TypeError:
+        return False
+    return dtype != np.uint64  # which torch can store, but not compute with
 
 
 def _read(file: InputFile, arrays: _Arrays, begin: int, end: int) -> dict[str, Any]:
@@ -68,39 +102,70 @@ def _read(file: InputFile, arrays: _Arrays, begin: int, end: int) -> dict[str, A
     except Exception as error:  # the end of a compressed array may be the first to be damaged
         raise file.broken(error) from error
     # A copy, so that no record refers to a memory map.
-    return {name: np.array(part) if isinstance(part, np.memmap) else part for name, part in parts.items()}
+    return {name: _native(part) for name, part in parts.items()}
 
 
-def _row(selection: Selection, entry: Any, where: str) -> Row:
+def _native(part: Any) -> Any:
+    """Return a copy in memory, in this machine's byte order."""
+    if not isinstance(part, np.ndarray):
+        return part
+    part = np.array(part) if isinstance(part, np.memmap) else part
+    return part if part.dtype.isnative else part.astype(part.dtype.newbyteorder("="))
+
+
+def _row(selection: Selection, entry: Any, where: str, kept: Mapping[str, Any]) -> Row:
     if isinstance(entry, dict) and selection.id_column in entry:
         identity = entry[selection.id_column]
         entry[selection.id_column] = identity if identity.ndim else identity.item()
-    return selection.row(entry, where)
+    return selection.row(entry, where, kept=kept)
 
 
-def _num_rows(shapes: dict[str, Sequence[int]]) -> int:
+def _num_rows(file: InputFile, arrays: Mapping[str, Any]) -> int:
+    shapes = {name: _shape_of(array) for name, array in arrays.items()}
     for name, shape in shapes.items():
         if not len(shape):
-            raise ValueError(f"array {name!r} has no dimension to take rows from")
+            raise InputError(
+                f"{file.name}: array {name!r} is a single value and has no dimension to take rows from",
+                "Reshape it, or name others with --column.",
+            )
     lengths = {name: shape[0] for name, shape in shapes.items()}
+    if not lengths:
+        raise file.broken("it holds no arrays")
     if len(set(lengths.values())) != 1:
-        raise ValueError(f"its arrays must have the same first dimension, but have {lengths or 'none'}")
-    return next(iter(lengths.values()))
+        raise InputError(
+            f"{file.name}: its arrays must have the same first dimension, but have {lengths}",
+            "Name those that belong together with --column.",
+        )
+    return int(next(iter(lengths.values())))
+
+
+def _shape_of(array: Any) -> Sequence[int]:
+    shape: Sequence[int] = array.get_shape() if hasattr(array, "get_shape") else array.shape
+    return shape
 
 
 @contextlib.contextmanager
-def _npy(path: Path) -> Iterator[tuple[_Arrays, int]]:
+def _npy(path: Path) -> Iterator[_Arrays]:
     # Unlike np.load this closes the file on failure; it refuses arrays of objects by itself.
     array = np.lib.format.open_memmap(path, mode="r")
-    yield {"value": array}, _num_rows({"value": array.shape})
+    _check_size("it", array.offset + array.nbytes, path.stat().st_size)
+    yield {"value": array}
 
 
 @contextlib.contextmanager
-def _npz(path: Path) -> Iterator[tuple[_Arrays, int]]:
+def _npz(path: Path) -> Iterator[_Arrays]:
     with zipfile.ZipFile(path) as archive, contextlib.ExitStack() as stack:
         names = archive.namelist()
+        if len(set(names)) != len(names):
+            raise ValueError("two of its arrays have the same name")
         arrays = {name.removesuffix(".npy"): _StoredArray(archive, name, stack) for name in names}
-        yield arrays, _num_rows({name: array.shape for name, array in arrays.items()})
+        yield arrays
+
+
+def _check_size(what: str, stated: int, found: int) -> None:
+    """Fail when there is more behind the array of a header: numpy would leave it unread."""
+    if found > stated:
+        raise ValueError(f"{what} goes on for {found - stated} bytes behind the array that its header states")
 
 
 class _StoredArray:
@@ -108,8 +173,11 @@ class _StoredArray:
 
     def __init__(self, archive: zipfile.ZipFile, name: str, stack: contextlib.ExitStack) -> None:
         with archive.open(name) as stream:
-            self.shape, by_columns, self._dtype = _header(stream, name)
+            self.shape, by_columns, self.dtype = _header(stream, name)
             self._start = stream.tell()
+            stated = self._start + self.dtype.itemsize * math.prod(self.shape)
+            if not self.dtype.hasobject:
+                _check_size(name, stated, archive.getinfo(name).file_size)
         self._order: Literal["C", "F"] = "F" if by_columns else "C"
         self._open = lambda: stack.enter_context(archive.open(name))
         self._stream: IO[bytes] | None = None
@@ -124,13 +192,13 @@ class _StoredArray:
         return np.array(self._whole[rows])
 
     def _read(self, begin: int, end: int) -> np.ndarray[Any, Any]:
-        row_bytes = self._dtype.itemsize * math.prod(self.shape[1:])
+        row_bytes = self.dtype.itemsize * math.prod(self.shape[1:])
         stream = self._stream = self._stream or self._open()
         if stream.tell() != (first := self._start + begin * row_bytes):
             stream.seek(first)
         # torch warns of arrays that it may not write to, as those on bytes.
         data = bytearray(stream.read((end - begin) * row_bytes))
-        return np.ndarray((end - begin, *self.shape[1:]), self._dtype, data, order=self._order)
+        return np.ndarray((end - begin, *self.shape[1:]), self.dtype, data, order=self._order)
 
 
 def _header(stream: IO[bytes], name: str) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
@@ -138,8 +206,6 @@ def _header(stream: IO[bytes], name: str) -> tuple[tuple[int, ...], bool, np.dty
     if version not in _READ_HEADER:
         raise ValueError(f"{name} is of the unknown version {version}")
     shape, by_columns, dtype = _READ_HEADER[version](stream)
-    if dtype.hasobject:
-        raise ValueError(f"{name} holds pickled objects")
     return shape, by_columns, dtype
 
 
@@ -150,13 +216,13 @@ _READ_HEADER: dict[Any, Any] = {
 
 
 @contextlib.contextmanager
-def _safetensors(path: Path) -> Iterator[tuple[_Arrays, int]]:
+def _safetensors(path: Path) -> Iterator[_Arrays]:
     import safetensors
 
     # Through torch, since numpy has no bfloat16.
     with safetensors.safe_open(path, framework="pt") as archive:
         arrays = {name: archive.get_slice(name) for name in archive.keys()}  # noqa: SIM118
-        yield arrays, _num_rows({name: array.get_shape() for name, array in arrays.items()})
+        yield arrays
 
 
 NPY = ArrayReader(_npy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import codecs
 import contextlib
 import dataclasses
 import gzip
@@ -10,16 +11,25 @@ import io
 import lzma
 import sys
 import zlib
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
-from ...errors import DamagedInputError
+from ...errors import DamagedInputError, InputError
 from ..records import Row
 
 STDIN = Path("-")
 
 _MAX_LINE = 64 << 20
+_CHUNK = 1 << 16
+# That of UTF-16 in little endian begins that of UTF-32.
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 _BROKEN_STREAM = (EOFError, OSError, zlib.error, lzma.LZMAError)
 
 
@@ -30,25 +40,36 @@ class Selection:
     Attributes:
         columns: names of the wanted columns; one gives its bare value, none the whole entry.
         id_column: name of the column that holds the id, else None.
+        keep: names of the columns that are copied into the output.
     """
 
     columns: tuple[str, ...] = ()
     id_column: str | None = None
+    keep: tuple[str, ...] = ()
 
     @property
     def named(self) -> list[str]:
         """All columns that were asked for by name, each once."""
-        return list(dict.fromkeys((*self.columns, *filter(None, [self.id_column]))))
+        return list(dict.fromkeys((*self.columns, *self.keep, *filter(None, [self.id_column]))))
 
     @property
     def needed(self) -> list[str] | None:
         """The columns that must be read, None for all."""
         return self.named if self.columns else None
 
-    def row(self, entry: Any, where: str) -> Row:
-        """Pick value and id out of one entry; what is missing becomes the error of the row."""
+    def row(self, entry: Any, where: str, identity: Any = None, kept: Mapping[str, Any] | None = None) -> Row:
+        """Pick value, id and what is kept out of one entry; what is missing becomes the error of the row.
+
+        Args:
+            entry: all that was read.
+            where: file and line or row.
+            identity: the id where it is not in the entry.
+            kept: what is kept where it is not in the entry.
+        """
         try:
-            return Row(self._value(entry), self._id(entry), where)
+            kept = {name: _pick(entry, name) for name in self.keep} if kept is None else kept
+            identity = self._id(entry) if identity is None else identity
+            return Row(self._value(entry), identity, where, kept=kept)
         except _Missing as missing:
             return Row(None, None, where, ValueError(str(missing)))
 
@@ -89,11 +110,30 @@ def _pick(entry: Any, name: str) -> Any:
     return entry[name]
 
 
+@dataclasses.dataclass(frozen=True)
+class Dialect:
+    """How text files are written.
+
+    Attributes:
+        encoding: a codec of Python; None obeys a byte order mark, and is else UTF-8.
+        delimiter: between the fields of a table, None for that of the format.
+        quote: around fields of a table.
+        allow_nan: whether JSON may hold NaN and Infinity.
+    """
+
+    encoding: str | None = None
+    delimiter: str | None = None
+    quote: str = '"'
+    allow_nan: bool = False
+
+
 class Contents(NamedTuple):
     """What a reader knows of a file before it reads the rows; None where only the rows show it."""
 
     num_rows: int | None = None
     column_names: Sequence[str] | None = None
+    unfit: Mapping[str, str] = {}
+    """The dtypes that no model takes, by name of the column."""
 
 
 class Reader(Protocol):
@@ -102,7 +142,7 @@ class Reader(Protocol):
     binary: bool = False
     """Whether the file must be seekable and uncompressed."""
 
-    def inspect(self, path: Path) -> Contents:
+    def inspect(self, file: InputFile, selection: Selection) -> Contents:
         """Return what is cheap to know of a file; by default nothing."""
         return Contents()
 
@@ -113,11 +153,15 @@ class Reader(Protocol):
 class InputFile:
     """One input file, decompressed by its suffix, that knows how much of it has been read."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, dialect: Dialect | None = None) -> None:
         self.path = path
         self.name = "standard input" if path == STDIN else str(path)
         self.num_bytes = 0 if path == STDIN else path.stat().st_size
+        self.dialect = dialect or Dialect()
+        self.warnings: list[str] = []
         self._raw: IO[bytes] | None = None
+        self._lines: Any = None
+        self._encoding = "utf-8"
 
     @property
     def num_bytes_read(self) -> int:
@@ -134,6 +178,7 @@ class InputFile:
         Raises:
             DamagedInputError: a compressed file is cut short or damaged.
         """
+        self._lines = None
         if self.path == STDIN:
             yield sys.stdin.buffer
             return
@@ -145,17 +190,48 @@ class InputFile:
             raise self.broken(error) from error
 
     def lines(self) -> Generator[tuple[int, bytes], None, None]:
-        """Yield the number (from 1) and the bytes of every line, without its end."""
+        """Yield the number (from 1) and the bytes of every line, with its end; `decode` reads them.
+
+        Raises:
+            InputError: the file is in an encoding that must be named, or a line is too long.
+        """
         with self.open() as stream:
             number = 0
             # A bounded readline: a file without line ends must not fill the memory.
-            while line := stream.readline(_MAX_LINE + 1):
+            while line := self._transcoded(stream).readline(_MAX_LINE + 1):
                 number += 1
                 if len(line) > _MAX_LINE:
-                    raise self.broken(f"line {number} is longer than {_MAX_LINE >> 20} MiB")
+                    raise InputError(
+                        f"{self.name}: line {number} is longer than {_MAX_LINE >> 20} MiB",
+                        "Split it: a record is read as a whole. Is it a text file, with line ends?",
+                    )
                 if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                yield number, line.rstrip(b"\r\n")
+                    line = self._without_mark(line)
+                yield number, line
+
+    def decode(self, line: bytes, errors: str = "strict") -> str:
+        """Decode a line."""
+        return line.decode(self._encoding, errors)
+
+    def _transcoded(self, stream: IO[bytes]) -> Any:
+        """Return the stream itself, or one in UTF-8 where a line end is other bytes than in ASCII."""
+        if self._lines is None:
+            head = stream.peek(4)[:4]  # type: ignore[attr-defined]
+            marked = next((name for mark, name in _MARKS if head.startswith(mark)), "utf-8")
+            self._encoding = self.dialect.encoding or marked
+            self._lines = stream
+            if "a\n".encode(self._encoding) != b"a\n":
+                self._lines = _Recoded(self, stream, self._encoding)
+                self._encoding = "utf-8"
+        return self._lines
+
+    def _without_mark(self, line: bytes) -> bytes:
+        if self.dialect.encoding is None and b"\0" in line[:_CHUNK]:
+            raise InputError(
+                f"{self.name} is no text in UTF-8: there are NULs in its first line",
+                "Name its encoding, for instance --encoding utf-16-le, or its format with --input-format.",
+            )
+        return line.removeprefix(codecs.BOM_UTF8) if self._encoding == "utf-8" else line
 
     def broken(self, why: object) -> DamagedInputError:
         """Build the error for a file that cannot be read to its end."""
@@ -164,6 +240,68 @@ class InputFile:
             f"{self.name} cannot be read: {cause}",
             "The file is damaged, half-written or of another format (see --input-format).",
         )
+
+
+class _Streams(io.RawIOBase):
+    """Decompresses one stream after another, to the end of the file.
+
+    `bz2.open` and `lzma.open` take a stream whose first bytes are damaged for the end of the file.
+    """
+
+    def __init__(self, raw: IO[bytes], new_decompressor: Callable[[], Any]) -> None:
+        self._raw, self._new = raw, new_decompressor
+        self._stream = new_decompressor()
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill `buffer` with at least a byte, or return 0 at the end."""
+        data = b""
+        while not data:
+            begin = b""
+            if self._stream.eof:
+                begin = self._begin_of_next(self._stream.unused_data)
+                if not begin:
+                    return 0
+                self._stream = self._new()
+            elif self._stream.needs_input and not (begin := self._raw.read(_CHUNK)):
+                raise EOFError("the compressed file ended before its end-of-stream marker")
+            data = self._stream.decompress(begin, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def _begin_of_next(self, rest: bytes) -> bytes:
+        while not (begin := rest.lstrip(b"\0")):  # zeros are padding
+            rest = self._raw.read(_CHUNK)
+            if not rest:
+                break
+        return begin
+
+
+class _Recoded:
+    """Lines of a text in UTF-8, whatever its encoding."""
+
+    def __init__(self, file: InputFile, stream: IO[bytes], encoding: str) -> None:
+        self._file = file
+        self._stream = stream
+        self._decoder = codecs.getincrementaldecoder(encoding)()
+        self._rest = ""
+        self._is_at_end = False
+
+    def readline(self, size: int) -> bytes:
+        """Return the next line with its end, or its first characters if it is too long."""
+        while "\n" not in self._rest and len(self._rest) < size and not self._is_at_end:
+            data = self._stream.read(_CHUNK)
+            self._is_at_end = not data
+            try:
+                self._rest += self._decoder.decode(data, self._is_at_end)
+            except UnicodeError as error:
+                raise self._file.broken(error) from error
+        end = self._rest.find("\n") + 1 or len(self._rest)
+        line, self._rest = self._rest[:end], self._rest[end:]
+        return line.encode("utf-8", "surrogatepass")
 
 
 @contextlib.contextmanager
@@ -177,8 +315,8 @@ def _open_zstd(raw: IO[bytes]) -> Iterator[IO[bytes]]:
 
 COMPRESSIONS: dict[str, Callable[[Any], contextlib.AbstractContextManager[Any]]] = {
     ".gz": gzip.open,
-    ".bz2": bz2.open,
-    ".xz": lzma.open,
+    ".bz2": lambda raw: io.BufferedReader(_Streams(raw, bz2.BZ2Decompressor)),
+    ".xz": lambda raw: io.BufferedReader(_Streams(raw, lzma.LZMADecompressor)),
     ".zst": _open_zstd,
 }
 """What opens a compressed file, by suffix."""

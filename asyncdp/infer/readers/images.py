@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ...errors import MissingExtraError
 from ..records import Row
 from .base import Contents, InputFile, Selection
@@ -20,7 +22,7 @@ class ImageReader:
 
     binary = True
 
-    def inspect(self, path: Path) -> Contents:
+    def inspect(self, file: InputFile, selection: Selection) -> Contents:
         """Return that a file is one row, with the path that identifies it."""
         return Contents(1, ("path",))
 
@@ -32,11 +34,50 @@ class ImageReader:
         yield row if row.error else row._replace(value=file.path)
 
 
-def decode_image(path: Path) -> Any:
-    """Load an image as RGB; one whose size looks like an attack on the memory is refused."""
-    from PIL import Image
+def decode_image(path: Path, *, first_frame: bool = False) -> Any:
+    """Load an image as RGB, upright, as docs/infer.md says; one that would fill the memory is refused.
+
+    Args:
+        path: the file.
+        first_frame: whether further frames or pages are left out; else they are an error.
+
+    Raises:
+        ValueError: there are further frames, or the range of the pixels' values is unknown.
+    """
+    from PIL import Image, ImageOps
 
     with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        # From twice as many pixels on the library refuses by itself.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         with Image.open(path) as image:
-            return image.convert("RGB")
+            frames = getattr(image, "n_frames", 1)
+            # Cameras store previews and the like behind a JPEG (MPO).
+            if frames > 1 and not first_frame and image.format != "MPO":
+                raise ValueError(
+                    f"the image has {frames} frames or pages: save each as a file, or give --first-frame"
+                )
+            return _as_rgb(ImageOps.exif_transpose(image))
+
+
+def _as_rgb(image: Any) -> Any:
+    from PIL import Image
+
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        return _from_numbers(np.asarray(image).astype(np.float64) / 65535)
+    if image.mode == "F":
+        return _from_numbers(np.asarray(image))
+    if image.mode == "I":
+        raise ValueError("the range of 32-bit integer pixels is unknown: save them as 8 or 16 bits")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_numbers(grey: np.ndarray[Any, Any]) -> Any:
+    """Make an image of greys from 0 to 1."""
+    from PIL import Image
+
+    if not bool(((grey >= 0) & (grey <= 1)).all()):
+        raise ValueError("floating-point pixels must be from 0, black, to 1, white")
+    return Image.fromarray(np.rint(grey * 255).astype(np.uint8)).convert("RGB")

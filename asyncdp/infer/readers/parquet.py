@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from ...errors import InputError
 from ..records import Row
+from ..values import as_python, holds_nanoseconds, is_id
 from .base import Contents, InputFile, Selection
 
 _CHUNK = 1024
@@ -17,9 +18,14 @@ class ParquetReader:
 
     binary = True
 
-    def inspect(self, path: Path) -> Contents:
+    def inspect(self, file: InputFile, selection: Selection) -> Contents:
         """Return the number of rows that the footer states, and the columns of the schema."""
-        with _open(InputFile(path)) as parquet:
+        with _open(file) as parquet:
+            _check_counts(file, parquet.metadata)
+            names = parquet.schema_arrow.names
+            if len(set(names)) != len(names):
+                twice = next(name for name in names if names.count(name) > 1)
+                raise InputError(f"{file.name} has two columns {twice!r}", "Rename one: records go by names.")
             return Contents(parquet.metadata.num_rows, parquet.schema_arrow.names)
 
     def rows(self, file: InputFile, selection: Selection, start: int) -> Iterator[Row]:
@@ -28,13 +34,24 @@ class ParquetReader:
             groups, number = _groups_from(parquet, start)
             batches = parquet.iter_batches(_CHUNK, row_groups=groups, columns=selection.needed)
             while (batch := _next_batch(file, batches)) is not None:
-                names = batch.schema.names
-                columns = [_values(column) for column in batch.columns]
-                for entries in zip(*columns, strict=True):
+                for row in _rows_of(batch, selection, file.name, number):
                     if number >= start:
-                        entry = dict(zip(names, entries, strict=True))
-                        yield _row(selection, entry, f"{file.name} row {number}")
+                        yield row
                     number += 1
+
+
+def _rows_of(batch: Any, selection: Selection, name: str, number: int) -> Iterator[Row]:
+    """Yield the rows of a batch; columns that are only copied never become Python's."""
+    wanted = [*selection.columns, selection.id_column] if selection.columns else batch.schema.names
+    python = {column: _values(batch.column(column)) for column in wanted if column is not None}
+    arrow = {column: list(batch.column(column)) for column in selection.keep}
+    identity = selection.id_column
+    ids = list(batch.column(identity)) if identity and is_id(batch.schema.field(identity).type) else None
+    for index in range(batch.num_rows):
+        entry = {column: values[index] for column, values in python.items()}
+        kept = {column: values[index] for column, values in arrow.items()}
+        own = ids[index] if ids is not None and ids[index].is_valid else None
+        yield _row(selection, entry, f"{name} row {number + index}", own, kept)
 
 
 def _open(file: InputFile) -> Any:
@@ -46,6 +63,27 @@ def _open(file: InputFile) -> Any:
         return pyarrow.parquet.ParquetFile(file.path, pre_buffer=False)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise file.broken(error) from error
+
+
+def _check_counts(file: InputFile, metadata: Any) -> None:
+    """Fail when the numbers of rows in a footer contradict each other: Arrow goes by one of them.
+
+    Raises:
+        DamagedInputError: with both numbers.
+    """
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    total = sum(group.num_rows for group in groups)
+    if total != metadata.num_rows:
+        raise file.broken(f"its footer states {metadata.num_rows} rows, its row groups {total}")
+    flat = [metadata.schema.column(index).max_repetition_level == 0 for index in range(metadata.num_columns)]
+    for number, group in enumerate(groups):
+        for index, is_flat in enumerate(flat):
+            found = group.column(index).num_values
+            if found != group.num_rows if is_flat else found < group.num_rows:
+                name = metadata.schema.column(index).path
+                raise file.broken(
+                    f"row group {number} states {group.num_rows} rows, but {found} values of column {name!r}"
+                )
 
 
 def _groups_from(parquet: Any, start: int) -> tuple[list[int], int]:
@@ -74,12 +112,12 @@ class _Unreadable(NamedTuple):
     error: Exception
 
 
-def _row(selection: Selection, entry: dict[str, Any], where: str) -> Row:
+def _row(selection: Selection, entry: dict[str, Any], where: str, identity: Any, kept: Any) -> Row:
     for name, value in entry.items():
         if isinstance(value, _Unreadable):
             why = f"{type(value.error).__name__}: {value.error}"
             return Row(None, None, where, ValueError(f"column {name!r} cannot be read: {why}"))
-    return selection.row(entry, where)
+    return selection.row(entry, where, identity, kept)
 
 
 def _values(column: Any) -> Any:
@@ -95,6 +133,8 @@ def _values(column: Any) -> Any:
 
 
 def _as_python(column: Any) -> list[Any]:
+    if holds_nanoseconds(column.type):
+        return [_value(scalar) for scalar in column]
     try:
         values: list[Any] = column.to_pylist()
         return values
@@ -104,6 +144,6 @@ def _as_python(column: Any) -> list[Any]:
 
 def _value(scalar: Any) -> Any:
     try:
-        return scalar.as_py()
+        return as_python(scalar)
     except Exception as error:
         return _Unreadable(error)

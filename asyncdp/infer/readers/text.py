@@ -6,9 +6,9 @@ import contextlib
 import csv
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+from ...errors import InputError
 from ..records import Row
 from .base import Contents, InputFile, Reader, Selection
 
@@ -18,8 +18,9 @@ _MAX_FIELD = 16 << 20
 class LinesReader(Reader):
     """Every line is one record; blank lines too, so that positions are line numbers."""
 
-    def inspect(self, path: Path) -> Contents:
+    def inspect(self, file: InputFile, selection: Selection) -> Contents:
         """Return that a line has no columns."""
+        _check_encoding(file)
         return Contents(column_names=())
 
     def rows(self, file: InputFile, selection: Selection, start: int) -> Iterator[Row]:
@@ -27,7 +28,7 @@ class LinesReader(Reader):
         for number, line in file.lines():
             where = f"{file.name}:{number}"
             try:
-                yield Row(line.decode(), None, where)
+                yield Row(file.decode(line).rstrip("\r\n"), None, where)
             except UnicodeDecodeError as error:
                 yield Row(None, None, where, error)
 
@@ -35,14 +36,20 @@ class LinesReader(Reader):
 class JsonlReader(Reader):
     """Every line that is not blank is one JSON value."""
 
+    def inspect(self, file: InputFile, selection: Selection) -> Contents:
+        """Return nothing: every object has its own names."""
+        _check_encoding(file)
+        return Contents()
+
     def rows(self, file: InputFile, selection: Selection, start: int) -> Iterator[Row]:
         """Yield the parsed values."""
+        constant = None if file.dialect.allow_nan else _refuse_constant
         for number, line in file.lines():
             if not line.strip():
                 continue
             where = f"{file.name}:{number}"
             try:
-                entry = json.loads(line.decode())
+                entry = json.loads(file.decode(line), parse_constant=constant)
             except (ValueError, RecursionError) as error:
                 yield Row(None, None, where, error)
             else:
@@ -50,53 +57,85 @@ class JsonlReader(Reader):
 
 
 class CsvReader(Reader):
-    """A header line, then one record per row; quoted fields may hold line ends."""
+    """A header line, then one record per row; quoted fields may hold line ends, which stay as they are."""
 
     def __init__(self, delimiter: str) -> None:
         self._delimiter = delimiter
 
-    def inspect(self, path: Path) -> Contents:
+    def inspect(self, file: InputFile, selection: Selection) -> Contents:
         """Return the header; an empty file has none and misses nothing."""
-        file = InputFile(path)
         with contextlib.closing(file.lines()) as lines:
-            return Contents(column_names=self._header(file, self._parser(lines)) or None)
+            header = self._header(file, self._parser(file, lines))
+        others = [mark for mark in ",;\t|" if len(header) == 1 and mark in header[0]]
+        if others and file.dialect.delimiter is None:
+            file.warnings.append(
+                f"{file.name} has one column {header[0]!r}: "
+                f"name what separates its columns, --delimiter {others[0]!r}"
+            )
+        return Contents(column_names=header or None)
 
     def rows(self, file: InputFile, selection: Selection, start: int) -> Iterator[Row]:
         """Yield a dict of texts per row."""
-        reader = self._parser(file.lines())
+        reader = self._parser(file, file.lines())
         header = self._header(file, reader)
         while True:
+            first = reader.line_num + 1
+            where = f"{file.name}:{first}"
             try:
                 fields = next(reader)
             except StopIteration:
                 return
             except csv.Error as error:
-                yield Row(None, None, f"{file.name}:{reader.line_num}", error)
+                # One quote too many or too few swallows the rows up to the next quote, or to the end.
+                if reader.line_num > first or "unexpected end of data" in str(error):
+                    raise file.broken(
+                        f"a quote that is opened in line {first} is not closed as it should ({error} in "
+                        f"line {reader.line_num}), so that the rows between cannot be told apart"
+                    ) from error
+                yield Row(None, None, where, error)
                 continue
             if fields:
-                yield self._row(fields, header, selection, f"{file.name}:{reader.line_num}")
+                lines = "" if reader.line_num == first else f", in the lines {first} to {reader.line_num}"
+                yield self._row(fields, header, selection, where, lines)
 
-    def _parser(self, lines: Iterator[tuple[int, bytes]]) -> Any:
+    def _parser(self, file: InputFile, lines: Iterator[tuple[int, bytes]]) -> Any:
         csv.field_size_limit(_MAX_FIELD)
-        # surrogateescape lets a line that is no UTF-8 through, to be reported as one bad record.
-        texts = (line.decode(errors="surrogateescape") + "\n" for _, line in lines)
-        return csv.reader(texts, delimiter=self._delimiter, strict=True)
+        # surrogateescape lets a line that cannot be decoded through, to be reported as one bad record.
+        texts = (file.decode(line, "surrogateescape") for _, line in lines)
+        marks: dict[str, Any] = {"delimiter": file.dialect.delimiter or self._delimiter}
+        return csv.reader(texts, **marks, quotechar=file.dialect.quote, strict=True)
 
     def _header(self, file: InputFile, reader: Iterator[list[str]]) -> list[str]:
         try:
             header = next(reader, [])
         except csv.Error as error:
             raise file.broken(error) from error
-        if len(set(header)) != len(header):
-            raise file.broken("two columns of the header have the same name")
+        twice = [name for name in header if header.count(name) > 1]
+        if twice:
+            raise InputError(f"{file.name} has two columns {twice[0]!r}", "Rename one: records go by names.")
+        try:
+            "".join(header).encode()
+        except UnicodeEncodeError:
+            raise InputError(
+                f"The header of {file.name} is no UTF-8", "Name its encoding, for instance --encoding cp1252."
+            ) from None
         return header
 
-    def _row(self, fields: list[str], header: list[str], selection: Selection, where: str) -> Row:
+    def _row(self, fields: list[str], header: list[str], selection: Selection, where: str, lines: str) -> Row:
         if len(fields) != len(header):
-            wrong = ValueError(f"{len(fields)} fields, but the header has {len(header)}")
+            wrong = ValueError(f"{len(fields)} fields{lines}, but the header has {len(header)}")
             return Row(None, None, where, wrong)
         try:
             "".join(fields).encode()
         except UnicodeEncodeError:
-            return Row(None, None, where, ValueError("the row is not valid UTF-8"))
+            return Row(None, None, where, ValueError("the row cannot be decoded: see --encoding"))
         return selection.row(dict(zip(header, fields, strict=True)), where)
+
+
+def _check_encoding(file: InputFile) -> None:
+    with contextlib.closing(file.lines()) as lines:
+        next(lines, None)
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON: give --allow-nan to read it")

@@ -155,6 +155,7 @@ def format_summary(summary: Summary, *, as_json: bool) -> str:
     lanes = ", ".join(f"{name} {busy:.0%}" for name, busy in summary.lanes.items())
     stages = ", ".join(f"{name} {spent:.1f} s" for name, spent in summary.stages.items())
     where = f", listed in {summary.output}/_errors-*.jsonl" if summary.error_files else ""
+    over = ", ".join(f"{count:,} {suffix}" for suffix, count in summary.passed_over.items())
     return f"""\
 {summary.num_records:,} records done{earlier}
   time     {summary.seconds:.1f} s, {summary.rate:,.1f} records/s
@@ -162,7 +163,7 @@ def format_summary(summary: Summary, *, as_json: bool) -> str:
   bad      {summary.num_bad:,} records{where}
   padding  {summary.padding:.1%} of the batches
   lanes    {lanes or "none"}
-  stages   {stages or "none"}"""
+  stages   {stages or "none"}""" + (f"\n  ignored  files that no reader takes: {over}" if over else "")
 
 
 def format_plan(plan: Plan, *, as_json: bool) -> str:

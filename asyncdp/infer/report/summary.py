@@ -23,6 +23,7 @@ class Summary:
         lanes: part of the time each lane was busy, 0 to 1.
         files: shards with outputs in the output folder.
         error_files: files there with bad records.
+        passed_over: files in input folders that no reader takes, by suffix.
     """
 
     num_records: int
@@ -36,6 +37,7 @@ class Summary:
     files: int
     output: str
     error_files: int = 0
+    passed_over: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

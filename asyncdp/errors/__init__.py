@@ -8,9 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from .base import AsyncDPError as AsyncDPError
+from .inputs import AmbiguousSequenceError as AmbiguousSequenceError
+from .inputs import GatherError as GatherError
+from .inputs import LengthMismatchError as LengthMismatchError
+from .inputs import MetaTensorError as MetaTensorError
+from .inputs import OffloadedModuleError as OffloadedModuleError
+from .inputs import UnsplittableError as UnsplittableError
+from .serving import BatcherClosedError as BatcherClosedError
+from .serving import CallCancelledError as CallCancelledError
+from .serving import CallTimeoutError as CallTimeoutError
+from .serving import CollateError as CollateError
+from .serving import EngineCancelledError as EngineCancelledError
+from .serving import NestedCallError as NestedCallError
+from .serving import NotServableError as NotServableError
+from .serving import OtherLoopError as OtherLoopError
+from .serving import SplitError as SplitError
 
-class AsyncDPError(Exception):
-    """Base class of every error that asyncdp itself raises."""
+# --- devices ---------------------------------------------------------------------------------
 
 
 class UnknownDeviceError(AsyncDPError, ValueError):
@@ -40,6 +55,9 @@ class NoDevicesError(AsyncDPError, ValueError):
         super().__init__(
             "the list of devices is empty. Name at least one device, or devices=None for the default."
         )
+
+
+# --- arguments of a pass ---------------------------------------------------------------------
 
 
 class NotAModuleError(AsyncDPError, TypeError):
@@ -83,18 +101,6 @@ class LazyModuleError(AsyncDPError, ValueError):
         )
 
 
-class LengthMismatchError(AsyncDPError, ValueError):
-    """Inputs of one pass differ in length along the dimension they are split on."""
-
-    def __init__(self, dim: int, first: tuple[str, int], other: tuple[str, int]) -> None:
-        super().__init__(
-            f"inputs differ in length along dim {dim}: "
-            f"{first[0]} has {first[1]} and {other[0]} has {other[1]}. "
-            "Give every tensor the same length there, or pass what belongs to the whole batch "
-            "as something other than a tensor with that dimension."
-        )
-
-
 class CountMismatchError(AsyncDPError, ValueError):
     """The lists of `parallel_apply` differ in length."""
 
@@ -102,26 +108,6 @@ class CountMismatchError(AsyncDPError, ValueError):
         super().__init__(
             f"Must have as many {what} as modules, but got {num_given} {what} for {num_modules} modules. "
             "Pass one entry per module."
-        )
-
-
-class UnsplittableError(AsyncDPError, TypeError):
-    """An input does not have its rows along one dimension; `name` is its name for the user."""
-
-    def __init__(self, got: object, name: str = "an input") -> None:
-        super().__init__(
-            f"{name} is a {type(got).__qualname__}, which cannot be split along a dimension. "
-            "Pass the padded tensor and the lengths, and pack inside forward."
-        )
-
-
-class GatherError(AsyncDPError, ValueError):
-    """The outputs of the replicas do not fit together."""
-
-    def __init__(self, cause: str) -> None:
-        super().__init__(
-            f"cannot gather the outputs of the replicas: {cause}. "
-            "Return the same structure from every shard, with tensors where values differ."
         )
 
 
@@ -153,6 +139,9 @@ class ReduceAddInForwardError(AsyncDPError, RuntimeError):
             "ReduceAdd can only be used during the backward pass of data parallel. "
             "Sum tensors in a forward with torch.stack(tensors).sum(0)."
         )
+
+
+# --- the life of a pass ----------------------------------------------------------------------
 
 
 class StopIterationInLaneError(AsyncDPError, RuntimeError):
@@ -211,6 +200,9 @@ class NestedPassError(AsyncDPError, RuntimeError):
         )
 
 
+# --- kernels ---------------------------------------------------------------------------------
+
+
 class UnsupportedDtypeError(AsyncDPError, TypeError):
     """A kernel has no arithmetic for the dtype of its tensors."""
 
@@ -229,6 +221,9 @@ class KernelsUnavailableError(AsyncDPError, RuntimeError):
             f"ASYNCDP_KERNELS=numba, but the compiled kernels cannot run on {device}: {'; '.join(missing)}. "
             f"{remedy}, or unset ASYNCDP_KERNELS to use the plain torch kernels."
         )
+
+
+# --- batch inference -------------------------------------------------------------------------
 
 
 class JobError(AsyncDPError, RuntimeError):
@@ -312,6 +307,9 @@ class MissingExtraError(AsyncDPError, ImportError):
         super().__init__(f"{feature} needs the package {package}. Install it: pip install 'asyncdp[{extra}]'")
 
 
+# --- training --------------------------------------------------------------------------------
+
+
 class LossReductionError(AsyncDPError, ValueError):
     """The argument `loss_reduction` is neither `"mean"` nor `"sum"`."""
 
@@ -322,13 +320,16 @@ class LossReductionError(AsyncDPError, ValueError):
         )
 
 
+_REDUCE = 'Reduce it to a mean or a sum inside loss_fn, and name which one in loss_reduction="mean".'
+
+
 class LossNotScalarError(AsyncDPError, ValueError):
     """The result of `loss_fn` is nothing that a backward can start from."""
 
-    def __init__(self, got: object) -> None:
+    def __init__(self, got: object, remedy: str = _REDUCE) -> None:
         super().__init__(
             f"loss_fn must return one number as a tensor that depends on the parameters, but returned {got}. "
-            'Reduce it to a mean or a sum inside loss_fn, and name which one in loss_reduction="mean".'
+            f"{remedy}"
         )
 
 
@@ -352,90 +353,7 @@ class NotAnOptimizerError(AsyncDPError, TypeError):
         )
 
 
-class CollateError(AsyncDPError, ValueError):
-    """The samples of one batch cannot be stacked."""
-
-    def __init__(self, cause: str) -> None:
-        super().__init__(
-            f"cannot make a batch: {cause}. "
-            "Pass a value as pad= for tensors of different lengths, or a function of your own as collate=."
-        )
-
-
-class SplitError(AsyncDPError, ValueError):
-    """The output of a batch cannot be split into one output per sample."""
-
-    def __init__(self, cause: str, num_samples: int) -> None:
-        super().__init__(
-            f"{cause} of {num_samples} samples. "
-            "Return one row per sample along dim 0, or pass a function of your own as split=."
-        )
-
-
-class CallTimeoutError(AsyncDPError, TimeoutError):
-    """A call of a batcher was not answered in time."""
-
-    def __init__(self, seconds: float) -> None:
-        super().__init__(
-            f"the call was not answered within {seconds} s. Allow more time, or send fewer calls at once."
-        )
-
-
-class CallCancelledError(AsyncDPError, RuntimeError):
-    """A call of a batcher was awaited after it had been cancelled."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            "the call was given up, by its cancel() or because a task that awaited it was cancelled. "
-            "Call again with the sample, and do not cancel a call whose result you need."
-        )
-
-
-class EngineCancelledError(AsyncDPError, RuntimeError):
-    """The engine of a batcher raised an error that ends tasks or the process, `SystemExit` say."""
-
-    def __init__(self, error: BaseException) -> None:
-        super().__init__(
-            f"the engine raised {type(error).__name__} although it was not cancelled (the cause of this "
-            "error). Catch it inside the engine: it would end the callers, or the process, for one sample."
-        )
-
-
-class BatcherClosedError(AsyncDPError, RuntimeError):
-    """A batcher was called before or after its `async with` block."""
-
-    def __init__(self, cause: str) -> None:
-        super().__init__(f"{cause}. Call it inside `async with batcher:`.")
-
-
-class OtherLoopError(AsyncDPError, RuntimeError):
-    """A batcher was called on another event loop than that of its `async with` block."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            "the batcher was entered on another event loop. "
-            "Make one batcher per loop; they may share one engine or runtime."
-        )
-
-
-class NestedCallError(AsyncDPError, RuntimeError):
-    """The async function of a batcher called this very batcher."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            "the async function of a batcher called the batcher that runs it, which could wait for itself "
-            "for ever. Call the model itself there, or another Batcher."
-        )
-
-
-class NotServableError(AsyncDPError, TypeError):
-    """The engine given to a batcher is neither a DataParallel nor callable."""
-
-    def __init__(self, got: object) -> None:
-        super().__init__(
-            f"expected a DataParallel engine or something to call, but got {type(got).__qualname__}. "
-            "Wrap a module in DataParallel, or pass a function of one batch."
-        )
+# --- traces ----------------------------------------------------------------------------------
 
 
 class TraceFileError(AsyncDPError, ValueError):

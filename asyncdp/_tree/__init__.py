@@ -1,7 +1,8 @@
 """Nested inputs and outputs as flat lists of leaves.
 
-optree does the work. Dataclasses and subclasses of the built-in containers, which it takes for leaves,
-are registered with it in a namespace of our own: no other user of optree in the process sees a change.
+optree does the work. Dataclasses, subclasses of the built-in containers, the caches of transformers and what
+is registered with torch's own pytree, which it takes for leaves, are registered with it in a namespace of our
+own: no other user of optree in the process sees a change.
 """
 
 from __future__ import annotations
@@ -12,16 +13,26 @@ import threading
 import warnings
 from collections import UserDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import optree
 import torch
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import SUPPORTED_NODES
+
+from . import caches
+from .rows import PerRow, Whole
+
+__all__ = ["PerRow", "Whole", "flatten", "map_leaves", "paths", "tensors", "unflatten"]
 
 NAMESPACE = "asyncdp"
 
 LEAF: optree.PyTreeSpec = optree.tree_structure(cast(Any, 0), none_is_leaf=True, namespace=NAMESPACE)
 """The structure of a lone leaf."""
+
+_LEAVES = (str, int, float, PerRow, Whole)
+_CONTAINERS = (dict, list, tuple, UserDict)
 
 _registering = threading.Lock()
 _registered: set[type] = set()
@@ -35,9 +46,9 @@ if hasattr(os, "register_at_fork"):
 
 
 def flatten(tree: Any) -> tuple[list[Any], optree.PyTreeSpec]:
-    """Flatten nested tuples, lists, dicts, named tuples, dataclasses and their subclasses.
+    """Flatten nested tuples, lists, dicts, named tuples, dataclasses, subclasses and registered classes.
 
-    None is a leaf; empty containers are kept in the structure.
+    None is a leaf, and so are `PerRow` and `Whole`; empty containers are kept in the structure.
     """
     if isinstance(tree, torch.Tensor):  # by far the most frequent tree, and quicker than by optree
         return [tree], LEAF
@@ -57,7 +68,13 @@ def unflatten(spec: optree.PyTreeSpec, leaves: Sequence[Any]) -> Any:
 
 def paths(spec: optree.PyTreeSpec) -> list[str]:
     """Return each leaf's path as Python writes it: "[0]['mask']", or "" for a lone leaf."""
-    return [accessor.codify("") for accessor in spec.accessors()]
+    return [_without_packed(accessor).codify("") for accessor in spec.accessors()]
+
+
+def _without_packed(accessor: Any) -> Any:
+    """Leave out the way into a packed sequence, whose only leaf is itself."""
+    is_packed = len(accessor) > 0 and accessor[-1].type is PackedSequence
+    return accessor[:-1] if is_packed else accessor
 
 
 def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
@@ -66,10 +83,31 @@ def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
     return unflatten(spec, [function(leaf) for leaf in leaves])
 
 
+def tensors(tree: Any) -> list[torch.Tensor]:
+    """Return every tensor of a tree, those in a `PerRow` or a `Whole` included."""
+    found: list[torch.Tensor] = []
+    for leaf in flatten(tree)[0]:
+        if isinstance(leaf, torch.Tensor):
+            found.append(leaf)
+        elif isinstance(leaf, PerRow):
+            found += tensors(list(leaf))
+        elif isinstance(leaf, Whole):
+            found += tensors(leaf.value)
+    return found
+
+
 def _is_container(leaf: Any) -> bool:
-    return isinstance(leaf, (dict, list, tuple, UserDict)) or (
-        dataclasses.is_dataclass(leaf) and not isinstance(leaf, type)
-    )
+    if isinstance(leaf, (torch.Tensor, *_LEAVES)):
+        return False
+    return _is_dataclass(leaf) or isinstance(leaf, _CONTAINERS) or _is_registered(type(leaf))
+
+
+def _is_dataclass(leaf: Any) -> bool:
+    return dataclasses.is_dataclass(leaf) and not isinstance(leaf, type)
+
+
+def _is_registered(cls: type) -> bool:
+    return cls in SUPPORTED_NODES or caches.is_cache(cls)
 
 
 def _register(cls: Any) -> None:
@@ -78,12 +116,22 @@ def _register(cls: Any) -> None:
             return
         _registered.add(cls)
         node: Any = cls
-        if dataclasses.is_dataclass(cls):
+        if caches.is_cache(cls):
+            optree.register_pytree_node(cls, caches.flatten, caches.unflatten, namespace=NAMESPACE)
+        elif cls in SUPPORTED_NODES and not issubclass(cls, _CONTAINERS):
+            definition = SUPPORTED_NODES[cls]
+            unflatten_node = partial(_unflatten_registered, definition.unflatten_fn)
+            optree.register_pytree_node(cls, definition.flatten_fn, unflatten_node, namespace=NAMESPACE)
+        elif dataclasses.is_dataclass(cls):
             optree.register_pytree_node(node, _flatten_dataclass, _unflatten_dataclass, namespace=NAMESPACE)
         elif issubclass(cls, (dict, UserDict)):
             optree.register_pytree_node(cls, _flatten_dict, _unflatten_dict, namespace=NAMESPACE)
         else:
             optree.register_pytree_node(cls, _flatten_sequence, _unflatten_sequence, namespace=NAMESPACE)
+
+
+def _unflatten_registered(unflatten_fn: Callable[[Any, Any], Any], context: Any, children: Any) -> Any:
+    return unflatten_fn(list(children), context)  # torch gives the two the other way round
 
 
 def _flatten_dataclass(value: Any) -> tuple[Any, Any, Any]:

@@ -1,0 +1,81 @@
+"""Values moved to a device."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import _tree
+from .._tree import PerRow, Whole
+from ..errors import MetaTensorError
+
+
+def move(tree: Any, device: torch.device) -> Any:
+    """Move every tensor of a tree to `device`; a tree that is there already is returned as it is."""
+    return _moved_tree(tree, device, objects=False)
+
+
+def moved_leaves(leaves: list[Any], device: torch.device, *, objects: bool = True) -> list[Any]:
+    """Move what is elsewhere, and take values out of `Whole`; return the very list if nothing changes.
+
+    Args:
+        leaves: of a tree.
+        device: where to.
+        objects: whether to move also what is no tensor but knows how to move itself, as batches of graphs do.
+    """
+    moved = leaves
+    for position, leaf in enumerate(leaves):
+        there = _moved(leaf, device, objects)
+        if there is not leaf:
+            moved = list(leaves) if moved is leaves else moved
+            moved[position] = there
+    return moved
+
+
+def _moved_tree(tree: Any, device: torch.device, *, objects: bool) -> Any:
+    leaves, spec = _tree.flatten(tree)
+    moved = moved_leaves(leaves, device, objects=objects)
+    return tree if moved is leaves else _tree.unflatten(spec, moved)
+
+
+def _moved(leaf: Any, device: torch.device, objects: bool) -> Any:
+    if isinstance(leaf, (Tensor, _tree.Packed)):
+        # Only towards CUDA: the other way the copy might be read on the host before it has arrived.
+        if leaf.device == device:
+            return leaf
+        if isinstance(leaf, Tensor) and leaf.is_meta:
+            raise MetaTensorError(f"a tensor of shape {list(leaf.shape)}")
+        return leaf.to(device, non_blocking=device.type == "cuda")
+    if isinstance(leaf, PerRow):
+        entries = list(leaf)
+        there = _moved_tree(entries, device, objects=objects)
+        return leaf if there is entries else PerRow(there)
+    if isinstance(leaf, Whole):
+        return _moved_tree(leaf.value, device, objects=objects)
+    cls: Any = type(leaf)
+    if objects and _moves_itself(cls) and getattr(leaf, "device", None) != device:
+        # A copy: some move in place, and several lanes may have the same object.
+        there = copy.copy(leaf)
+        result = there.to(device)
+        return there if result is None else result
+    return leaf
+
+
+@lru_cache(maxsize=1024)
+def _moves_itself(cls: Any) -> bool:
+    """Return whether objects have a `to` that takes a device, rather than a time zone or a unit."""
+    to = getattr(cls, "to", None)
+    if not callable(to) or issubclass(cls, nn.Module):
+        return False
+    try:
+        parameters = list(inspect.signature(to).parameters.values())
+    except (TypeError, ValueError):  # no signature
+        return False
+    if len(parameters) < 2:
+        return False
+    return parameters[1].name == "device" or parameters[1].kind is inspect.Parameter.VAR_POSITIONAL
