@@ -6,7 +6,7 @@ from collections.abc import AsyncIterable, Iterable
 from typing import Any, Literal
 
 from .._runtime import Lane, Runtime
-from .._runtime.lane_runner import LaneRunner
+from .._runtime.lane_runner import StatefulLaneRunner
 from .._verbs.batch import Batch
 from .adaptive import Adaptive
 from .map import BatchStream, map_batches
@@ -65,7 +65,7 @@ class Calls:
         self._route.count_pass()
         return result
 
-    def __asyncdp_lane_runner__(self) -> LaneRunner:
+    def __asyncdp_lane_runner__(self) -> StatefulLaneRunner:
         """Return what schedulers of whole batches, such as `Batcher`, run them by."""
         return self._runner
 

@@ -143,7 +143,7 @@ class DataParallel(Calls):
         route = Route(module, replicas, scheduler, lanes, output, dim)
         super().__init__(self.runtime, route, most, num_lanes == "auto" and len(lanes) > 1)
         self._views: dict[bool, EngineView] = {}
-        self._trainer = Trainer(module, scheduler, lanes, output)
+        self._trainer = Trainer(module, replicas, scheduler, lanes, output)
 
     def _choose_lanes(self, devices: Devices) -> tuple[Lane, ...]:
         if self._owns_runtime or devices is None:
@@ -256,13 +256,13 @@ class DataParallel(Calls):
         """
         options = StepOptions(loss_fn, optimizer, loss_reduction, before_step, scaler, reduce_only)
         options.check()
-        snapshot = self._trainer.snapshot()
+        state = self._trainer.capture()
         batch = Batch.of_step(inputs, targets, self._route.dim, self._num_lanes)
         num_lanes, record = self._num_lanes, None
         if self._adaptive is not None:
-            num_lanes, record = self._adaptive.choose_for_step(batch, snapshot)
+            num_lanes, record = self._adaptive.choose_for_step(batch, state.snapshot)
         return await self._trainer.step(
-            batch, options, num_lanes, snapshot, accumulate=self in _accumulating.get(), record=record
+            batch, options, num_lanes, state, accumulate=self in _accumulating.get(), record=record
         )
 
     @contextmanager

@@ -15,7 +15,7 @@ import torch
 from .. import _loops
 from .._loops import Completion, Waiter, ends_tasks, is_cancelled, wake
 from .._runtime import Task, scheduler_of
-from .._runtime.lane_runner import LaneRunner
+from .._runtime.lane_runner import StatefulLaneRunner
 from .._verbs.batch import arguments
 from .prefetch import Prefetcher
 
@@ -175,7 +175,7 @@ class BatchStream:
 
     def __init__(
         self,
-        runner: LaneRunner,
+        runner: StatefulLaneRunner,
         batches: Iterable[Any] | AsyncIterable[Any],
         ordered: bool,
         max_in_flight: int,
@@ -186,7 +186,8 @@ class BatchStream:
         # Read here, since a mode that is on during an await leaks into other tasks.
         modes = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
         self._source = _Source(batches)
-        self._fill = partial(_fill, self._shared, runner, self._source, modes)
+        run = partial(run_batch, modes, runner, runner.capture())
+        self._fill = partial(_fill, self._shared, runner, self._source, run)
         self._cancel: Callable[[], object] | None = None
         self._closed = False
 
@@ -249,7 +250,7 @@ class BatchStream:
 
 
 def map_batches(
-    runner: LaneRunner,
+    runner: StatefulLaneRunner,
     batches: Iterable[Any] | AsyncIterable[Any],
     *,
     ordered: bool,
@@ -277,7 +278,9 @@ def map_batches(
     return BatchStream(runner, batches, ordered, limit, on_error)
 
 
-async def _fill(shared: _Shared, runner: LaneRunner, source: _Source, modes: tuple[bool, bool]) -> None:
+async def _fill(
+    shared: _Shared, runner: StatefulLaneRunner, source: _Source, run_on: Callable[..., Any]
+) -> None:
     """Keep batches of the source in flight, until it ends or the task is cancelled."""
     prefetcher = Prefetcher(runner.lanes)
     try:
@@ -285,7 +288,7 @@ async def _fill(shared: _Shared, runner: LaneRunner, source: _Source, modes: tup
             # In a task of the group, since the cancellation of this one would not wait for a thread
             # that reads; the group's does.
             group.start_soon(
-                _read_all, shared, group, partial(_run, shared, runner, prefetcher, modes), source
+                _read_all, shared, group, partial(_run, shared, runner, prefetcher, run_on), source
             )
     except BaseException:
         if not shared.closing:
@@ -323,9 +326,9 @@ async def _read_all(shared: _Shared, group: TaskGroup, run: Callable[..., Any], 
 
 async def _run(
     shared: _Shared,
-    runner: LaneRunner,
+    runner: StatefulLaneRunner,
     prefetcher: Prefetcher,
-    modes: tuple[bool, bool],
+    run_on: Callable[..., Any],
     index: int,
     batch: Any,
 ) -> None:
@@ -335,7 +338,7 @@ async def _run(
         scheduler = scheduler_of(runner.runtime)
         num_threads = scheduler.thread_share(len(runner.lanes))
         inputs = prefetcher.start(lane, arguments(batch))
-        task = Task(lane, partial(run_batch, modes, runner, position, inputs), "run")
+        task = Task(lane, partial(run_on, position, inputs), "run")
         shared.put(index, _Outcome((await scheduler.run([task], num_threads=num_threads))[0]))
     except BaseException as error:
         if ends_tasks(error) and is_cancelled():
@@ -345,12 +348,13 @@ async def _run(
 
 def run_batch(
     modes: tuple[bool, bool],
-    runner: LaneRunner,
+    runner: StatefulLaneRunner,
+    state: Any,
     position: int,
     inputs: Callable[[], tuple[tuple[Any, ...], Mapping[str, Any]]],
 ) -> Any:
-    """Run one batch of a stream on a lane, under the modes that were on when the stream was made."""
+    """Run one batch of a stream on a lane, in the modes and the state of when the stream was made."""
     grad, inference = modes
     with torch.inference_mode(inference), torch.set_grad_enabled(grad):
         args, kwargs = inputs()
-        return runner.run_on(position, *args, **kwargs)
+        return runner.run_as(position, state, *args, **kwargs)

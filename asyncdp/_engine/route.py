@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .._replicas.order import Use, passes, wait_turn
-from .._replicas.replica_set import LaneModule, ReplicaSet
+from .._replicas.replica_set import LaneModule, ModuleState, ReplicaSet
 from .._replicas.snapshot import ModuleSnapshot
 from .._runtime import Lane, Runtime, Scheduler, Task
 from .._runtime.ambient import Ambient
@@ -29,12 +29,12 @@ class Route:
 
     Args:
         module: what to run.
-        replicas: its replicas, one per lane; a single lane runs the module itself.
+        replicas: its replicas, one per lane.
         scheduler: the scheduler of the lanes.
         lanes: where to run.
         output: the device that results go to.
         dim: the dimension that is split and concatenated.
-        only_replicas: leave the module itself alone even where a lane could run it.
+        training: the mode that all submodules run in; None for the one that each of them is in.
     """
 
     def __init__(
@@ -45,8 +45,7 @@ class Route:
         lanes: Sequence[Lane],
         output: torch.device,
         dim: int,
-        *,
-        only_replicas: bool = False,
+        training: bool | None = None,
     ) -> None:
         self.module = module
         self.replicas = replicas
@@ -54,20 +53,22 @@ class Route:
         self.lanes = tuple(lanes)
         self.output = output
         self.dim = dim
-        self._only_replicas = only_replicas
+        self._training = training
         self.num_passes = 0
         self._counting = threading.Lock()  # loops and lanes count, each on a thread of its own
 
     def in_mode(self, training: bool) -> Route:
         """Make a route over the same lanes whose calls always run in one mode."""
-        replicas = self.replicas.in_mode(self.module, training)
-        return Route(
-            self.module, replicas, self.scheduler, self.lanes, self.output, self.dim, only_replicas=True
-        )
+        return Route(self.module, self.replicas, self.scheduler, self.lanes, self.output, self.dim, training)
 
     def parts(self) -> ModuleSnapshot:
-        """Return what the module consists of now."""
-        return self.replicas.snapshots.parts(self.module)
+        """Return what the module consists of now, in the route's own mode, if it has one."""
+        parts = self.replicas.snapshots.parts(self.module)
+        return parts if self._training is None else parts.in_mode(self._training)
+
+    def capture(self, *, records: bool | None = None) -> ModuleState:
+        """Return the state of the module as it is now, but in the route's own mode, if it has one."""
+        return self.replicas.capture(self.module, self._training, records=records)
 
     def count_pass(self) -> None:
         """Count a pass that succeeded."""
@@ -88,7 +89,8 @@ class Route:
             num_suspect = sum(lane._index in suspects for lane in self.lanes)
             num_lanes = max(1, min(num_lanes, len(self.lanes) - num_suspect))
         shards = batch.split(num_lanes, split_inputs)
-        use = Use(self.replicas.snapshots.latest or self.parts())
+        state = self.capture()
+        use = Use(state.snapshot)
         try:
             ambient = None if passes.arrive(use) else await self._wait_turn(use)
             positions = self._positions(len(shards))
@@ -106,12 +108,13 @@ class Route:
 
             following: list[NextStage] = [gather_stage]
             # What had to wait may find another grad mode here than at its call.
-            ready = self.replicas.prepare_nowait(self.module, positions) if ambient is None else None
+            ready = self.replicas.prepare_nowait(state, positions) if ambient is None else None
             if ready is not None:
                 stage = apply_stage(ready)
             else:
                 first = positions[0] if suspects else 0
-                stage = [Task(self.lanes[first], partial(self._prepare, first, positions), "replicate")]
+                prepare = partial(self._prepare, first, positions, state)
+                stage = [Task(self.lanes[first], prepare, "replicate")]
                 following.insert(0, lambda results, _: apply_stage(results[0]))
             num_threads = self.scheduler.thread_share(len(lanes))
             results = await self.scheduler.run(
@@ -128,10 +131,10 @@ class Route:
         await wait_turn(use)
         return ambient
 
-    def _prepare(self, position: int, positions: Sequence[int]) -> list[LaneModule]:
+    def _prepare(self, position: int, positions: Sequence[int], state: ModuleState) -> list[LaneModule]:
         """Make the replicas of some lanes up to date, on the thread of the lane at `position`."""
         with self.replicas.readers[position]:
-            return self.replicas.prepare(self.module, positions)
+            return self.replicas.prepare(self.module, positions, state)
 
     def _apply(self, batch: Batch, position: int, module: Callable[..., Any], shard: list[Any]) -> Any:
         """Run one lane's shard, on its thread."""
@@ -140,8 +143,9 @@ class Route:
 
     async def run_whole(self, batch: Batch) -> Any:
         """Run a whole batch on the lane that `pick` picks."""
+        state = self.capture()
         position = self.pick()
-        task = Task(self.lanes[position], partial(self.run_batch, position, batch), "run")
+        task = Task(self.lanes[position], partial(self.run_batch, position, batch, state), "run")
         num_threads = self.scheduler.thread_share(len(self.lanes))
         return (await self.scheduler.run([task], num_threads=num_threads))[0]
 
@@ -155,12 +159,11 @@ class Route:
         if self.scheduler.least_busy(self.lanes)[0] is not first and not self.parts().updates_buffers:
             return await self.run_whole(batch)
 
+        state = self.capture()
+
         def whole() -> Any:
             with self.replicas.readers[0]:
-                parts = self.parts()
-                is_ready = not self._only_replicas and parts.is_on(first.device)
-                is_ready = is_ready and not parts.moves_weights(first.device)
-                module = self.module if is_ready else self.replicas.prepare(self.module, [0])[0]
+                module = self.replicas.prepare(self.module, [0], state)[0]
                 output = batch.apply(module, first.device, batch.leaves)
             if batch.num_rows is None:
                 return move(output, self.output)
@@ -175,15 +178,13 @@ class Route:
             return 0
         return self.lanes.index(self.scheduler.least_busy(self.lanes)[0])
 
-    def run_batch(self, position: int, batch: Batch) -> Any:
-        """Run one whole batch on this thread; a single lane runs the module itself, moved to its device."""
+    def run_batch(self, position: int, batch: Batch, state: ModuleState) -> Any:
+        """Run one whole batch on this thread; the module of a single lane is moved to its device."""
         device = self.lanes[position].device
-        module: Callable[..., Any]
         with self.replicas.readers[position]:
-            if len(self.lanes) == 1 and not self._only_replicas:
-                module = self.module if self.parts().is_on(device) else self.module.to(device)
-            else:
-                module = self.replicas.prepare(self.module, [position])[0]
+            if len(self.lanes) == 1 and not state.snapshot.is_on(device):
+                self.module.to(device)
+            module = self.replicas.prepare(self.module, [position], state)[0]
             args, kwargs = batch.arguments_on(device, batch.leaves)
             output = module(*args, **kwargs)
         return move(output, self.output)
@@ -211,7 +212,7 @@ class Route:
 
 @dataclass(frozen=True)
 class EngineLanes:
-    """The lanes of an engine for whole batches, as `LaneRunner` describes them."""
+    """The lanes of an engine for whole batches, as `StatefulLaneRunner` describes them."""
 
     runtime: Runtime
     route: Route
@@ -225,8 +226,16 @@ class EngineLanes:
         """Return the position of the lane for the next batch: the least busy, or 0 if buffers change."""
         return self.route.pick()
 
+    def capture(self, *, records: bool | None = None) -> ModuleState:
+        """Return the state of the module as it is now."""
+        return self.route.capture(records=records)
+
     def run_on(self, position: int, /, *args: Any, **kwargs: Any) -> Any:
         """Run one whole batch on this thread, that of the lane at `position`, and count it."""
-        result = self.route.run_batch(position, Batch(args, kwargs, self.route.dim))
+        return self.run_as(position, self.capture(), *args, **kwargs)
+
+    def run_as(self, position: int, state: ModuleState, /, *args: Any, **kwargs: Any) -> Any:
+        """Do what `run_on` does, in the state that the module had earlier."""
+        result = self.route.run_batch(position, Batch(args, kwargs, self.route.dim), state)
         self.route.count_pass()
         return result

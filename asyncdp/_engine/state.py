@@ -22,7 +22,7 @@ def copy_state(module: nn.Module, parts: ModuleSnapshot, optimizer: Any) -> dict
         optimizer: None for the module's state alone.
     """
     # A forward in train mode changes buffers as it goes: then the copy runs beside none.
-    use = Use(parts, changes=parts.changes_uncounted, optimizer=optimizer)
+    use = Use(parts, changes=parts.updates_buffers, optimizer=optimizer)
     with in_turn(use), torch.inference_mode(False), torch.no_grad():
         state = {"module": module.state_dict()}
         if optimizer is not None:

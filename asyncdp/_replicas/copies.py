@@ -96,6 +96,12 @@ def copies_on(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
         ]
 
 
+def copies_in_place(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copy tensors, each on its own device."""
+    with torch.inference_mode(False), torch.no_grad():
+        return [tensor.detach().clone() for tensor in tensors]
+
+
 def flat_copies(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """Copy contiguous tensors of one device and dtype to `device` in a single transfer."""
     flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors]).to(device)

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from types import MethodType
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import LazyModuleError
+from .copier import Copier, bare_copy, substitute
 from .refusals import warn_if_compiled
-from .snapshot import CACHE_ATTRIBUTE, PLAIN, AttributeMap, ModuleSnapshot
+from .snapshot import AttributeMap, ModuleSnapshot, is_plain
+from .state import OF_ALL_MODULES, is_same, refill, shallow, watch
+from .survivors import Survivors
 
 Substitutions = Mapping[int, Tensor]
 """The `id` of one of the original module's parameters or buffers -> the tensor in its place."""
 
-_SET_APART = ("_parameters", "_buffers", "_modules")
+
+_ABSENT = object()
 
 
 def substitutions(originals: Sequence[Tensor], replacements: Sequence[Tensor]) -> Substitutions:
@@ -36,7 +39,8 @@ class Replica:
     Args:
         snapshot: what to copy, of a module that is alive.
         deep: whether attributes that are neither modules nor tensors are copied too, or shared with
-            the original. Either way, references to the original's submodules become the replica's.
+            the original. Either way, references to the original's submodules become the replica's, and
+            lists, dictionaries, sets and hooks are its own.
 
     Attributes:
         module: the copy.
@@ -45,106 +49,209 @@ class Replica:
     def __init__(self, snapshot: ModuleSnapshot, *, deep: bool) -> None:
         originals = snapshot.modules
         warn_if_compiled(originals)
-        self._modules = [*map(_bare_copy, originals, snapshot.namespaces)]
+        self._modules = [*map(bare_copy, originals, snapshot.namespaces)]
         self.module = self._modules[0]
-        self._bound: Substitutions = {}
+        self._bound: Substitutions | None = None
         self._bound_changes: AttributeMap = {}
-        self._parameters: list[tuple[dict[str, Any], str, int]] = []
-        self._buffers: list[tuple[dict[str, Any], str, int]] = []
-        self._empty_buffers: list[tuple[dict[str, Any], str]] = []
-        self._attributes: list[tuple[dict[str, Any], str, Any]] = []
-        copies = {id(each): copied for each, copied in zip(originals, self._modules, strict=True)}
-        # A submodule, met inside an attribute, stands for its copy; a copy stands for itself.
-        memo = {**copies, **{id(copied): copied for copied in self._modules}} if deep else None
-        tensor_ids = {id(tensor) for tensor in snapshot.tensors}
+        self._built: dict[tuple[int, str], Any] = {}  # values of before the bound changes
+        self._training: Sequence[bool] = snapshot.training
+        self._may_differ = False
+        self._is_reshaped = False  # attributes were added or deleted
+        self._differed: bool | None = None  # after the forward that has run last, if that is known
+        parameters = {id(parameter) for parameter in snapshot.parameters}
+        copier = Copier(snapshot, self._modules, deep=deep)
         for original, replica in zip(originals, self._modules, strict=True):
-            self._fill(replica.__dict__, copies, memo, tensor_ids)
+            copier.fill(replica.__dict__)
             if isinstance(original, nn.RNNBase) and not deep:
                 replica.__dict__["flatten_parameters"] = _Flatten(original, replica)
+        self._places, self._templates = copier.places, copier.templates
+        self._non_parameters = [place for place in copier.places if place[2] not in parameters]
+        self._namespaces = [each.__dict__ for each in self._modules]
+        self._types = [*map(type, self._modules)]
+        self._holders = copier.holders
+        # Restored from these, but for tensors, which are bound again.
+        self._saved_namespaces = [*map(dict, self._namespaces)]
+        self._saved = [shallow(each) if each else None for each in self._holders]
+        self._watch = watch(self._namespaces, copier.containers)
+        self._containers = copier.containers
 
-    def bind(self, tensors: Substitutions, changes: AttributeMap) -> None:
-        """Put tensors in the places of the original's, and values in those of its plain attributes.
+    def bind(self, tensors: Substitutions, changes: AttributeMap, training: Sequence[bool] = ()) -> None:
+        """Make the replica as if it had just been made: with these tensors, attributes and modes.
 
         Args:
-            tensors: a substitution for each parameter and buffer of the original.
+            tensors: a substitution for each parameter, buffer and loose tensor of the original.
             changes: all plain attributes that changed since the replica was made.
+            training: the mode of every module.
         """
-        # Buffers always: a forward may have put another tensor in a buffer's place.
-        for registry, name, key in self._buffers:
-            registry[name] = tensors[key]
-        for registry, name in self._empty_buffers:
-            registry[name] = None
-        if tensors is not self._bound:
-            for registry, name, key in self._parameters:
-                registry[name] = tensors[key]
-            for namespace, name, template in self._attributes:
-                namespace[name] = _substitute(template, tensors)
+        if self._may_differ:
+            self._may_differ = False
+            if self._differs():
+                self._restore()
+        is_new = tensors is not self._bound
+        if is_new:
+            for holder, name, key in self._places:
+                holder[name] = tensors[key]
+            for holder, name, template in self._templates:
+                holder[name] = substitute(template, tensors)
             self._bound = tensors
         if changes is not self._bound_changes:
-            for (position, name), value in changes.items():
-                self._modules[position].__dict__[name] = value
-            self._bound_changes = changes
+            is_new = True
+            self._bind_changes(changes)
+        if training and training is not self._training:
+            is_new = True
+            self._set_modes(training)
+        if self._is_reshaped:
+            self._is_reshaped = False
+            self._watch = watch(self._namespaces, self._containers)
+        elif is_new:
+            self._watch.renew(self._namespaces)
 
-    def set_modes(self, training: Sequence[bool]) -> None:
-        """Put each module in train mode or in eval mode."""
-        for module, mode in zip(self._modules, training, strict=True):
-            module.__dict__["training"] = mode
+    def end(self, *, is_recorded: bool) -> None:
+        """Undo what a forward has left on the replica.
 
-    def buffer_versions(self) -> dict[int, int]:
-        """Return the version of each buffer by its `id`, to give to `write_back_buffers` after a forward."""
-        buffers = [registry[name] for registry, name, _ in self._buffers]
-        return {id(buffer): buffer._version for buffer in buffers if not buffer.is_inference()}
+        Args:
+            is_recorded: whether a backward may come, which may run parts of the forward again: then it is
+                undone when the replica is bound the next time.
+        """
+        differs, self._differed = self._differed, None
+        self._may_differ = is_recorded
+        if not is_recorded and (self._differs() if differs is None else differs):
+            self._restore()
 
-    def write_back_buffers(self, snapshot: ModuleSnapshot, versions: Mapping[int, int]) -> None:
-        """Carry what a forward did to the buffers into those of the original."""
-        originals = snapshot.modules
-        for position in snapshot.buffer_owners:
-            replica, own = self._modules[position], originals[position]._buffers
-            for name in own | replica._buffers:
-                before, after = own.get(name), replica._buffers.get(name)
-                if after is before:
-                    continue
-                if before is None or after is None or after is not self._bound.get(id(before)):
-                    # The forward put another tensor in the buffer's place.
-                    device = None if before is None else before.device
-                    own[name] = None if after is None else after.detach().to(device)
-                elif after.requires_grad and after.device == before.device:
-                    continue  # the two share their storage
-                elif versions.get(id(after)) != after._version or (
-                    # Batch norm changes its statistics without counting a version.
-                    replica.training and not _overlaps_itself(before)
-                ):
-                    with torch.no_grad():
-                        before.copy_(after)
+    def forget_difference(self) -> None:
+        """Look anew for what is left: more than the forward has run since."""
+        self._differed = None
 
-    def _fill(
-        self,
-        namespace: dict[str, Any],
-        copies: Mapping[int, nn.Module],
-        memo: dict[int, Any] | None,
-        tensor_ids: set[int],
-    ) -> None:
-        for registry, slots in (("_parameters", self._parameters), ("_buffers", self._buffers)):
-            entries = namespace[registry] = dict(namespace[registry])
-            slots += [(entries, name, id(value)) for name, value in entries.items() if value is not None]
-        buffers = namespace["_buffers"]
-        self._empty_buffers += [(buffers, name) for name, value in buffers.items() if value is None]
-        namespace.pop(CACHE_ATTRIBUTE, None)
-        namespace["_modules"] = {
-            name: None if child is None else copies[id(child)]
-            for name, child in namespace["_modules"].items()
-        }
-        # Compiled code of the original would run the original.
-        namespace.pop("_compiled_call_impl", None)
-        for name, value in [*namespace.items()]:
-            if name in _SET_APART:
+    def versions(self) -> dict[int, int]:
+        """Return the version of all but parameters by its `id`, to give to `survivors` after a forward."""
+        tensors = [holder[name] for holder, name, _ in self._non_parameters]
+        return {id(tensor): tensor._version for tensor in tensors if not tensor.is_inference()}
+
+    def survivors(
+        self, snapshot: ModuleSnapshot | None, versions: Mapping[int, int] | None
+    ) -> Survivors | None:
+        """Return what of a forward's changes the original gets, if it gets any.
+
+        Args:
+            snapshot: of the original; None if the replica's changes are not to survive.
+            versions: the versions of the buffers before.
+
+        Raises:
+            LazyModuleError: the forward made submodules or parameters.
+        """
+        assert self._bound is not None, "a forward has run"
+        differs = self._differed = self._differs()
+        if differs:
+            self._check_additions()
+        if snapshot is None or versions is None or not (differs or snapshot.buffer_owners or snapshot.loose):
+            return None
+        found = Survivors(snapshot)
+        owners = range(len(self._modules)) if differs else snapshot.buffer_owners
+        for position in owners:
+            if self._buffers_changed(position, found, versions) and differs:
+                self._collect_values(position, found)
+        for original in snapshot.loose:
+            own = self._bound[id(original)]
+            if own is not original and (own.is_inference() or versions.get(id(own)) != own._version):
+                found.loose.append((original, own))
+        return found
+
+    def _buffers_changed(self, position: int, found: Survivors, versions: Mapping[int, int]) -> bool:
+        """Collect the changed buffers of one module; return whether there are any."""
+        replica = self._modules[position]
+        own = found.snapshot.namespaces[position]["_buffers"]
+        is_changed = False
+        assert self._bound is not None, "a forward has run"
+        for name in own | replica._buffers:
+            before, after = own.get(name), replica._buffers.get(name)
+            if before is None and after is None:
                 continue
-            mapped = _substitute(value, copies)
-            if _refers_to(mapped, tensor_ids):
-                self._attributes.append((namespace, name, mapped))
-            elif memo is not None:
-                mapped = _deep_copy(name, mapped, memo)
-            namespace[name] = mapped
+            if before is None or after is None or after is not self._bound.get(id(before)):
+                # The forward put another tensor in the buffer's place.
+                found.buffers.append((position, name, before, after, True))
+                is_changed = True
+                if name not in own and name in replica._non_persistent_buffers_set:
+                    found.transient.append((position, name))
+                continue
+            is_counted = after.is_inference() or versions.get(id(after)) != after._version
+            # Batch norm changes its statistics without counting a version.
+            if not is_counted and not replica.training:
+                continue
+            is_changed = True
+            shares_storage = after is before or (after.requires_grad and after.device == before.device)
+            if not shares_storage and (is_counted or not _overlaps_itself(before)):
+                found.buffers.append((position, name, before, after, False))
+        return is_changed
+
+    def _collect_values(self, position: int, found: Survivors) -> None:
+        saved = self._saved_namespaces[position]
+        for name, value in self._namespaces[position].items():
+            before = saved.get(name, found)
+            if name in OF_ALL_MODULES or before is value or not is_plain(value):
+                continue
+            if type(before) is not type(value) or before != value:
+                found.values[position, name] = value
+
+    def _differs(self) -> bool:
+        return not self._watch.holds(self._namespaces) or [*map(type, self._modules)] != self._types
+
+    def _check_additions(self) -> None:
+        known = {id(each) for each in self._modules}
+        content = {id(each): saved for each, saved in zip(self._holders, self._saved, strict=True)}
+        for module, namespace in zip(self._modules, self._saved_namespaces, strict=True):
+            for kind, registry in (("submodule", "_modules"), ("parameter", "_parameters")):
+                saved = content[id(namespace[registry])] or {}
+                for name, value in module.__dict__[registry].items():
+                    if value is None or saved.get(name) is not None or id(value) in known:
+                        continue
+                    if isinstance(value, Tensor) or any(_tensors_of(value)):
+                        prefix = next(path for path, each in self.module.named_modules() if each is module)
+                        raise LazyModuleError(
+                            f"{prefix}.{name}" if prefix else name, f"forward added the {kind}"
+                        )
+
+    def _restore(self) -> None:
+        for module, kind in zip(self._modules, self._types, strict=True):
+            if type(module) is not kind:
+                module.__class__ = kind
+        for namespace, saved in zip(self._namespaces, self._saved_namespaces, strict=True):
+            if not is_same(namespace, saved):
+                refill(namespace, saved)
+        for holder, content in zip(self._holders, self._saved, strict=True):
+            if content is None:
+                holder.clear()
+            elif not is_same(holder, content):
+                refill(holder, content)
+        self._bound = None  # registries hold what they held when the replica was made
+        self._watch = watch(self._namespaces, self._containers)
+
+    def _bind_changes(self, changes: AttributeMap) -> None:
+        # Passes do not always come in the order of their calls: one of before a change may come after it.
+        for place in self._built.keys() - changes.keys():
+            self._set(place, self._built.pop(place))
+        for place, value in changes.items():
+            position, name = place
+            self._built.setdefault(place, self._saved_namespaces[position].get(name, _ABSENT))
+            self._set(place, value)
+        self._bound_changes = changes
+
+    def _set(self, place: tuple[int, str], value: Any) -> None:
+        position, name = place
+        for namespace in (self._namespaces[position], self._saved_namespaces[position]):
+            self._is_reshaped |= value is _ABSENT or name not in namespace
+            if value is _ABSENT:
+                namespace.pop(name, None)
+            else:
+                namespace[name] = value
+
+    def _set_modes(self, training: Sequence[bool]) -> None:
+        for namespace, saved, mode in zip(self._namespaces, self._saved_namespaces, training, strict=True):
+            namespace["training"] = saved["training"] = mode
+        self._training = training
+
+
+def _tensors_of(module: nn.Module) -> Iterator[bool]:
+    return (True for _ in chain(module.parameters(), module.buffers()))
 
 
 class ReplicaCache:
@@ -175,6 +282,7 @@ class ReplicaCache:
         changes = self.snapshot.plain_changes(snapshot)
         if changes is None:
             return False
+        changes = {place: value for place, value in changes.items() if place[1] != "training"}
         if changes:
             self.changes = {**self.changes, **changes}
         self.snapshot = snapshot
@@ -220,59 +328,3 @@ def _overlaps_itself(tensor: Tensor) -> bool:
         return False
     lengths = zip(tensor.stride(), tensor.shape, strict=True)
     return any(stride == 0 and length > 1 for stride, length in lengths)
-
-
-def _bare_copy(module: nn.Module, namespace: Mapping[str, Any]) -> nn.Module:
-    # Not through the class's own __new__, which some classes (GraphModule) use to make a new class.
-    replica = object.__new__(type(module))
-    replica.__dict__.update(namespace)
-    return replica
-
-
-def _substitute(value: Any, memo: Mapping[int, Any]) -> Any:
-    """Replace what `memo` knows, also inside lists, tuples, dicts and bound methods."""
-    if id(value) in memo:
-        return memo[id(value)]
-    kind = type(value)
-    if kind is MethodType and id(value.__self__) in memo:
-        return MethodType(value.__func__, memo[id(value.__self__)])
-    if kind in (list, tuple):
-        return _rebuilt(value, [_substitute(entry, memo) for entry in value], kind)
-    if kind in (dict, OrderedDict):
-        entries = [_substitute(entry, memo) for entry in value.values()]
-        return _rebuilt(value, entries, lambda new: kind(zip(value, new, strict=True)), list(value.values()))
-    return value
-
-
-def _rebuilt(value: Any, new: list[Any], make: Callable[[list[Any]], Any], old: Any = None) -> Any:
-    """Make a new container if an entry changed; else return the same one, so that edits stay visible."""
-    entries = value if old is None else old
-    if all(before is after for before, after in zip(entries, new, strict=True)):
-        return value
-    return make(new)
-
-
-def _refers_to(value: Any, ids: set[int]) -> bool:
-    if isinstance(value, Tensor):
-        return id(value) in ids
-    if type(value) in (list, tuple):
-        return any(_refers_to(entry, ids) for entry in value)
-    if type(value) in (dict, OrderedDict):
-        return any(_refers_to(entry, ids) for entry in value.values())
-    return False
-
-
-def _deep_copy(name: str, value: Any, memo: dict[int, Any]) -> Any:
-    """Copy an attribute deeply, but share hooks and what cannot be copied (locks, handles)."""
-    if isinstance(value, PLAIN):
-        return value
-    if name.endswith("_hooks"):
-        return copy.copy(value)
-    # A copy that fails leaves half-built objects in its memo, which no later copy may find.
-    trial = dict(memo)
-    try:
-        copied = copy.deepcopy(value, trial)
-    except Exception:
-        return value
-    memo.update(trial)
-    return copied

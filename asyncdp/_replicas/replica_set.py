@@ -10,9 +10,11 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from itertools import compress
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ from .copies import (
     DEFAULT_BUCKET_BYTES,
     VersionTag,
     buckets,
+    copies_in_place,
     copies_on,
     storage_refs,
     storages,
@@ -32,7 +35,6 @@ from .replica import Replica, ReplicaCache, Substitutions, substitutions
 from .snapshot import (
     CACHE_ATTRIBUTE,
     AttributeMap,
-    LatestInMode,
     LatestSnapshot,
     ModuleSnapshot,
     check_module,
@@ -42,6 +44,59 @@ from .snapshot import (
 _MAX_QUICK_MODULES = 256
 _MAX_QUICK_ALIASES = 32
 
+_requires_grad = attrgetter("requires_grad")
+
+
+class CarriedValues:
+    """Plain values that forwards set in the module beside buffers, in the order in which they did.
+
+    A pass whose state was captured before gets them all the same, as it gets the buffers. Each state refers
+    to the latest link of a chain at its time; links that no state refers to go.
+    """
+
+    def __init__(self) -> None:
+        self.latest = _Link()
+
+    def add(self, values: AttributeMap) -> None:
+        """Add the values that one forward set."""
+        link = _Link()
+        self.latest.values, self.latest.next = values, link
+        self.latest = link
+
+
+@dataclass(slots=True)
+class _Link:
+    values: AttributeMap = field(default_factory=dict)
+    next: _Link | None = None
+
+    def since(self) -> AttributeMap:
+        """Return what was added since this link was the latest."""
+        found: dict[tuple[int, str], Any] = {}
+        link = self
+        while link.next is not None:
+            found |= link.values
+            link = link.next
+        return found
+
+
+class ModuleState(NamedTuple):
+    """All of a module that a caller may change between two calls, as of one call."""
+
+    snapshot: ModuleSnapshot
+    training: list[bool]
+    """The mode of every module of the snapshot."""
+    requires: list[bool] | None
+    """Which of the snapshot's tensors require gradients; None if none are to be recorded."""
+    carried: _Link
+
+    def trainable(self) -> list[Tensor]:
+        """Return the tensors that required gradients."""
+        return [*compress(self.snapshot.tensors, self.requires or ())]
+
+    def equals(self, other: ModuleState) -> bool:
+        """Return whether a pass gives the same in both."""
+        return self.snapshot is other.snapshot and self.training is other.training
+
 
 @dataclass(slots=True)
 class LaneModule:
@@ -50,21 +105,31 @@ class LaneModule:
     replica: Replica
     tensors: Substitutions
     changes: AttributeMap
+    state: ModuleState
     source: _Copies | None
     writes_back_to: ModuleSnapshot | None
     """Where updates of buffers survive, on lane 0."""
+    carried: CarriedValues
     memory: Sequence[torch.UntypedStorage] = ()
     """Of `tensors` at first: a forward may give them other memory before a device has read this."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the replica's forward; only ever on the lane's own thread."""
         tensors = self.tensors if self.source is None else self.source.up_to_date(self.tensors)
-        self.replica.bind(tensors, self.changes)
-        if self.writes_back_to is None:
-            return self.replica.module(*args, **kwargs)
-        versions = self.replica.buffer_versions()
-        output = self.replica.module(*args, **kwargs)
-        self.replica.write_back_buffers(self.writes_back_to, versions)
+        tensors = _as_of_the_call(self.state, tensors)
+        self.replica.bind(tensors, self.changes, self.state.training)
+        snapshot = self.writes_back_to
+        is_recorded = torch.is_grad_enabled()
+        try:
+            versions = None if snapshot is None else self.replica.versions()
+            output = self.replica.module(*args, **kwargs)
+            survivors = self.replica.survivors(snapshot, versions)
+            if survivors is not None:
+                survivors.apply()
+                if survivors.values:
+                    self.carried.add(survivors.values)
+        finally:
+            self.replica.end(is_recorded=is_recorded)
         return output
 
 
@@ -108,11 +173,11 @@ class ReplicaSet:
         devices: one per lane.
         bucket_bytes: size of what one reduce-add of gradients covers.
         checksum: read the values of everything copied at every pass, to find changes of any kind.
-        training: the mode in which the replicas run; the module's own if None.
 
     Attributes:
         snapshots: answer what the module consists of.
         readers: each lane's right to read the module.
+        carried: values that forwards have set in the module.
     """
 
     def __init__(
@@ -121,24 +186,20 @@ class ReplicaSet:
         devices: Sequence[torch.device],
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
         checksum: bool = False,
-        training: bool | None = None,
     ) -> None:
         check_module(module)
         self._devices = list(devices)
         self._bucket_bytes = bucket_bytes
         self._checksum = checksum
         self._lock = threading.Lock()
-        self.snapshots = LatestSnapshot() if training is None else LatestInMode(training)
+        self.snapshots = LatestSnapshot()
         self.readers = [Reader(module, self.snapshots, device) for device in self._devices]
+        self.carried = CarriedValues()
         self._cache = ReplicaCache(len(self._devices))
         self._copies: list[_Copies | None] = []
-        self._ready: dict[tuple[int, ...], list[LaneModule]] = {}  # what later passes may use too
+        self._ready: dict[Hashable, list[LaneModule]] = {}  # what later passes may use too
         self._buffer_tags: list[VersionTag | None] = []  # empty if buffers may change uncounted
         self._storage_refs = storage_refs(())
-
-    def in_mode(self, module: nn.Module, training: bool) -> ReplicaSet:
-        """Make a set like this one, whose replicas always run in one mode."""
-        return ReplicaSet(module, self._devices, self._bucket_bytes, self._checksum, training)
 
     def refresh(self) -> None:
         """Copy everything anew for the next pass, also what was changed behind autograd's back."""
@@ -147,45 +208,76 @@ class ReplicaSet:
                 copies.forget()
         self._buffer_tags = []
 
-    def prepare_nowait(self, module: nn.Module, lanes: Sequence[int]) -> list[LaneModule] | None:
+    def capture(
+        self, module: nn.Module, training: bool | None = None, *, records: bool | None = None
+    ) -> ModuleState:
+        """Return the state of the module as it is now.
+
+        Args:
+            module: the module of the constructor.
+            training: the mode that every submodule shall run in; None for the one that it is in.
+            records: whether gradients are to be recorded; None for what the current grad mode says.
+        """
+        snapshot = self.snapshots.current(module)
+        records = torch.is_grad_enabled() if records is None else records
+        requires = [*map(_requires_grad, snapshot.tensors)] if records else None
+        return ModuleState(snapshot, snapshot.modes(training), requires, self.carried.latest)
+
+    def prepare_nowait(self, state: ModuleState, lanes: Sequence[int]) -> list[LaneModule] | None:
         """Do what `prepare` does if that takes microseconds, else return None: then prepare on a lane.
 
-        After a pass in train mode lane 0 may be changing buffers; the next preparation queues behind it.
+        The state has just been captured. After a pass in train mode lane 0 may be changing buffers; the
+        next preparation queues behind it.
         """
         if not self._lock.acquire(blocking=False):
             return None
         try:
-            return self._assemble(lanes) if self._is_quick(module, len(lanes)) else None
+            return self._assemble(state, lanes) if self._is_quick(state, len(lanes)) else None
         finally:
             self._lock.release()
 
-    def prepare(self, module: nn.Module, lanes: Sequence[int]) -> list[LaneModule]:
+    def prepare(
+        self, module: nn.Module, lanes: Sequence[int], state: ModuleState | None = None
+    ) -> list[LaneModule]:
         """Make the module ready for one pass under the current grad mode.
 
         Args:
             module: the module of the constructor.
             lanes: positions in `devices`; one shard each.
+            state: the module's, as of the call; None for now.
 
         Returns:
             What each of `lanes` shall call.
         """
         with self._lock:
-            snapshot = self.snapshots.current(module)
-            if not self._follow(snapshot):
-                self._build(snapshot)
-            if not self._are_buffers_current(snapshot):
-                self._refresh_buffers(snapshot)
-            return self._assemble(lanes)
+            state = self.capture(module) if state is None else self.with_parts(module, state)
+            if not self._follow(state.snapshot):
+                self._build(state.snapshot)
+            if not self._are_buffers_current(state.snapshot):
+                self._refresh_buffers(state.snapshot)
+            return self._assemble(state, lanes)
 
-    def _is_quick(self, module: nn.Module, num_lanes: int) -> bool:
-        if self._cache.snapshot is None or len(self._cache.snapshot.training) > _MAX_QUICK_MODULES:
+    def with_parts(self, module: nn.Module, state: ModuleState) -> ModuleState:
+        """Return a state with the parts that the module has now, if they were replaced since the call.
+
+        A forward before this one may have put other buffers in place.
+        """
+        if state.snapshot.has_same_parts():
+            return state
+        now = self.capture(module, records=state.requires is not None)
+        if len(now.training) == len(state.training):
+            now = now._replace(training=state.training)
+        return now
+
+    def _is_quick(self, state: ModuleState, num_lanes: int) -> bool:
+        snapshot = state.snapshot
+        if self._cache.snapshot is None or len(snapshot.training) > _MAX_QUICK_MODULES:
             return False
-        snapshot = self.snapshots.current(module)
         if self._checksum and snapshot.buffers:
             return False
         if not self._follow(snapshot) or not self._are_buffers_current(snapshot):
             return False
-        return not torch.is_grad_enabled() or len(snapshot.parameters) * num_lanes <= _MAX_QUICK_ALIASES
+        return not any(state.requires or ()) or len(snapshot.parameters) * num_lanes <= _MAX_QUICK_ALIASES
 
     def _follow(self, snapshot: ModuleSnapshot) -> bool:
         if snapshot is self._cache.snapshot:
@@ -199,29 +291,35 @@ class ReplicaSet:
         self._buffer_tags = []
         self._lane_buffers: list[Tensor] = []
         self._ready = {}
-        self._shared = [self._own(lane, snapshot.parameters) for lane in range(len(self._devices))]
+        loose = substitutions(snapshot.loose, snapshot.loose)
+        self._shared = [
+            {**self._own(lane, snapshot.parameters), **loose} for lane in range(len(self._devices))
+        ]
 
-    def _assemble(self, lanes: Sequence[int]) -> list[LaneModule]:
-        snapshot = self._cache.snapshot
-        assert snapshot is not None, "the replicas are built"
-        if snapshot.changes_uncounted:
+    def _assemble(self, state: ModuleState, lanes: Sequence[int]) -> list[LaneModule]:
+        snapshot = state.snapshot
+        if snapshot.updates_buffers or (state.training is not snapshot.training and any(state.training)):
             self._buffer_tags = []
-        aliases = self._aliases(lanes, snapshot)
-        key = tuple(lanes)
-        if aliases is None and key in self._ready:
+        aliases = self._aliases(state, lanes)
+        carried = state.carried.since() if state.carried.next is not None else {}
+        key = (*lanes, id(state.training), None if state.requires is None else tuple(state.requires))
+        is_like_others = aliases is None and not carried
+        if is_like_others and key in self._ready:
             return self._ready[key]
         made = [
             LaneModule(
                 self._cache.replicas[lane],
                 {**self._shared[lane], **own} if own else self._shared[lane],
-                self._cache.changes,
+                {**self._cache.changes, **carried} if carried else self._cache.changes,
+                state,
                 self._copies[lane],
-                snapshot if lane == 0 and snapshot.buffer_owners else None,
+                snapshot if lane == 0 else None,
+                self.carried,
                 storages(own.values()) if self._devices[lane].type != "cpu" else (),
             )
             for lane, own in zip(lanes, aliases or [{}] * len(lanes), strict=True)
         ]
-        if aliases is None:
+        if is_like_others:
             self._ready[key] = made
         return made
 
@@ -238,13 +336,13 @@ class ReplicaSet:
 
     def _are_buffers_current(self, snapshot: ModuleSnapshot) -> bool:
         """Return whether every lane's buffers are what the module's are."""
-        if not snapshot.buffers:
+        if not snapshot.buffers and not snapshot.loose:
             return True
         tags = self._current_tags(snapshot)
         return None not in tags and tags == self._buffer_tags
 
     def _current_tags(self, snapshot: ModuleSnapshot) -> list[VersionTag | None]:
-        buffers = [*snapshot.buffers, *self._lane_buffers]
+        buffers = [*snapshot.buffers, *snapshot.loose, *self._lane_buffers]
         return [VersionTag.of(buffer, checksum=self._checksum) for buffer in buffers]
 
     def _refresh_buffers(self, snapshot: ModuleSnapshot) -> None:
@@ -258,28 +356,47 @@ class ReplicaSet:
         self._shared[0] = {**self._shared[0], **self._own(0, buffers)}
         self._lane_buffers = []
         for lane, device in enumerate(self._devices[1:], start=1):
-            copies = copies_on(buffers, device)
+            copies = copies_on(buffers, device) + copies_in_place(snapshot.loose)
             self._lane_buffers += copies
-            self._shared[lane] = {**self._shared[lane], **substitutions(buffers, copies)}
+            originals = [*buffers, *snapshot.loose]
+            self._shared[lane] = {**self._shared[lane], **substitutions(originals, copies)}
         # Made on one lane's stream, read on those of others.
-        wait_issued({buffer.device for buffer in [*buffers, *self._lane_buffers]})
+        wait_issued({tensor.device for tensor in [*buffers, *snapshot.loose, *self._lane_buffers]})
         if self._buffer_tags is before:  # and no refresh was asked for meanwhile
             self._buffer_tags = self._current_tags(snapshot)
-            self._storage_refs = storage_refs(buffers)
+            self._storage_refs = storage_refs([*buffers, *snapshot.loose])
 
-    def _aliases(self, lanes: Sequence[int], snapshot: ModuleSnapshot) -> list[Substitutions] | None:
-        """Return each lane's own parameters for a pass that records their gradients; None for any other."""
-        trainable = snapshot.trainable() if torch.is_grad_enabled() else ()
-        if not trainable:
+    def _aliases(self, state: ModuleState, lanes: Sequence[int]) -> list[Substitutions] | None:
+        """Return each lane's own parameters for a pass that records gradients; None for any other."""
+        if state.requires is None or not torch.is_grad_enabled():
+            return None
+        devices = [self._devices[lane] for lane in lanes]
+        trainable = [tensor for tensor in state.trainable() if tensor.requires_grad]
+        # A single lane on the module's device needs no sum: it has the module's own parameters.
+        if not trainable or (len(lanes) == 1 and all(each.device == devices[0] for each in trainable)):
             return None
         aliases: list[dict[int, Tensor]] = [{} for _ in lanes]
-        devices = [self._devices[lane] for lane in lanes]
         for bucket in buckets(trainable, self._bucket_bytes):
             outputs = Broadcast.apply(devices, False, *bucket)
             for position, own in enumerate(aliases):
                 share = outputs[position * len(bucket) : (position + 1) * len(bucket)]
                 own.update(substitutions(bucket, share))
         return list(aliases)
+
+
+def _as_of_the_call(state: ModuleState, tensors: Substitutions) -> Substitutions:
+    """Return substitutions where those that required gradients at the call do so, and no others."""
+    snapshot, requires = state.snapshot, state.requires
+    if requires is None or [*map(_requires_grad, snapshot.tensors)] == requires:
+        return tensors
+    flipped = [
+        (each, required)
+        for each, required in zip(snapshot.tensors, requires, strict=True)
+        if each.requires_grad != required and tensors[id(each)] is each
+    ]
+    # Nothing takes the gradients of a leaf whose owner has frozen it meanwhile.
+    alike = [each.detach().requires_grad_(required) for each, required in flipped]
+    return {**tensors, **substitutions([each for each, _ in flipped], alike)}
 
 
 class ReplicaSets(dict[tuple[torch.device, ...], ReplicaSet]):

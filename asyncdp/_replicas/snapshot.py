@@ -5,11 +5,9 @@ from __future__ import annotations
 import copy
 import sys
 import weakref
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
-from itertools import chain, starmap
-from operator import attrgetter, call, is_, itemgetter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
+from operator import attrgetter, is_
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -17,8 +15,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..errors import CompiledModuleError, LazyModuleError, NotAModuleError, UnsupportedModuleError
+from ..errors import (
+    CompiledModuleError,
+    LazyModuleError,
+    NotAModuleError,
+    UnsupportedModuleError,
+)
 from .refusals import check_placement
+from .state import (
+    HOOKS,
+    OWN_OF_ALL,
+    REGISTRIES,
+    attributes_of,
+    containers_in,
+    is_same,
+    loose_tensors,
+    shallow,
+    watch,
+)
 
 CACHE_ATTRIBUTE = "_asyncdp_replicas"
 """The attribute of a module that holds its replicas; no snapshot and no replica has it."""
@@ -29,15 +43,10 @@ AttributeMap = Mapping[tuple[int, str], Any]
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 """Types of values that hold no reference to anything else."""
 
-_REGISTRIES = ("_parameters", "_buffers", "_modules")
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-_OF_ALL_MODULES = frozenset(vars(nn.Module()))
-
 # What equals a value of these types can stand for it. Equal numbers may differ in type, equal tensors in
 # everything but values, so values of all other types are compared by identity.
 _EQUALITY_SUFFICES = frozenset({str, type(None), set, torch.dtype, FunctionType, MethodType})
 
-_CONTAINERS = frozenset({list, tuple, dict, OrderedDict})
 _namespace = attrgetter("__dict__")  # quicker than `vars`
 _training = attrgetter("training")
 _device = attrgetter("device")
@@ -53,10 +62,25 @@ def check_module(module: object) -> None:
             raise UnsupportedModuleError(each)
         if isinstance(each, compiled):
             raise CompiledModuleError
+        if any(map(_has_slots, type(each).__mro__)):
+            cause = "its class keeps attributes in __slots__"
+            remedy = "Delete __slots__ from the class: a torch.nn.Module has a __dict__ anyway."
+            raise UnsupportedModuleError(each, cause, remedy)
         if any(map(_is_lazy, chain(each._parameters.values(), each._buffers.values()))):
             tensors = chain(module.named_parameters(), module.named_buffers())
             raise LazyModuleError(next(name for name, tensor in tensors if _is_lazy(tensor)))
         check_placement(module, each)
+
+
+def is_plain(value: Any) -> bool:
+    """Return whether a value, or all that a tuple has, is of `PLAIN` types."""
+    return isinstance(value, PLAIN) or (isinstance(value, tuple) and all(map(is_plain, value)))
+
+
+def _has_slots(kind: type) -> bool:
+    """Return whether a class lets its instances keep attributes outside of their `__dict__`."""
+    slots = kind.__dict__.get("__slots__", ())
+    return not {*((slots,) if isinstance(slots, str) else slots)} <= {"__dict__", "__weakref__"}
 
 
 def _is_lazy(tensor: Tensor | None) -> bool:
@@ -70,13 +94,16 @@ class ModuleSnapshot:
 
     Attributes:
         namespaces: copies of all modules' `__dict__`, without replicas.
+        contents: what the containers and hook dictionaries among their values hold, by the `id` of these;
+            those of every module that held nothing are left out.
         parameters: every parameter once, in the order of `module.parameters()`.
         buffers: every buffer once.
         tensors: the parameters, then the buffers.
+        loose: the tensors among attributes that are neither, and require no gradient.
         buffer_owners: the positions of the modules that have buffers, or empty places for them.
         training: the mode of every module.
-        updates_buffers: whether a forward is likely to change buffers: some have an owner in train mode.
-        changes_uncounted: whether forwards may change buffers without counting a version.
+        updates_buffers: whether a forward is likely to change buffers or loose tensors: some have an owner
+            in train mode.
         has_rnn: whether one of the modules is recurrent.
     """
 
@@ -88,28 +115,36 @@ class ModuleSnapshot:
         self._below = modules[1:]
         self._types = [*map(type, modules)]
         self.namespaces = [*map(dict, namespaces)]
-        registries = [namespace[name] for namespace in namespaces for name in _REGISTRIES]
-        hooks = [namespace[name] for namespace in namespaces for name in _HOOKS]
+        containers: dict[int, Any] = {}
+        for namespace in namespaces:
+            for _, value in attributes_of(namespace):
+                containers_in(value, containers)
+        self._containers = [(each, shallow(each)) for each in containers.values()]
+        self.contents = {id(each): content for each, content in self._containers}
+        for namespace in namespaces:
+            for name in OWN_OF_ALL:
+                if namespace[name]:
+                    self.contents[id(namespace[name])] = shallow(namespace[name])
+        registries = [namespace[name] for namespace in namespaces for name in REGISTRIES]
+        hooks = [namespace[name] for namespace in namespaces for name in HOOKS]
+        mappings = [each for each in containers.values() if isinstance(each, dict)]
         # Views, all of them live; most dictionaries of most modules are empty, which is asked for faster.
         self._live_parts = [each.values() for each in registries if each]
-        self._live_names = [each.keys() for each in (*registries, *hooks) if each]
+        self._live_names = [each.keys() for each in (*registries, *hooks, *mappings) if each]
         self._empty_registries = [each for each in registries if not each]
-        self._empty_hooks = [each for each in hooks if not each]
         self._parts = [*chain.from_iterable(self._live_parts)]
         self._names = [*chain.from_iterable(self._live_names)]
-        self._getters = [_getter_of(namespace) for namespace in namespaces]
-        self._identities = [*chain.from_iterable(map(call, self._getters, namespaces))]
-        containers = _containers_with_parts(namespaces)
-        self._containers = [
-            (each, dict(each) if isinstance(each, dict) else list(each)) for each in containers
-        ]
+        self._watch = watch(namespaces, [*containers.values()])
         self.parameters = _distinct(each["_parameters"] for each in namespaces)
         self.buffers = _distinct(each["_buffers"] for each in namespaces)
         self.tensors = self.parameters + self.buffers
+        self.loose = loose_tensors(namespaces, [*containers.values()])
         self.buffer_owners = [place for place, each in enumerate(namespaces) if each["_buffers"]]
         self.training = [*map(_training, modules)]
-        self.updates_buffers = any(self.training[position] for position in self.buffer_owners)
-        self.changes_uncounted = self.updates_buffers
+        self._modes: dict[bool, list[bool]] = {}
+        self.updates_buffers = any(self.training[position] for position in self.buffer_owners) or (
+            bool(self.loose) and any(self.training)
+        )
         self.has_rnn = any(isinstance(each, nn.RNNBase) for each in modules)
 
     @classmethod
@@ -131,30 +166,20 @@ class ModuleSnapshot:
     def is_current(self) -> bool:
         """Return whether nothing at all was replaced, added, removed, renamed or reordered since."""
         root = self._root()
-        if root is None or not self.has_same_parts():
+        if root is None:
             return False
         modules = [root, *self._below]
-        namespaces = _namespaces_of(modules)
-        try:
-            # Identities first, so that equality is never asked of different tensors.
-            return (
-                all(map(is_, chain.from_iterable(map(call, self._getters, namespaces)), self._identities))
-                and namespaces == self.namespaces
-                and not any(self._empty_hooks)
-                and [*chain.from_iterable(self._live_names)] == self._names
-                and [*map(type, modules)] == self._types
-                and (not self._containers or all(starmap(_holds_the_same, self._containers)))
-            )
-        except Exception:  # an attribute is gone, or its new value cannot be compared
-            return False
+        return (
+            self._watch.holds(_namespaces_of(modules))
+            and [*map(type, modules)] == self._types
+            and [*chain.from_iterable(self._live_names)] == self._names
+        )
 
     def in_mode(self, training: bool) -> ModuleSnapshot:
         """Return a snapshot of the module as if each module in it were in train mode, or in eval mode."""
         forced = copy.copy(self)
-        forced.namespaces = [{**namespace, "training": training} for namespace in self.namespaces]
-        forced.training = [training] * len(self.training)
-        forced.updates_buffers = training and bool(self.buffer_owners)
-        forced.changes_uncounted = self.changes_uncounted or forced.updates_buffers
+        forced.training = self.modes(training)
+        forced.updates_buffers = training and bool(self.buffer_owners or self.loose)
         return forced
 
     def has_same_root(self, other: ModuleSnapshot) -> bool:
@@ -174,6 +199,12 @@ class ModuleSnapshot:
         """Return whether every module is in the mode that it was in."""
         return [*map(_training, self.modules)] == self.training
 
+    def modes(self, training: bool | None) -> list[bool]:
+        """Return the mode of every module, or `training` for each of them; always the same list."""
+        if training is None:
+            return self.training
+        return self._modes.setdefault(training, [training] * len(self.training))
+
     def plain_changes(self, later: ModuleSnapshot) -> AttributeMap | None:
         """Return the attributes that changed from this snapshot to a later one of the same module.
 
@@ -184,12 +215,14 @@ class ModuleSnapshot:
             return None
         changes = {}
         for position, (before, now) in enumerate(zip(self.namespaces, later.namespaces, strict=True)):
+            if is_same(before, now):
+                continue
             if [*before] != [*now]:
                 return None
             for name, value in now.items():
                 if value is before[name]:
                     continue
-                if isinstance(value, PLAIN) and isinstance(before[name], PLAIN):
+                if is_plain(value) and is_plain(before[name]):
                     changes[position, name] = value
                 elif type(value) not in _EQUALITY_SUFFICES or value != before[name]:
                     return None
@@ -213,60 +246,51 @@ class ModuleSnapshot:
             self._root() is other._root()
             and self._names == other._names
             and self._types == other._types
-            and _holds_the_same(self._parts, other._parts)
+            and is_same(self._parts, other._parts)
             and len(mine) == len(theirs)
-            and all(a is b and _holds_the_same(x, y) for (a, x), (b, y) in zip(mine, theirs, strict=True))
+            and all(a is b and is_same(x, y) for (a, x), (b, y) in zip(mine, theirs, strict=True))
         )
 
 
 class LatestSnapshot:
-    """The latest snapshot of one module, captured anew only when it has to be.
+    """The latest snapshots of one module, captured anew only when it has to be.
 
-    Attributes:
-        latest: the snapshot; None before the first.
+    The one before the latest is kept too: a module goes from train to eval mode and back.
     """
 
     def __init__(self) -> None:
-        self.latest: ModuleSnapshot | None = None
+        self._latest: tuple[ModuleSnapshot, ...] = ()
+
+    @property
+    def latest(self) -> ModuleSnapshot | None:
+        """The latest of all; None before the first."""
+        return self._latest[0] if self._latest else None
 
     def current(self, module: nn.Module) -> ModuleSnapshot:
         """Return a snapshot of the module as it is."""
-        latest = self.latest
-        if latest is None or not latest.is_current():
-            latest = self.latest = ModuleSnapshot.capture(module)
-        return latest
+        return self._first(ModuleSnapshot.is_current) or self._capture(module)
 
     def parts(self, module: nn.Module) -> ModuleSnapshot:
         """Return a snapshot that has the parts and modes of the module; its attributes may be older."""
-        latest = self.latest
-        if latest is None or not (latest.has_same_parts() and latest.has_same_modes()):
-            latest = self.latest = ModuleSnapshot.capture(module)
-        return latest
+        return self._first(_has_same_parts_and_modes) or self._capture(module)
+
+    def _first(self, is_right: Callable[[ModuleSnapshot], bool]) -> ModuleSnapshot | None:
+        latest = self._latest  # lanes may replace it meanwhile
+        for each in latest:
+            if is_right(each):
+                if each is not latest[0]:
+                    self._latest = (each, latest[0])
+                return each
+        return None
+
+    def _capture(self, module: nn.Module) -> ModuleSnapshot:
+        snapshot = ModuleSnapshot.capture(module)
+        self._latest = (snapshot, *self._latest[:1])
+        return snapshot
 
 
-class LatestInMode(LatestSnapshot):
-    """The latest snapshot of one module as if it were in one mode, whatever its flags say.
-
-    Args:
-        training: the mode.
-    """
-
-    def __init__(self, training: bool) -> None:
-        super().__init__()
-        self._training = training
-        self._forced: tuple[ModuleSnapshot, ModuleSnapshot] | None = None
-
-    def current(self, module: nn.Module) -> ModuleSnapshot:
-        return self._in_mode(super().current(module))
-
-    def parts(self, module: nn.Module) -> ModuleSnapshot:
-        return self._in_mode(super().parts(module))
-
-    def _in_mode(self, snapshot: ModuleSnapshot) -> ModuleSnapshot:
-        pair = self._forced
-        if pair is None or pair[0] is not snapshot:
-            pair = self._forced = (snapshot, snapshot.in_mode(self._training))
-        return pair[1]
+def _has_same_parts_and_modes(snapshot: ModuleSnapshot) -> bool:
+    return snapshot.has_same_parts() and snapshot.has_same_modes()
 
 
 def _modules_of(module: nn.Module) -> list[nn.Module]:
@@ -289,59 +313,6 @@ def _namespaces_of(modules: Sequence[nn.Module]) -> list[dict[str, Any]]:
     return namespaces
 
 
-def _getter_of(namespace: dict[str, Any]) -> itemgetter[Any]:
-    """Return what gets a tuple of all attributes that have to be compared by identity."""
-    names = [
-        name
-        for name, value in namespace.items()
-        if type(value) not in _EQUALITY_SUFFICES and name not in _OF_ALL_MODULES
-    ]
-    # Of a single name `itemgetter` would give no tuple.
-    return _getter(*(names if len(names) > 1 else (names or ["training"]) * 2))
-
-
-@lru_cache(maxsize=1024)
-def _getter(*names: str) -> itemgetter[Any]:
-    return itemgetter(*names)
-
-
 def _distinct(registries: Iterator[dict[str, Tensor | None]]) -> list[Tensor]:
     found = chain.from_iterable(registry.values() for registry in registries)
     return [*{id(tensor): tensor for tensor in found if tensor is not None}.values()]
-
-
-def _containers_with_parts(namespaces: Sequence[dict[str, Any]]) -> list[Any]:
-    """Return the lists and dictionaries among attributes whose entries a replica has to replace."""
-    return [
-        container
-        for namespace in namespaces
-        for name, value in namespace.items()
-        if type(value) in _CONTAINERS and value and name not in _REGISTRIES and _holds_parts(value)
-        for container in _containers_in(value)
-    ]
-
-
-def _holds_parts(value: Any) -> bool:
-    return type(value) in _CONTAINERS and any(
-        isinstance(entry, (nn.Module, Tensor, MethodType)) or _holds_parts(entry)
-        for entry in _values_of(value)
-    )
-
-
-def _containers_in(value: Any) -> list[Any]:
-    """Return a container and all those within it, but no tuples, which never change."""
-    if type(value) not in _CONTAINERS:
-        return []
-    within = [each for entry in _values_of(value) for each in _containers_in(entry)]
-    return within if type(value) is tuple else [value, *within]
-
-
-def _holds_the_same(one: Any, other: Any) -> bool:
-    """Return whether two containers hold the very same values, in the same order and by the same names."""
-    if len(one) != len(other) or not all(map(is_, _values_of(one), _values_of(other))):
-        return False
-    return not isinstance(one, dict) or [*one] == [*other]
-
-
-def _values_of(container: Any) -> Any:
-    return container.values() if isinstance(container, dict) else container

@@ -27,3 +27,24 @@ class LaneRunner(Protocol):
 
     def run_on(self, position: int, /, *args: Any, **kwargs: Any) -> Any:
         """Run one whole batch on this thread, that of the lane at `position`, and count it."""
+
+
+class RunnerState(Protocol):
+    """All that a batch depends on and that the caller may change between two calls."""
+
+    def equals(self, other: Any) -> bool:
+        """Return whether batches of the two states may run as one."""
+
+
+class StatefulLaneRunner(LaneRunner, Protocol):
+    """Runs every batch in the state of its call, whatever has changed when the lane gets to it."""
+
+    def capture(self, *, records: bool | None = None) -> RunnerState:
+        """Return the state as of now.
+
+        Args:
+            records: whether gradients are to be recorded; None for what the current grad mode says.
+        """
+
+    def run_as(self, position: int, state: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Do what `run_on` does, in a state that `capture` gave."""

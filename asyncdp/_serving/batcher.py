@@ -10,10 +10,10 @@ from .._runtime import Runtime
 from .._runtime.hangs import grace_of
 from ..errors import BatcherClosedError, QueueFullError
 from .call import Call, Request
-from .collate import Collate, Split, Stack, Steps, unbind
+from .collate import Collate, Split, Stack, StatedSample, Steps, unbind
 from .dispatcher import Dispatcher
 from .queue import BatchQueue
-from .slots import open_slots
+from .slots import capture_of, open_slots
 from .statistics import BatcherStatistics, Recorder
 
 
@@ -94,6 +94,7 @@ class Batcher:
         self._dispatcher = Dispatcher(
             slots, queue, recorder, halves=retry == "halve", hang_timeout=hang_timeout
         )
+        self._capture = capture_of(engine)
         self._size_of = size_of
         self._timeout = timeout
 
@@ -181,6 +182,8 @@ class Batcher:
         if isinstance(priority, bool) or not isinstance(priority, int):
             raise ValueError(f"priority must be an int, but got {priority!r}. Higher goes first.")
         size = 0.0 if self._size_of is None else _checked_size(self._size_of(sample))
+        if self._capture is not None:
+            sample = StatedSample(self._capture(records=False), sample)
         return self._dispatcher.submit(sample, size, priority, timeout)
 
 

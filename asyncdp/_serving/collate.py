@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,13 @@ Split = Callable[[Any, Sequence[Any]], Sequence[Any]]
 """Takes the output of a batch and its samples, gives one result per sample."""
 
 
+class StatedSample(NamedTuple):
+    """A sample, and the state of the engine when it was called."""
+
+    state: Any
+    sample: Any
+
+
 @dataclass(frozen=True)
 class Steps:
     """How samples become a batch, and an output becomes results."""
@@ -33,6 +40,25 @@ class Steps:
         """Collate, call a function and split, in one go."""
         args, kwargs = arguments(self.collate(samples))
         return self.results(function(*args, **kwargs), samples)
+
+    def run_as_called(self, function: Callable[..., Any], samples: Sequence[StatedSample]) -> Sequence[Any]:
+        """Do what `run` does, together for all samples that were called in the same state."""
+        first = samples[0].state
+        if all(each.state.equals(first) for each in samples):
+            return self.run(partial(function, first), [each.sample for each in samples])
+        places: list[list[int]] = []
+        for place, each in enumerate(samples):
+            alike = (group for group in places if each.state.equals(samples[group[0]].state))
+            found = next(alike, None)
+            if found is None:
+                places.append([place])
+            else:
+                found.append(place)
+        results: dict[int, Any] = {}
+        for group in places:
+            own = self.run(partial(function, samples[group[0]].state), [samples[k].sample for k in group])
+            results.update(zip(group, own, strict=True))
+        return [results[place] for place in range(len(samples))]
 
     def arguments(self, samples: Sequence[Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
         """Return what to call an engine with."""

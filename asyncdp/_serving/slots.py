@@ -22,7 +22,7 @@ from .._runtime.passes import Pass
 from .._runtime.schedule import PassState
 from .._runtime.task import last_seconds
 from ..errors import NotServableError
-from .collate import Steps
+from .collate import StatedSample, Steps
 
 # Up to here the batches of two lanes, for most of which Python's lock is held, take longer than one of both.
 _QUICK_SECONDS = 250e-6
@@ -150,7 +150,9 @@ class LaneSlot(Slot):
         return None
 
     def begin(self, samples: Sequence[Any], on_end: OnEnd) -> Callable[[], object]:
-        run = partial(self.steps.run, self.functions[self.lane], samples)
+        is_stated = isinstance(samples[0], StatedSample)
+        steps = self.steps.run_as_called if is_stated else self.steps.run
+        run = partial(steps, self.functions[self.lane], samples)
         pass_ = self.scheduler.start(
             Task(self.lane, run, "run"),
             partial(_report, on_end),
@@ -244,7 +246,8 @@ def open_slots(engine: Any, steps: Steps, runtime: Runtime | None, max_in_flight
     if hasattr(engine, "__asyncdp_lane_runner__"):
         runner: LaneRunner = engine.__asyncdp_lane_runner__()
         scheduler, lanes = scheduler_of(runner.runtime), runner.lanes
-        functions = {lane: partial(runner.run_on, position) for position, lane in enumerate(lanes)}
+        run = getattr(runner, "run_as", runner.run_on)  # as `Batcher` captures states
+        functions = {lane: partial(run, position) for position, lane in enumerate(lanes)}
     elif callable(engine):
         scheduler = scheduler_of(runtime or default_runtime())
         lanes = tuple(scheduler.lanes)
@@ -259,3 +262,10 @@ def open_slots(engine: Any, steps: Steps, runtime: Runtime | None, max_in_flight
     spares = [lane for lane in lanes if lane not in taken]
     num_threads = scheduler.thread_share(len(set(taken)))
     return [LaneSlot(scheduler, steps, lane, spares, functions, num_threads) for lane in taken]
+
+
+def capture_of(engine: Any) -> Callable[..., Any] | None:
+    """Return what captures the state of an engine at a call; None if it has none."""
+    if not hasattr(engine, "__asyncdp_lane_runner__"):
+        return None
+    return getattr(engine.__asyncdp_lane_runner__(), "capture", None)

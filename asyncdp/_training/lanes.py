@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .._replicas.copies import storages
-from .._replicas.replica import ReplicaCache, substitutions
-from .._replicas.snapshot import ModuleSnapshot
+from .._replicas.copies import copies_in_place, storages
+from .._replicas.replica import Replica, ReplicaCache, Substitutions, substitutions
+from .._replicas.snapshot import AttributeMap, ModuleSnapshot
+from .._replicas.survivors import Survivors
 from .reducer import Gradients, bucket_positions
 
 Report = Callable[[int, Tensor], None]
@@ -33,6 +34,7 @@ class TrainingLane:
         device: where the lane computes.
         trainable: the module's tensors that require gradients.
         frozen: its other parameters and buffers.
+        loose: its tensors that are neither.
     """
 
     def __init__(
@@ -42,13 +44,19 @@ class TrainingLane:
         device: torch.device,
         trainable: Sequence[Tensor],
         frozen: Sequence[Tensor],
+        loose: Sequence[Tensor],
     ) -> None:
         self._cache = cache
         self._replica = cache.replicas[position]
         with torch.inference_mode(False), torch.no_grad():
             self._leaves = [tensor.detach().to(device).requires_grad_() for tensor in trainable]
             others = [_frozen_on(device, tensor) for tensor in frozen]
-        self._tensors = {**substitutions(trainable, self._leaves), **substitutions(frozen, others)}
+        others += copies_in_place(loose)
+        frozen = [*frozen, *loose]
+        self._tensors: Substitutions = {
+            **substitutions(trainable, self._leaves),
+            **substitutions(frozen, others),
+        }
         pairs = zip([*self._leaves, *others], [*trainable, *frozen], strict=True)
         # Leaves on the module's device need no copy: they share its storage.
         copied = [(own, source) for own, source in pairs if own.data_ptr() != source.data_ptr()]
@@ -56,27 +64,36 @@ class TrainingLane:
         self._sources = [source for _, source in copied]
         self._memory: list[torch.UntypedStorage] = []
         self._versions: dict[int, int] = {}
+        self._survivors: Survivors | None = None
         self._report: Report | None = None
         self._hooks: list[RemovableHandle] = []
 
-    def module(self, report: Report | None) -> nn.Module:
+    def module(self, report: Report | None, training: Sequence[bool], carried: AttributeMap) -> nn.Module:
         """Return the replica, ready for one forward and backward.
 
         Args:
             report: gets every gradient as soon as it is complete; None to `collect` them later.
+            training: the mode of every module.
+            carried: values that earlier forwards have set beside buffers.
         """
-        snapshot = self._cache.snapshot
-        assert snapshot is not None, "the replicas are built"
         self._report_to(report)
         if self._copies:
             # Always: no version tells of changes through `.data`, nor of batch norm's to its buffers.
             with torch.inference_mode(False), torch.no_grad():
                 torch._foreach_copy_(self._copies, self._sources)
             self._memory = storages(self._copies)  # until the next step
-        self._replica.bind(self._tensors, self._cache.changes)
-        self._replica.set_modes(snapshot.training)
-        self._versions = self._replica.buffer_versions() if snapshot.buffer_owners else {}
+        changes = self._cache.changes
+        self._replica.bind(self._tensors, {**changes, **carried} if carried else changes, training)
+        self._versions = self._replica.versions()
         return self._replica.module
+
+    def end_forward(self) -> None:
+        """Find what the forward did to buffers, before its backward.
+
+        Raises:
+            LazyModuleError: the forward made submodules or parameters.
+        """
+        self._survivors = self._replica.survivors(self._cache.snapshot, self._versions)
 
     def report(self, position: int, leaf: Tensor) -> None:
         """Pass a leaf's gradient on; called by its hook during a backward."""
@@ -100,17 +117,20 @@ class TrainingLane:
     def collect(self) -> Gradients:
         """Take the gradients that were not reported; after a failure too, or the next step has them."""
         self._report = None  # it refers to the step's reducer, and so to all its sums
+        self._replica.forget_difference()
+        self._replica.end(is_recorded=False)
         gradients = [leaf.grad for leaf in self._leaves]
         for leaf in self._leaves:
             leaf.grad = None
         return gradients
 
-    def write_back_buffers(self) -> None:
-        """Carry what the forward did to this lane's buffers into the module's."""
-        snapshot = self._cache.snapshot
-        assert snapshot is not None, "a forward has run"
-        if snapshot.buffer_owners:
-            self._replica.write_back_buffers(snapshot, self._versions)
+    def write_back_buffers(self) -> AttributeMap:
+        """Carry what the forward did to this lane's buffers into the module's; return the values beside."""
+        survivors, self._survivors = self._survivors, None
+        if survivors is None:
+            return {}
+        survivors.apply()
+        return survivors.values
 
 
 def _hook(lane: weakref.ref[TrainingLane], position: int) -> Callable[[Tensor], None]:
@@ -148,29 +168,59 @@ class TrainingLanes:
         self._cache = ReplicaCache(len(self._devices))
         self._lanes: list[TrainingLane | None] = []
         self._key: list[Any] = []
+        self._in_place_for: ModuleSnapshot | None = None
+        self._in_place: Substitutions = {}
         self.trainable: list[Tensor] = []
         self.buckets: list[list[int]] = []
         self.num_elements = 0
 
-    def prepare(self, snapshot: ModuleSnapshot, num_lanes: int) -> list[TrainingLane]:
-        """Make the first `num_lanes` lanes ready for one step of a module as it is in `snapshot`."""
-        if not self._cache.follow(snapshot):
-            self._cache.build(snapshot)
-            self._key = []
-        key = [_identity(tensor) for tensor in snapshot.tensors]
+    def prepare(
+        self, snapshot: ModuleSnapshot, trainable: Sequence[Tensor], num_lanes: int
+    ) -> list[TrainingLane]:
+        """Make the first `num_lanes` lanes ready for one step.
+
+        Args:
+            snapshot: what the module consists of.
+            trainable: those of its tensors that are trained.
+            num_lanes: how many lanes compute.
+        """
+        self._follow(snapshot)
+        required = set(map(id, trainable))
+        key = [(_identity(each), id(each) in required) for each in [*snapshot.tensors, *snapshot.loose]]
         if key != self._key:
             self._key = key
             self._lanes = [None] * len(self._devices)
-            self.trainable = snapshot.trainable()
+            self.trainable = list(trainable)
             self.buckets = bucket_positions(self.trainable)
             self.num_elements = sum(tensor.numel() for tensor in self.trainable)
         return [self._lane(position, snapshot) for position in range(num_lanes)]
 
+    def bind_in_place(
+        self, snapshot: ModuleSnapshot, training: Sequence[bool], carried: AttributeMap
+    ) -> Replica:
+        """Return the first lane's replica, which then has the parameters of the module itself."""
+        if not self._follow(snapshot) or snapshot is not self._in_place_for:
+            self._in_place_for, self._in_place = snapshot, substitutions(snapshot.tensors, snapshot.tensors)
+        changes = self._cache.changes
+        replica = self._cache.replicas[0]
+        replica.bind(self._in_place, {**changes, **carried} if carried else changes, training)
+        return replica
+
+    def _follow(self, snapshot: ModuleSnapshot) -> bool:
+        """Return whether the replicas could follow a change of the module; else they are built anew."""
+        if self._cache.follow(snapshot):
+            return True
+        self._cache.build(snapshot)
+        self._key = []
+        return False
+
     def _lane(self, position: int, snapshot: ModuleSnapshot) -> TrainingLane:
         lane = self._lanes[position]
         if lane is None:
-            frozen = [tensor for tensor in snapshot.tensors if not tensor.requires_grad]
-            lane = TrainingLane(self._cache, position, self._devices[position], self.trainable, frozen)
+            known = set(map(id, self.trainable))
+            frozen = [tensor for tensor in snapshot.tensors if id(tensor) not in known]
+            device = self._devices[position]
+            lane = TrainingLane(self._cache, position, device, self.trainable, frozen, snapshot.loose)
             self._lanes[position] = lane
         return lane
 
@@ -181,7 +231,6 @@ def _identity(tensor: Tensor) -> tuple[Any, ...]:
     return (
         tensor.data_ptr() if is_strided else id(tensor),
         tensor.stride() if is_strided else (),
-        tensor.requires_grad,
         tensor.dtype,
         tensor.shape,
         tensor.device,

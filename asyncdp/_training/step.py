@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .._replicas.copies import wait_issued
 from .._replicas.order import Use
 from .._replicas.reading import in_turn
+from .._replicas.replica_set import ModuleState, ReplicaSet
 from .._replicas.snapshot import ModuleSnapshot
 from .._runtime import Lane
 from .._verbs.batch import positional
@@ -51,6 +52,7 @@ def _recording() -> Iterator[None]:
 
 _NOTHING_TO_CHANGE = nullcontext()
 _is_leaf = attrgetter("is_leaf")
+_requires_grad = attrgetter("requires_grad")
 
 
 class _Prepared(NamedTuple):
@@ -68,7 +70,8 @@ class Step:
     """One step, from the first lane's forward to the optimizer.
 
     Args:
-        snapshot: the module to train, as of the call.
+        state: the module to train, as of the call.
+        modules: its replica set, which knows what forwards have carried into it since.
         replicas: its training replicas.
         accumulated: gradients that earlier steps have accumulated.
         lanes: where to compute, one shard on each.
@@ -80,7 +83,8 @@ class Step:
 
     def __init__(
         self,
-        snapshot: ModuleSnapshot,
+        state: ModuleState,
+        modules: ReplicaSet,
         replicas: TrainingLanes,
         accumulated: AccumulatedGradients,
         lanes: Sequence[Lane],
@@ -91,8 +95,9 @@ class Step:
     ) -> None:
         self.options = options
         self.accumulate = accumulate
-        self._snapshot = snapshot
-        self._module = snapshot.modules[0]
+        self._state = state
+        self._modules = modules
+        self._module = state.snapshot.modules[0]
         self._replicas = replicas
         self._accumulated = accumulated
         self._lanes = lanes
@@ -116,7 +121,9 @@ class Step:
         lane = lanes[index]
         try:
             report = None if reducer is None else partial(reducer.report, index)
-            share = self._loss_of(index, lane.module(report))
+            module = lane.module(report, self._state.training, self._state.carried.since())
+            share = self._loss_of(index, module)
+            lane.end_forward()
             _backward(share if scale is None else share * scale.to(share.device))
         finally:
             gradients = lane.collect()
@@ -127,23 +134,30 @@ class Step:
         return share.detach()
 
     def compute_in_place(self) -> Tensor | None:
-        """Do what `compute(0)` does on a single lane, with the module itself, as in plain torch.
+        """Do what `compute(0)` does on a single lane, with the module's own parameters, as in plain torch.
 
         Without buffers, gradients are all that a failed step has to put back.
 
         Returns:
-            The loss, or None if the module needs a replica; nothing has changed then.
+            The loss, or None if the lane needs leaves or buffers of its own; nothing has changed then.
         """
         self._note_changes()
-        if not self._snapshot.has_same_modes() or not _trains_in_place(self._snapshot, self._lanes[0].device):
+        state = self._state
+        if not _trains_in_place(state.snapshot, self._lanes[0].device):
             return None
-        trainable = [tensor for tensor in self._snapshot.parameters if tensor.requires_grad]
+        if [*map(_requires_grad, state.snapshot.tensors)] != state.requires:
+            return None  # some were frozen, or the other way round, since the call
+        trainable = state.trainable()
         self._saved = SavedGradients(trainable, self.options.optimizer)
-        loss = self._loss_of(0, self._module)
-        if not self._snapshot.has_same_modes():  # layers may have run in different modes
-            return None
-        scale = self._scale(trainable)
-        _backward(loss if scale is None else loss * scale.to(loss.device))
+        replica = self._replicas.bind_in_place(state.snapshot, state.training, state.carried.since())
+        try:
+            loss = self._loss_of(0, replica.module)
+            replica.survivors(None, None)
+            scale = self._scale(trainable)
+            _backward(loss if scale is None else loss * scale.to(loss.device))
+        finally:
+            replica.forget_difference()
+            replica.end(is_recorded=False)
         self._in_place = trainable
         return loss.detach()
 
@@ -155,9 +169,8 @@ class Step:
             lanes, trainable, reducer, _ = self._prepare()
             gradients = [self._own_gradients] if reducer is None else reducer.gradients
             self._accumulated.add(trainable, gradients)
-            if self._snapshot.buffer_owners:
-                with in_turn(self._change()):
-                    lanes[0].write_back_buffers()
+            with in_turn(self._change()):
+                self._write_back(lanes[0])
         self._accumulated.add(self._saved.tensors, [direct])
         self._saved.restore()
         self._is_done = True
@@ -179,7 +192,7 @@ class Step:
         sums = self._own_sums(trainable) if reducer is None else reducer.sums()
         deliver(self._saved, trainable, sums, self._accumulated.of(self._saved.outsiders))
         with in_turn(self._change()):
-            commit(self._saved, self.options, lanes[0].write_back_buffers)
+            commit(self._saved, self.options, partial(self._write_back, lanes[0]))
         self._accumulated.clear()
 
     def _commit_in_place(self, trainable: list[Tensor]) -> None:
@@ -194,7 +207,12 @@ class Step:
 
     def _change(self) -> Use:
         """Return what the end of this step does to the module, for its place in the order of tasks."""
-        return Use(self._snapshot, changes=True, optimizer=self.options.optimizer)
+        return Use(self._state.snapshot, changes=True, optimizer=self.options.optimizer)
+
+    def _write_back(self, lane: TrainingLane) -> None:
+        values = lane.write_back_buffers()
+        if values:
+            self._modules.carried.add(values)
 
     def undo(self) -> None:
         """Restore the gradients after a failure or a cancellation, when all lanes are done."""
@@ -210,7 +228,7 @@ class Step:
     @property
     def needs_first_lane(self) -> bool:
         """Whether the commit has to be the first lane's: no other may write to the module's buffers."""
-        return bool(self._snapshot.buffer_owners)
+        return bool(self._state.snapshot.buffer_owners or self._state.snapshot.loose)
 
     def _loss_of(self, index: int, module: nn.Module) -> Tensor:
         lane = self._lanes[index]
@@ -236,12 +254,11 @@ class Step:
 
     def _note_changes(self) -> None:
         """Take the module as it is now if parts of it were replaced since the call."""
-        if not self._snapshot.has_same_parts():
-            self._snapshot = ModuleSnapshot.capture(self._module)
+        self._state = self._modules.with_parts(self._module, self._state)
 
     def _prepare_lanes(self) -> _Prepared:
         num_lanes = len(self._lanes)
-        lanes = self._replicas.prepare(self._snapshot, num_lanes)
+        lanes = self._replicas.prepare(self._state.snapshot, self._state.trainable(), num_lanes)
         trainable = self._replicas.trainable
         reducer = None
         if num_lanes > 1:
@@ -264,7 +281,7 @@ class Step:
 def _trains_in_place(snapshot: ModuleSnapshot, device: torch.device) -> bool:
     """Return whether a module can train on `device` itself, without a replica."""
     # A hook is to get the whole gradient, accumulated ones included, and only if all is well.
-    if snapshot.buffer_owners or not snapshot.is_on(device):
+    if snapshot.buffer_owners or snapshot.loose or not snapshot.is_on(device):
         return False
     return not any(map(has_hooks, snapshot.parameters)) and all(map(_is_leaf, snapshot.parameters))
 

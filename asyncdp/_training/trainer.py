@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import _loops
 from .._replicas.order import Use, passes, wait_turn
-from .._replicas.snapshot import LatestSnapshot, ModuleSnapshot
+from .._replicas.replica_set import ModuleState, ReplicaSet
 from .._runtime import Lane, Scheduler, Task
 from .._runtime.passes import NextStage, Stage
 from .._runtime.schedule import split_sizes
@@ -28,13 +28,19 @@ class Trainer:
 
     Args:
         module: what to train.
+        modules: its replicas for passes.
         scheduler: whose lanes these are.
         lanes: a step uses the first ones of them.
         output: where losses go.
     """
 
     def __init__(
-        self, module: nn.Module, scheduler: Scheduler, lanes: Sequence[Lane], output: torch.device
+        self,
+        module: nn.Module,
+        modules: ReplicaSet,
+        scheduler: Scheduler,
+        lanes: Sequence[Lane],
+        output: torch.device,
     ) -> None:
         self._scheduler = scheduler
         self._lanes = lanes
@@ -42,21 +48,21 @@ class Trainer:
         self._replicas = TrainingLanes([lane.device for lane in lanes])
         self._accumulated = AccumulatedGradients(len(lanes))
         self._module = module
+        self._modules = modules
         self._all_threads = scheduler.thread_share(1)
-        self._snapshots = LatestSnapshot()
         self.num_steps = 0
         """Optimizer steps taken, including those whose caller was cancelled too late to stop them."""
 
-    def snapshot(self) -> ModuleSnapshot:
-        """Return what the module consists of now."""
-        return self._snapshots.current(self._module)
+    def capture(self) -> ModuleState:
+        """Return the state of the module as it is now."""
+        return self._modules.capture(self._module, records=True)
 
     async def step(
         self,
         batch: Batch,
         options: StepOptions,
         num_lanes: int,
-        snapshot: ModuleSnapshot,
+        state: ModuleState,
         *,
         accumulate: bool,
         record: Callable[[float], None] | None = None,
@@ -65,10 +71,20 @@ class Trainer:
         shards, weights = _divide(batch, num_lanes, options.loss_reduction)
         lanes = self._lanes[: len(shards)]
         inputs = [partial(batch.arguments_on, leaves=leaves) for leaves in shards]
-        step = Step(snapshot, self._replicas, self._accumulated, lanes, inputs, weights, options, accumulate)
+        step = Step(
+            state,
+            self._modules,
+            self._replicas,
+            self._accumulated,
+            lanes,
+            inputs,
+            weights,
+            options,
+            accumulate,
+        )
         stage, following = self._stages(step, lanes)
         share = self._all_threads if len(lanes) == 1 else self._scheduler.thread_share(len(lanes))
-        use = Use(snapshot, changes=True, optimizer=options.optimizer, loop=_loops.current())
+        use = Use(state.snapshot, changes=True, optimizer=options.optimizer, loop=_loops.current())
         ambient = None
         try:
             if not passes.arrive(use):  # what has to wait must not find the state that torch has by then

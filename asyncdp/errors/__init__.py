@@ -71,13 +71,15 @@ class NotAModuleError(AsyncDPError, TypeError):
 
 
 class UnsupportedModuleError(AsyncDPError, TypeError):
-    """The module is a TorchScript module, which has no Python structure to copy."""
+    """The module is one of TorchScript, or has `__slots__`: replicas could not have their own of it."""
 
-    def __init__(self, got: object) -> None:
-        super().__init__(
-            f"cannot replicate a {type(got).__qualname__}: a TorchScript module has no structure to copy. "
-            "Use the original torch.nn.Module, or torch.export."
-        )
+    def __init__(
+        self,
+        got: object,
+        cause: str = "a TorchScript module has no structure to copy",
+        remedy: str = "Use the original torch.nn.Module, or torch.export.",
+    ) -> None:
+        super().__init__(f"cannot replicate a {type(got).__qualname__}: {cause}. {remedy}")
 
 
 class CompiledModuleError(UnsupportedModuleError):
@@ -92,13 +94,11 @@ class CompiledModuleError(UnsupportedModuleError):
 
 
 class LazyModuleError(AsyncDPError, ValueError):
-    """The module still has uninitialised parameters or buffers."""
+    """The module still has uninitialised parameters or buffers, or its forward makes some."""
 
-    def __init__(self, name: str) -> None:
-        super().__init__(
-            f"the lazy module has an uninitialised parameter or buffer {name!r}. "
-            "Run one batch through the module itself first, so that its shapes are known."
-        )
+    def __init__(self, name: str, cause: str = "the module has an uninitialised parameter or buffer") -> None:
+        remedy = "Run one batch through the module itself first, so that it is there for all lanes"
+        super().__init__(f"{cause} {name!r}, which would differ from lane to lane. {remedy}.")
 
 
 class CountMismatchError(AsyncDPError, ValueError):

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 import asyncdp
 
+from ..notes import Notes
 from .helpers import batch, distance, mlp, serial_step
 
 pytestmark = pytest.mark.anyio
@@ -29,7 +30,7 @@ class Counting(nn.Module):
     def __init__(self, function: Callable[[Tensor], Any] = lambda x: x * 2) -> None:
         super().__init__()
         self.function = function
-        self.rows: list[int] = []
+        self.rows = Notes()
 
     def forward(self, x: Tensor) -> Any:
         self.rows.append(len(x))

@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from asyncdp._runtime.task import this_thread
 
+from ..notes import Notes, Shared
+
 
 class Case(NamedTuple):
     """A module and a batch for it."""
@@ -175,8 +177,8 @@ class Failing(nn.Module):
         self.errors = errors
         self.order = order
         self.turns = {row: threading.Event() for row in order}
-        self.lanes: dict[int, Any] = {}
-        self.finished: list[int] = []
+        self.lanes = Shared()
+        self.finished = Notes()
 
     def forward(self, x: Tensor) -> Tensor:
         row = int(x[0, 0])

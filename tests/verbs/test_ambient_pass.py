@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ..notes import Notes
 from .conftest import Passes
 from .models import Fn, numbered
 
@@ -74,7 +75,7 @@ def test_state_of_the_caller(
     dp: Passes, context: AbstractContextManager[Any], expected: dict[str, Any]
 ) -> None:
     """Contract 11, 17: the state goes to every lane with the pass, and stays in none."""
-    module, x = Fn(look, seen=[]), numbered(4)
+    module, x = Fn(look, seen=Notes()), numbered(4)
     dp(module, x)
     plain = module.seen.pop()
     with context:

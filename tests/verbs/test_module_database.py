@@ -193,7 +193,10 @@ def pass_by_hand(setup: Setup, dim: int) -> Pass:
         outputs = [each(*args, **kwargs) for each, (args, kwargs) in zip(copies, shards, strict=True)]
     except Exception as error:
         raise Refusal(type(error)) from error
-    output = concatenate(outputs, dim)
+    has_rows = any(
+        isinstance(leaf, Tensor) and leaf.dim() > dim for leaf in leaves_of((setup.args, setup.kwargs))
+    )
+    output = concatenate(outputs, dim) if has_rows else outputs[0]
     run_backward(output)
     columns = zip(*(each.named_parameters() for each in copies), strict=True)
     gradients = {column[0][0]: sum_of([parameter.grad for _, parameter in column]) for column in columns}
@@ -211,14 +214,14 @@ def pass_over_lanes(runner: asyncio.Runner, setup: Setup, dim: int) -> Pass:
 
 
 def split(tree: Any, dim: int) -> list[Any]:
-    """Split all tensors of nested inputs in two along a dimension they share."""
+    """Split all tensors of nested inputs in two along a dimension they share; in one if none has it."""
     leaves = leaves_of(tree)
     if any(isinstance(leaf, PackedSequence) for leaf in leaves):
         raise Refusal(asyncdp.errors.UnsplittableError)
     lengths = {leaf.shape[dim] for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > dim}
     if len(lengths) > 1:
         raise Refusal(asyncdp.errors.LengthMismatchError)
-    num_shards = max(1, min(2, *lengths)) if lengths else 2
+    num_shards = max(1, min(2, *lengths)) if lengths else 1
 
     def shard(leaf: Any, position: int) -> Any:
         if not isinstance(leaf, Tensor) or leaf.dim() <= dim:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import asyncdp
 
+from ..notes import Notes
 from .conftest import Passes
 from .models import Fn, numbered
 
@@ -23,7 +24,7 @@ class Shards(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.got: list[list[float]] = []
+        self.got = Notes()
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:

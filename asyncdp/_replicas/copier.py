@@ -1,0 +1,162 @@
+"""Fills the copies of a module's namespaces, so that nothing a forward may change is shared."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from types import MethodType
+from typing import Any
+
+from torch import Tensor, nn
+
+from .snapshot import CACHE_ATTRIBUTE, PLAIN, ModuleSnapshot
+from .state import ATOMS, MUTABLE, OF_ALL_MODULES, REGISTRIES, empty_like
+
+
+def bare_copy(module: nn.Module, namespace: Mapping[str, Any]) -> nn.Module:
+    # Not through the class's own __new__, which some classes (GraphModule) use to make a new class.
+    replica = object.__new__(type(module))
+    replica.__dict__.update(namespace)
+    return replica
+
+
+class Copier:
+    """Fills the copies of a module's namespaces.
+
+    Attributes:
+        places: where tensors are to be put: a container, the key, and the `id` of the original tensor.
+        templates: the same for tuples in which tensors are: a container, the key and the original.
+        holders: containers whose content a forward may change.
+        containers: those of them that are no registries, and not torch's own.
+    """
+
+    def __init__(self, snapshot: ModuleSnapshot, modules: Sequence[nn.Module], *, deep: bool) -> None:
+        self._copies: dict[int, Any] = dict(zip(map(id, snapshot.modules), modules, strict=True))
+        # A submodule, met inside an attribute, stands for its copy; a copy stands for itself.
+        self._memo = {**self._copies, **{id(each): each for each in modules}} if deep else None
+        tensors = snapshot.tensors if deep else [*snapshot.tensors, *snapshot.loose]
+        self._tensor_ids = {id(tensor) for tensor in tensors}
+        self._contents = snapshot.contents
+        self.places: list[tuple[Any, Any, int]] = []
+        self.templates: list[tuple[Any, Any, Any]] = []
+        self.holders: list[Any] = []
+        self.containers: list[Any] = []
+
+    def fill(self, namespace: dict[str, Any]) -> None:
+        """Make all that one namespace holds the replica's own."""
+        for registry in ("_parameters", "_buffers"):
+            held = namespace[registry] = dict(namespace[registry])
+            self.places += [(held, name, id(value)) for name, value in held.items() if value is not None]
+        namespace.pop(CACHE_ATTRIBUTE, None)
+        namespace["_modules"] = {
+            name: None if child is None else self._copies[id(child)]
+            for name, child in namespace["_modules"].items()
+        }
+        self.holders += [namespace[registry] for registry in REGISTRIES]
+        # Compiled code of the original would run the original.
+        namespace.pop("_compiled_call_impl", None)
+        for name, value in [*namespace.items()]:
+            if name in REGISTRIES or type(value) in ATOMS:
+                continue
+            if name in OF_ALL_MODULES:
+                if type(value) in MUTABLE:
+                    namespace[name] = self._filled(empty_like(value), value)
+                    self.holders.append(namespace[name])
+            elif self._memo is None:
+                namespace[name] = self._own(value)
+                self._note(namespace, name, value)
+            else:
+                namespace[name] = self._deep(namespace, name, value, self._memo)
+
+    def _own(self, value: Any) -> Any:
+        """Return the replica's own of a value; a container that is met twice is still one container."""
+        kind = type(value)
+        if id(value) in self._copies:
+            return self._copies[id(value)]
+        if kind is MethodType and id(value.__self__) in self._copies:
+            return MethodType(value.__func__, self._copies[id(value.__self__)])
+        if kind is tuple:
+            return _rebuilt(value, [self._own(entry) for entry in value], tuple)
+        if kind not in MUTABLE:
+            return value
+        new = self._copies[id(value)] = empty_like(value)
+        self.holders.append(new)
+        self.containers.append(new)
+        return self._filled(new, value)
+
+    def _filled(self, new: Any, value: Any) -> Any:
+        """Put into a new container what another held when the snapshot was captured."""
+        content = self._contents.get(id(value), ())
+        if isinstance(value, set):
+            new.update(map(self._own, content))
+            return new
+        for key, entry in content.items() if isinstance(content, dict) else enumerate(content):
+            own = self._own(entry)
+            if isinstance(value, dict):
+                new[key] = own
+            else:
+                new.append(own)
+            self._note(new, key, entry)
+        return new
+
+    def _note(self, holder: Any, key: Any, value: Any) -> None:
+        if isinstance(value, Tensor):
+            if id(value) in self._tensor_ids:
+                self.places.append((holder, key, id(value)))
+        elif type(value) is tuple and _refers_to(value, self._tensor_ids):
+            self.templates.append((holder, key, holder[key]))
+
+    def _deep(self, namespace: dict[str, Any], name: str, value: Any, memo: dict[int, Any]) -> Any:
+        mapped = substitute(value, self._copies)
+        if _refers_to(mapped, self._tensor_ids):
+            self.templates.append((namespace, name, mapped))
+            return mapped
+        return _deep_copy(mapped, memo)
+
+
+def substitute(value: Any, memo: Mapping[int, Any]) -> Any:
+    """Replace what `memo` knows, also inside lists, tuples, dicts and bound methods."""
+    if id(value) in memo:
+        return memo[id(value)]
+    kind = type(value)
+    if kind is MethodType and id(value.__self__) in memo:
+        return MethodType(value.__func__, memo[id(value.__self__)])
+    if kind in (list, tuple):
+        return _rebuilt(value, [substitute(entry, memo) for entry in value], kind)
+    if kind in (dict, OrderedDict):
+        entries = [substitute(entry, memo) for entry in value.values()]
+        return _rebuilt(value, entries, lambda new: kind(zip(value, new, strict=True)), list(value.values()))
+    return value
+
+
+def _rebuilt(value: Any, new: list[Any], make: Callable[[list[Any]], Any], old: Any = None) -> Any:
+    """Make a new container if an entry changed; else return the same one, so that edits stay visible."""
+    entries = value if old is None else old
+    if all(before is after for before, after in zip(entries, new, strict=True)):
+        return value
+    return make(new)
+
+
+def _refers_to(value: Any, ids: set[int]) -> bool:
+    if isinstance(value, Tensor):
+        return id(value) in ids
+    if type(value) in (list, tuple):
+        return any(_refers_to(entry, ids) for entry in value)
+    if type(value) in (dict, OrderedDict):
+        return any(_refers_to(entry, ids) for entry in value.values())
+    return False
+
+
+def _deep_copy(value: Any, memo: dict[int, Any]) -> Any:
+    """Copy an attribute deeply, but share what cannot be copied (locks, handles)."""
+    if isinstance(value, PLAIN):
+        return value
+    # A copy that fails leaves half-built objects in its memo, which no later copy may find.
+    trial = dict(memo)
+    try:
+        copied = copy.deepcopy(value, trial)
+    except Exception:
+        return value
+    memo.update(trial)
+    return copied

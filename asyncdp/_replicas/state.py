@@ -1,0 +1,179 @@
+"""What modules hold beside their tensors' values: found at C speed, copied, and put back after a forward.
+
+A forward may set attributes, append to lists, register hooks. What it leaves so on a replica must not
+reach the next pass, and looking for it must cost next to nothing where there is none.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from operator import is_, itemgetter
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+REGISTRIES = ("_parameters", "_buffers", "_modules")
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+OF_ALL_MODULES = frozenset(vars(nn.Module()))
+OWN_OF_ALL = tuple(
+    name
+    for name, value in vars(nn.Module()).items()
+    if isinstance(value, (dict, set)) and name not in REGISTRIES
+)
+"""The hook dictionaries and other containers that every module has."""
+
+MUTABLE = frozenset({list, dict, OrderedDict, defaultdict, Counter, set, deque})
+"""Types of containers that a forward may change; each replica has its own."""
+
+ATOMS = frozenset({bool, int, float, str, type(None)})
+CONTAINERS = MUTABLE | {tuple}
+_MAPPINGS = (dict, set)
+
+# What equals a value of these types can stand for it. Equal numbers may differ in type, equal tensors in
+# everything but values, so values of all other types with an equality of their own are compared by identity.
+_EQUALITY_SUFFICES = frozenset({str, bytes, torch.device, FunctionType, MethodType})
+
+
+class Watch:
+    """Tells whether namespaces and containers hold the very values that they held.
+
+    Args:
+        namespaces: the `__dict__` of modules.
+        holders: further containers that hold something.
+        empty: further containers that hold nothing.
+    """
+
+    def __init__(
+        self, namespaces: Sequence[dict[str, Any]], holders: Sequence[Any], empty: Sequence[Any]
+    ) -> None:
+        self._holders = holders
+        self._empty = empty
+        self._found = gc.get_referents(*namespaces, *holders)
+        # Dictionaries of torch's own are followed by what they hold.
+        followed = {
+            id(value)
+            for namespace in namespaces
+            for name, value in namespace.items()
+            if name in OF_ALL_MODULES and isinstance(value, _MAPPINGS)
+        }
+        places = [
+            place
+            for place, value in enumerate(self._found)
+            if _is_compared_by_identity(value) and id(value) not in followed
+        ]
+        self._pick = itemgetter(*places, *places[:1]) if places else (lambda _: ())
+        self._picked = self._pick(self._found)
+
+    def holds(self, namespaces: Sequence[dict[str, Any]]) -> bool:
+        """Return whether nothing was replaced, added, removed or reordered since."""
+        # `get_referents` gives all values at once; identities first, lest different tensors are compared.
+        found = gc.get_referents(*namespaces, *self._holders)
+        try:
+            return (
+                len(found) == len(self._found)
+                and all(map(is_, self._pick(found), self._picked))
+                and found == self._found
+                and not any(self._empty)
+            )
+        except Exception:  # a new value cannot be compared
+            return False
+
+    def renew(self, namespaces: Sequence[dict[str, Any]]) -> None:
+        """Take the values that are held now, in the same places, for those to be held."""
+        self._found = gc.get_referents(*namespaces, *self._holders)
+        self._picked = self._pick(self._found)
+
+
+def _is_compared_by_identity(value: Any) -> bool:
+    kind: Any = type(value)
+    return kind not in _EQUALITY_SUFFICES and kind.__eq__ is not object.__eq__
+
+
+def watch(namespaces: Sequence[dict[str, Any]], containers: Sequence[Any]) -> Watch:
+    """Return a watch over modules, their parameters, buffers, submodules, hooks, and over `containers`."""
+    held = [namespace[name] for namespace in namespaces for name in REGISTRIES + HOOKS]
+    holders = [each for each in (*held, *containers) if each]
+    return Watch(namespaces, holders, [each for each in (*held, *containers) if not each])
+
+
+def entries(container: Any) -> Any:
+    """Return the values that a container holds."""
+    return container.values() if isinstance(container, dict) else container
+
+
+def attributes_of(namespace: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Return the attributes that are not among those of every module."""
+    return ((name, value) for name, value in namespace.items() if name not in OF_ALL_MODULES)
+
+
+def containers_in(value: Any, found: dict[int, Any]) -> None:
+    """Add a container and all within it to `found`, by their ids; but no tuples, which never change."""
+    if type(value) not in CONTAINERS or id(value) in found:
+        return
+    if type(value) is not tuple:
+        found[id(value)] = value
+    for entry in entries(value):
+        containers_in(entry, found)
+
+
+def loose_tensors(namespaces: Sequence[dict[str, Any]], containers: Sequence[Any]) -> list[Tensor]:
+    """Return the tensors that a forward may write into although they are neither parameters nor buffers."""
+    registered = {
+        id(tensor)
+        for namespace in namespaces
+        for tensor in chain(namespace["_parameters"].values(), namespace["_buffers"].values())
+    }
+    found: dict[int, Tensor] = {}
+
+    def look(value: Any) -> None:
+        if type(value) is Tensor:
+            # Copies of others would have gradients of their own.
+            if id(value) not in registered and not value.requires_grad and not value.is_meta:
+                found[id(value)] = value
+        elif type(value) is tuple:
+            for entry in value:
+                look(entry)
+
+    for namespace in namespaces:
+        for _, value in attributes_of(namespace):
+            look(value)
+    for container in containers:
+        if type(container) not in (set, Counter):
+            for entry in entries(container):
+                look(entry)
+    return [*found.values()]
+
+
+def is_same(one: Any, other: Any) -> bool:
+    """Return whether two containers hold the very same values, in the same order and by the same names."""
+    if len(one) != len(other) or not all(map(is_, entries(one), entries(other))):
+        return False
+    return not isinstance(one, dict) or [*one] == [*other]
+
+
+def shallow(container: Any) -> Any:
+    """Return what `refill` fills a container from."""
+    return dict(container) if isinstance(container, dict) else type(container)(container)
+
+
+def empty_like(container: Any) -> Any:
+    """Return a new container of the same kind that holds nothing."""
+    if isinstance(container, defaultdict):
+        return defaultdict(container.default_factory)
+    if isinstance(container, deque):
+        return deque(maxlen=container.maxlen)
+    return type(container)()
+
+
+def refill(container: Any, content: Any) -> None:
+    """Put back what a container held."""
+    container.clear()
+    if isinstance(container, (dict, set)):
+        container.update(content)
+    else:
+        container.extend(content)

@@ -1,0 +1,48 @@
+"""What of a forward's changes to its replica survives in the module."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .snapshot import ModuleSnapshot
+
+
+@dataclass(slots=True)
+class Survivors:
+    """What of a forward's changes to its replica survives in the original.
+
+    Attributes:
+        snapshot: of the original.
+        buffers: position and name of each buffer to be changed; what it was before, what it is now, and
+            whether it was put in the other's place.
+        values: plain values that were set beside buffers that changed.
+        loose: tensors to be written to, and from what.
+    """
+
+    snapshot: ModuleSnapshot
+    buffers: list[tuple[int, str, Tensor | None, Tensor | None, bool]] = field(default_factory=list)
+    values: dict[tuple[int, str], Any] = field(default_factory=dict)
+    loose: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    transient: list[tuple[int, str]] = field(default_factory=list)
+    """New buffers that are not to be saved."""
+
+    def apply(self) -> None:
+        """Carry them into the original."""
+        modules = self.snapshot.modules
+        for position, name in self.transient:
+            modules[position]._non_persistent_buffers_set.add(name)
+        with torch.no_grad():
+            for position, name, before, after, is_replaced in self.buffers:
+                if not is_replaced:
+                    before.copy_(after)  # type: ignore[union-attr, arg-type]
+                else:
+                    device = None if before is None else before.device
+                    modules[position]._buffers[name] = None if after is None else after.detach().to(device)
+            for before, after in self.loose:
+                before.copy_(after)
+        for (position, name), value in self.values.items():
+            modules[position].__dict__[name] = value
