@@ -209,6 +209,8 @@ class Dispatcher:
             return False
         try:
             calls = [call for call in taken if call.timeout is None or not call.expire(now)]
+            if search is not None and len(calls) < len(taken):
+                search.is_complete = False
             if not calls:
                 self._go_on(search)
                 return True
@@ -339,8 +341,10 @@ class Dispatcher:
         elif search is None:
             self.recorder.num_retried += 1
             search = self._health.search(batch.calls, error)
-        if batch.search is not None and lost is None:
-            batch.search.on_error(error)
+        if batch.search is not None:
+            if lost is None:
+                batch.search.on_error(error)
+            batch.search.is_complete &= lost is None
         self._go_on(search)
 
     def _finish(self, batch: _Batch) -> None:

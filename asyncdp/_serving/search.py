@@ -63,6 +63,7 @@ class Search:
         put_back: calls of which nothing is known any more; their taker clears it.
         is_model_down: whether all that is left fails with the error of the batch.
         num_raised: parts that raised, the whole batch included.
+        is_complete: whether all calls have run to an end of their own: none was cancelled or lost before.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class Search:
         self._one_by_one = one_by_one
         self._is_up = num_probes == 0 and not one_by_one
         self._num_probes = num_probes
-        self._is_complete = True  # whether all calls were pending in their turn
+        self.is_complete = True
         self._is_probe = False  # whether the part that runs is one
         starts_alone = probes_first or one_by_one
         self._suspects: list[Request] = [] if starts_alone else list(calls)  # not all of them are fine
@@ -97,7 +98,7 @@ class Search:
     @property
     def is_fruitless(self) -> bool:
         """Whether a search that is over has found no sample that raises alone."""
-        return self._is_complete and self._num_culprits == 0
+        return self.is_complete and self._num_culprits == 0
 
     def take(self) -> list[Request]:
         """Take the next part to run; none if nothing is left to find out."""
@@ -141,7 +142,7 @@ class Search:
 
     def _pending(self, calls: list[Request]) -> list[Request]:
         pending = [call for call in calls if call.state is CallState.PENDING]
-        self._is_complete &= len(pending) == len(calls)
+        self.is_complete &= len(pending) == len(calls)
         return pending
 
     def _on_probe_failed(self) -> None:

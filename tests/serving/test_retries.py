@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from asyncdp import Batcher, Runtime
+from asyncdp.errors import DeviceLostError
+from asyncdp.testing import fake_devices
 
 pytestmark = pytest.mark.anyio
 
@@ -170,6 +172,23 @@ async def test_a_bad_sample_is_no_reason_to_warn(caplog: pytest.LogCaptureFixtur
     """Nothing is logged where a batch raised because of a sample."""
     async with Runtime("cpu") as runtime, Batcher(Model(), runtime=runtime) as batcher:
         await outcomes_of(batcher, [1.0, 2.0, -1.0, 3.0, 4.0])
+    assert not caplog.records
+
+
+async def test_a_lost_lane_is_no_reason_to_warn(caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing is logged where the bad sample of a batch ended with its lane, before it ran alone."""
+    (device,) = fake_devices(1)
+    model = Model()
+
+    def engine(x: torch.Tensor) -> torch.Tensor:
+        if len(x) == 1 and x[0] < 0:
+            device.lose()
+            return x
+        return model(x)
+
+    async with Runtime([device]) as runtime, Batcher(engine, runtime=runtime) as batcher:
+        await batcher(torch.tensor(3.0))
+        assert await outcomes_of(batcher, [1.0, -1.0]) == [2.0, DeviceLostError]
     assert not caplog.records
 
 
