@@ -15,6 +15,7 @@ from .._replicas.copies import DEFAULT_BUCKET_BYTES
 from .._replicas.replica_set import ReplicaSet, replica_set_of
 from .._replicas.snapshot import check_module
 from .._runtime import Lane, Runtime, RuntimeStatistics, default_lanes, scheduler_of
+from .._runtime.hangs import grace_of
 from .._training.commit import StepOptions
 from .._training.trainer import Trainer
 from .._verbs.batch import Batch, positional
@@ -158,13 +159,13 @@ class DataParallel(Calls):
     async def __aenter__(self) -> DataParallel:
         return self
 
-    async def __aexit__(self, *exc_info: object) -> None:
-        await self.aclose()
+    async def __aexit__(self, exc_type: object, exc: BaseException | None, traceback: object) -> None:
+        await self.aclose(grace_of(exc))
 
-    async def aclose(self) -> None:
-        """Drain what runs and end the lanes, if they are the engine's own."""
+    async def aclose(self, timeout: float | None = None) -> None:
+        """Drain what runs and end the lanes, if they are the engine's own; `timeout` as `Runtime.aclose`."""
         if self._owns_runtime:
-            await self.runtime.aclose()
+            await self.runtime.aclose(timeout)
 
     def in_mode(self, training: bool) -> EngineView:
         """Return a view of this engine whose calls run in train mode, or in eval mode.

@@ -158,6 +158,8 @@ class _Source:
         iterator = self._iterator
         if iterator is None and isinstance(self._batches, AsyncIterator if self._is_async else Iterator):
             iterator = self._batches
+        # Dropped here, as an iterator of a DataLoader has no other end: its processes end with it.
+        self._iterator, self._batches = None, ()
         if self._is_async and hasattr(iterator, "aclose"):
             await iterator.aclose()
         elif not self._is_async and hasattr(iterator, "close"):
@@ -258,10 +260,11 @@ def map_batches(
     """Make the stream behind `DataParallel.map`; the arguments are explained there.
 
     Raises:
-        TypeError: `batches` is no iterable.
+        TypeError: `batches` is no iterable, or a single batch.
         ValueError: `max_in_flight` or `on_error` is out of range.
     """
-    if not isinstance(batches, (Iterable, AsyncIterable)):
+    is_one_batch = isinstance(batches, (torch.Tensor, Mapping, str, bytes))
+    if is_one_batch or not isinstance(batches, (Iterable, AsyncIterable)):
         raise TypeError(
             f"expected an iterable or an async iterable of batches, but got {type(batches).__qualname__}. "
             "Wrap a single batch in a list."

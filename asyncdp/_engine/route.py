@@ -84,6 +84,10 @@ class Route:
         if batch.is_whole(num_lanes):
             return await self.run_whole(batch)
         split_inputs = SplitInputs()
+        suspects = self.scheduler.schedule.suspects
+        if suspects:
+            num_suspect = sum(lane._index in suspects for lane in self.lanes)
+            num_lanes = max(1, min(num_lanes, len(self.lanes) - num_suspect))
         shards = batch.split(num_lanes, split_inputs)
         state = self.capture()
         use = Use(state.snapshot)
@@ -108,7 +112,9 @@ class Route:
             if ready is not None:
                 stage = apply_stage(ready)
             else:
-                stage = [Task(self.lanes[0], partial(self._prepare, positions, state), "replicate")]
+                first = positions[0] if suspects else 0
+                prepare = partial(self._prepare, first, positions, state)
+                stage = [Task(self.lanes[first], prepare, "replicate")]
                 following.insert(0, lambda results, _: apply_stage(results[0]))
             num_threads = self.scheduler.thread_share(len(lanes))
             results = await self.scheduler.run(
@@ -125,8 +131,9 @@ class Route:
         await wait_turn(use)
         return ambient
 
-    def _prepare(self, positions: Sequence[int], state: ModuleState) -> list[LaneModule]:
-        with self.replicas.readers[0]:
+    def _prepare(self, position: int, positions: Sequence[int], state: ModuleState) -> list[LaneModule]:
+        """Make the replicas of some lanes up to date, on the thread of the lane at `position`."""
+        with self.replicas.readers[position]:
             return self.replicas.prepare(self.module, positions, state)
 
     def _apply(self, batch: Batch, position: int, module: Callable[..., Any], shard: list[Any]) -> Any:

@@ -27,6 +27,9 @@ class LaneThread:
         on_lost: called with the error that keeps the device from being opened, without the lock.
         wake: called without the lock after what may have given others something to do.
         wake_later: takes a function for `wake` to call; under the lock.
+
+    Attributes:
+        started: the tasks that have begun and not ended, the oldest first, and when each began.
     """
 
     def __init__(
@@ -51,8 +54,11 @@ class LaneThread:
         self._modes = LaneModes()
         self._num_threads = 0
         self._queue: deque[Task] = deque()
+        self.started: dict[Task, float] = {}
         self._is_sleeping = False
         self._is_stopping = False
+        self._is_given_up = False
+        self._ended = threading.Event()
         self._signal = threading.Lock()  # released by others once for each sleep
         self._signal.acquire()
         self._thread = threading.Thread(target=self._run, name=f"asyncdp-{lane.name}", daemon=True)
@@ -93,9 +99,16 @@ class LaneThread:
             self._rouse()
 
     def join(self, timeout: float | None = None) -> None:
-        """Wait for the thread's end, `timeout` seconds at most."""
-        if self._thread is not threading.current_thread():
+        """Wait for the thread's end, `timeout` seconds at most, or until it is given up."""
+        if self._thread is threading.current_thread() or not self._ended.wait(timeout):
+            return
+        if not self._is_given_up:
             self._thread.join(timeout)
+
+    def give_up(self) -> None:
+        """Let nobody wait for the thread's end any more; it ends once its task has, if ever."""
+        self._is_given_up = True
+        self._ended.set()
 
     def _rouse(self) -> None:
         self._is_sleeping = False
@@ -116,6 +129,8 @@ class LaneThread:
                     self._on_ended(ended)
                     ended = None
                 task = self._queue.popleft() if self._queue else None
+                if task is not None:
+                    self.started[task] = time.perf_counter()
                 sleeps = self._is_sleeping = task is None and not self._is_stopping
             self._wake()
             if task is not None:
@@ -127,17 +142,19 @@ class LaneThread:
                 break
         self._modes.leave()  # here, since whichever thread lets go of torch's guards gets their old modes
         self._driver.close()
+        self._ended.set()
 
     def _perform(self, task: Task) -> bool:
         """Run one task as its caller would; return whether it has ended, or a later thread will say so."""
         started = time.perf_counter()
         setting, lane = task.setting, self._lane
+        lane._busy = (lane._busy[0], started)
         if setting.num_threads != self._num_threads:
             set_intra_op_threads(setting.num_threads)
             self._num_threads = setting.num_threads
         self._modes.switch(setting.ambient.modes, self._device_types)
         issued = None if trace.recorder is None else trace.recorder.started(task)
-        call, task.call, task.function = task.call, None, None
+        call, task.call = task.call, None
         assert call is not None
         marker: Any = None
         this_thread.task = task
@@ -156,7 +173,7 @@ class LaneThread:
             self._modes.leave()
         seconds = time.perf_counter() - started
         lane._num_done += 1
-        lane._busy_seconds += seconds
+        lane._busy = (lane._busy[0] + seconds, None)
         lane._last_seconds = seconds if marker is None else math.inf
         return marker is None
 

@@ -14,6 +14,7 @@ import torch
 
 from .._devices import Devices, LaneDevice, PathStatistics, lane_device_for, parse_devices, path_statistics
 from .._devices.threads import end_own_team
+from .hangs import grace_of
 from .schedule import PassState
 from .scheduler import Scheduler
 from .task import Lane, LaneStatistics, Task, driver_of
@@ -53,25 +54,44 @@ class Runtime:
         devices: one lane per entry; see `asyncdp.parse_devices`. Entries of a sequence may also be
             the fake devices of `asyncdp.testing`.
         max_queue: tasks that may be queued on one lane; more wait in order of arrival.
+        hang_timeout: seconds after which a running task makes its lane suspect: other lanes are preferred
+            until it has ended, and a cancellation no longer waits for it. None waits for ever.
 
     Raises:
         NoCudaDeviceError, UnknownDeviceError, NoDevicesError: as `asyncdp.parse_devices`.
-        ValueError: `max_queue` is negative.
+        ValueError: `max_queue` is negative, or `hang_timeout` is not positive.
     """
 
     def __init__(
-        self, devices: Devices | Sequence[LaneDevice] = None, *, max_queue: int = DEFAULT_MAX_QUEUE
+        self,
+        devices: Devices | Sequence[LaneDevice] = None,
+        *,
+        max_queue: int = DEFAULT_MAX_QUEUE,
+        hang_timeout: float | None = None,
     ) -> None:
         if max_queue < 0:
             raise ValueError(f"max_queue must be 0 or more, but got {max_queue}. 0 queues nothing.")
-        self._start(_drivers(devices), max_queue, grows=False)
+        if hang_timeout is not None and not hang_timeout > 0:
+            raise ValueError(f"hang_timeout is in seconds and more than 0, but got {hang_timeout!r}.")
+        self._start(_drivers(devices), max_queue, grows=False, hang_timeout=hang_timeout)
 
-    def _start(self, drivers: Sequence[LaneDevice], max_queue: int, *, grows: bool) -> None:
+    def _start(
+        self,
+        drivers: Sequence[LaneDevice],
+        max_queue: int,
+        *,
+        grows: bool,
+        hang_timeout: float | None = None,
+    ) -> None:
         end_own_team()  # of this thread, which made the module, most likely
         # Read here, in the caller's thread: what torch would use for one operation of this program.
-        self._scheduler = Scheduler(max_queue, torch.get_num_threads(), grows=grows)
+        self._scheduler = Scheduler(
+            max_queue, torch.get_num_threads(), grows=grows, hang_timeout=hang_timeout
+        )
         for driver in drivers:
             self._scheduler.add_lane(driver)
+        if hang_timeout is not None:
+            self._scheduler.watch()
         schedulers.add(self._scheduler)
         weakref.finalize(self, _close_soon, self._scheduler).atexit = False
 
@@ -88,15 +108,20 @@ class Runtime:
     async def __aenter__(self) -> Runtime:
         return self
 
-    async def __aexit__(self, *exc_info: object) -> None:
-        await self.aclose()
+    async def __aexit__(self, exc_type: object, exc: BaseException | None, traceback: object) -> None:
+        await self.aclose(grace_of(exc))
 
-    async def aclose(self) -> None:
+    async def aclose(self, timeout: float | None = None) -> None:
         """Take no more passes, drain what was admitted, end the lanes' threads.
 
         Passes that still wait for room fail with `RuntimeClosedError`.
+
+        Args:
+            timeout: seconds after which passes that still run fail with `LaneHungError` and are abandoned,
+                which a warning says; None for ever. A cancellation of this call or of the `async with`
+                block makes it 2 s more.
         """
-        await self._scheduler.aclose()
+        await self._scheduler.aclose(timeout)
 
     @property
     def lanes(self) -> tuple[Lane, ...]:

@@ -16,6 +16,8 @@ class LaneState(enum.Enum):
     """Whether a lane takes tasks."""
 
     OPEN = "open"
+    SUSPECT = "suspect"
+    """A task has run for too long; others use it only if they must."""
     CLOSED = "closed"
     LOST = "lost"
 
@@ -132,6 +134,7 @@ class Schedule:
         is_closed: whether new passes are rejected.
         num_running: passes admitted and not yet ended.
         counts: passes ended, by their last state.
+        suspects: the lanes that hang.
     """
 
     def __init__(self, max_queue: int) -> None:
@@ -139,6 +142,7 @@ class Schedule:
         self.is_closed = False
         self.num_running = 0
         self.counts: Counter[PassState] = Counter()
+        self.suspects: set[int] = set()
         self._states: list[LaneState] = []
         self._loads: list[int] = []  # tasks admitted to each lane and not yet ended
         self._waiting: dict[Progress, None] = {}
@@ -163,9 +167,14 @@ class Schedule:
         return len(self._states) - 1
 
     def pick(self, candidates: Iterable[int], count: int) -> list[int]:
-        """Return the `count` least busy open lanes among `candidates`, in the candidates' order."""
+        """Return the `count` least busy open lanes among `candidates`, in the candidates' order.
+
+        Of any lanes if too few are open.
+        """
         order = list(candidates)
-        usable = [lane for lane in order if self._states[lane] is LaneState.OPEN] or order
+        usable = [lane for lane in order if self._states[lane] is LaneState.OPEN]
+        if len(usable) < count:
+            usable = order
         if count == 1:
             return [min(usable, key=self._loads.__getitem__)]
         chosen = set(sorted(usable, key=self._loads.__getitem__)[:count])
@@ -176,7 +185,7 @@ class Schedule:
         if self.is_closed:
             return self._reject(pass_, None)
         for lane in pass_.lanes:
-            if self._states[lane] is not LaneState.OPEN:
+            if self._states[lane] in (LaneState.CLOSED, LaneState.LOST):
                 return self._reject(pass_, lane)
         if (self._waiting and self._is_behind_waiting(pass_)) or not self._take_if_room(pass_.lanes):
             pass_.state = PassState.WAITING
@@ -227,6 +236,7 @@ class Schedule:
         if self._states[lane] is LaneState.LOST:
             return []
         self._states[lane] = LaneState.LOST
+        self.suspects.discard(lane)
         actions = [
             action
             for pass_ in list(self._waiting)
@@ -235,12 +245,24 @@ class Schedule:
         ]
         return [*actions, *self._admit_waiting(), Clear(lane)]
 
+    def mark_suspect(self, lane: int, *, suspect: bool) -> bool:
+        """Take note that a lane hangs, or that it has answered; return whether that is news."""
+        before, after = LaneState.OPEN, LaneState.SUSPECT
+        if not suspect:
+            before, after = after, before
+        if self._states[lane] is not before:
+            return False
+        self._states[lane] = after
+        self.suspects ^= {lane}
+        return True
+
     def close(self) -> list[Action]:
         """Take nothing more; what was admitted goes on, what waits is rejected."""
         if self.is_closed:
             return []
         self.is_closed = True
-        self._states = [LaneState.CLOSED if state is LaneState.OPEN else state for state in self._states]
+        self.suspects.clear()
+        self._states = [state if state is LaneState.LOST else LaneState.CLOSED for state in self._states]
         actions = [action for pass_ in list(self._waiting) for action in self._reject(pass_, None)]
         return actions if self.num_running else [*actions, Stop()]
 

@@ -15,30 +15,36 @@ from .. import _loops
 from .._devices import LaneDevice, lane_device_for
 from ..errors import AsyncDPError, DeviceLostError, NestedPassError, RuntimeClosedError, UnknownDeviceError
 from .ambient import Ambient
+from .hangs import GRACE_SECONDS, HangWatch
 from .lane import LaneThread
 from .passes import NextStage, Pass, Stage
 from .schedule import Action, Advance, Clear, Complete, Discard, Enqueue, LaneState, Reject, Schedule, Stop
 from .task import Lane, Setting, Task, this_thread
 
 
-class Scheduler:
+class Scheduler(HangWatch):
     """The lanes of one runtime, and all that happens on them.
 
     Args:
         max_queue: tasks that may be queued on one lane.
         num_threads: intra-op threads for all CPU lanes together.
         grows: whether `lanes_for` makes the lanes that are missing.
+        hang_timeout: seconds after which a task makes its lane suspect; None for never.
 
     Attributes:
         lock: guards the schedule, the queues of the lanes and the progress of passes.
         closed_cause: why passes are rejected once the schedule is closed.
     """
 
-    def __init__(self, max_queue: int, num_threads: int, *, grows: bool = False) -> None:
+    def __init__(
+        self, max_queue: int, num_threads: int, *, grows: bool = False, hang_timeout: float | None = None
+    ) -> None:
         self.lock = threading.Lock()
         self.schedule = Schedule(max_queue)
         self.lanes: list[Lane] = []
         self.closed_cause = "the runtime is closed"
+        self.hang_timeout = hang_timeout
+        self._is_stopped = threading.Event()
         self._grows = grows
         self._num_threads = num_threads
         self._lane_threads = num_threads
@@ -61,6 +67,7 @@ class Scheduler:
             wake=self._wake,
             wake_later=self._to_wake.append,
         )
+        lane._started = thread.started
         self.lanes.append(lane)
         self._threads.append(thread)
         self._captures = self._captures or driver.captures
@@ -195,28 +202,48 @@ class Scheduler:
         """Discard what has not begun; the pass ends once what runs has drained."""
         with self.lock:
             self._perform(self.schedule.cancel(pass_))
+            self._abandon_cancelled()
         self._wake()
 
     def close(self, timeout: float | None) -> None:
         """Take nothing more, and wait for the lanes' threads, `timeout` seconds in all if given."""
         with self.lock:
             self._perform(self.schedule.close())
+            for thread in self._threads:
+                if any(task.is_abandoned for task in thread.started):
+                    thread.give_up()
         self._wake()
         deadline = None if timeout is None else time.monotonic() + timeout
         for thread in self._threads:
             thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
 
-    async def aclose(self) -> None:
-        """Take nothing more, and wait until every lane's thread has ended."""
-        ended = _loops.current().completion(lambda: None)  # the wait goes on to its end
+    async def aclose(self, timeout: float | None = None) -> None:
+        """Take nothing more, and wait until every lane's thread has ended.
+
+        After `timeout` seconds, or some after a cancellation, what still runs is abandoned.
+        """
+        timers: list[threading.Timer] = []
+
+        def abandon_after(seconds: float) -> None:
+            timer = threading.Timer(seconds, self.abandon)
+            timer.daemon = True
+            timer.start()
+            timers.append(timer)
 
         def close_then_finish() -> None:
             self.close(None)
             ended.finish()
 
+        ended = _loops.current().completion(partial(abandon_after, GRACE_SECONDS))
+        if timeout is not None:
+            abandon_after(timeout)
         # Joining blocks, and the loop must not.
         threading.Thread(target=close_then_finish, name="asyncdp-close", daemon=True).start()
-        await ended
+        try:
+            await ended
+        finally:
+            for timer in timers:
+                timer.cancel()
 
     def _make(
         self,
@@ -244,7 +271,7 @@ class Scheduler:
         """
         captured: dict[torch.device, Any] = {}
         for lane in lanes:
-            if lane.device in captured or lane.state is not LaneState.OPEN:
+            if lane.device in captured or lane.state in (LaneState.CLOSED, LaneState.LOST):
                 continue
             try:
                 captured[lane.device] = lane._driver.capture()
@@ -295,6 +322,7 @@ class Scheduler:
                     for task in self._threads[lane].clear():
                         self._discard(task, self._lost_error(lane))
                 case Stop():
+                    self._is_stopped.set()
                     for thread in self._threads:
                         thread.stop()
 
@@ -302,6 +330,14 @@ class Scheduler:
         """Take note of a task's end."""
         pass_ = task.pass_
         assert isinstance(pass_, Pass)
+        started = self._threads[task.lane._index].started
+        del started[task]
+        task.function = None
+        if started or self.schedule.suspects:
+            self._note_answer(task.lane)
+        if task.is_abandoned:
+            task.value = task.error = None
+            return
         error, task.error = task.error, None
         if error is None:
             pass_.results[task.index] = task.value

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +28,11 @@ class LaneStatistics:
     """Tasks that are queued or running."""
     num_done: int
     busy_seconds: float
-    """Time spent in tasks since the lane was made, in seconds."""
+    """Time spent in tasks since the lane was made, the running one included, in seconds."""
+    task_label: str | None = None
+    """How traces call the task that runs, or of several the oldest; None if none does."""
+    task_started: float | None = None
+    """When that task began, by `time.perf_counter()`."""
 
 
 class Lane:
@@ -46,7 +52,8 @@ class Lane:
         self._driver = driver
         self._schedule = schedule
         self._num_done = 0
-        self._busy_seconds = 0.0
+        self._busy: tuple[float, float | None] = (0.0, None)  # in ended tasks; since when in one that runs
+        self._started: Mapping[Task, float] = {}  # of its thread, which changes it under the lock
         self._last_seconds = math.inf
 
     def __repr__(self) -> str:
@@ -60,13 +67,22 @@ class Lane:
 
     def statistics(self) -> LaneStatistics:
         """Return the lane's counts as of now."""
+        seconds, since = self._busy
+        if since is not None:
+            seconds += time.perf_counter() - since
+        task, started = oldest(self._started)
+        label = None if task is None else task.name
+        if task is None or task.function is None:
+            label = started = None  # it has ended meanwhile
         return LaneStatistics(
             name=self.name,
             device=self.device,
             state=self.state,
             num_queued=self._schedule.load(self._index),
             num_done=self._num_done,
-            busy_seconds=self._busy_seconds,
+            busy_seconds=seconds,
+            task_label=label,
+            task_started=started,
         )
 
 
@@ -91,12 +107,13 @@ class Task:
 
     Attributes:
         lane: where it runs.
-        function: what it does; None once it has begun or was discarded.
+        function: what it does; None once it has ended or was discarded.
         label: how traces call it; None for the function's own name.
         is_replica: whether its errors say which replica they come from.
         index: its place in its stage.
         call: the function, under the caller's context variables and default device.
         lost: whether its error means that the device is lost.
+        is_abandoned: whether nobody waits for its end any more.
     """
 
     lane: Lane
@@ -110,6 +127,15 @@ class Task:
     value: Any = field(default=None, init=False)
     error: BaseException | None = field(default=None, init=False)
     lost: bool = field(default=False, init=False)
+    is_abandoned: bool = field(default=False, init=False)
+
+    @property
+    def name(self) -> str:
+        """How a person would call it, as long as it has not ended."""
+        function: Any = self.function
+        while isinstance(function, functools.partial):
+            function = function.func
+        return self.label or str(getattr(function, "__name__", type(function).__name__))
 
     @property
     def place(self) -> str:
@@ -117,6 +143,15 @@ class Task:
         return (
             f"replica {self.index} on lane {self.lane.name}" if self.is_replica else f"lane {self.lane.name}"
         )
+
+
+def oldest(started: Mapping[Task, float]) -> tuple[Task | None, float | None]:
+    """Return the first of the tasks that have begun, and when; read without the lock."""
+    while True:
+        try:
+            return next(iter(started.items()), (None, None))
+        except RuntimeError:
+            continue  # it changed in between
 
 
 class _Thread(threading.local):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import heapq
 import itertools
 import json
@@ -100,7 +99,7 @@ class TraceRecorder:
 
     def started(self, task: Task) -> Callable[[bool], None]:
         """Note that a lane begins a task; return what to call with whether it has ended, once it returned."""
-        name = _name_of(task)
+        name = task.name
         times = driver_of(task.lane).time_next()
         begun = time.perf_counter()
         self._issued[task] = _Issued(name, begun, times)
@@ -192,11 +191,3 @@ def _lay_out(events: list[dict[str, Any]]) -> dict[str, int]:
             name = f"{name} {place + 1}" if place else name
         event["tid"] = rows.setdefault(name, len(rows) + 1)
     return rows
-
-
-def _name_of(task: Task) -> str:
-    """Return how a person would call this task."""
-    function: Any = task.function
-    while isinstance(function, functools.partial):
-        function = function.func
-    return task.label or str(getattr(function, "__name__", type(function).__name__))

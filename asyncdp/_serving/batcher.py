@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from .._runtime import Runtime
+from .._runtime.hangs import grace_of
 from ..errors import BatcherClosedError, QueueFullError
 from .call import Call, Request
 from .collate import Collate, Split, Stack, StatedSample, Steps, unbind
@@ -20,7 +21,8 @@ class Batcher:
     """Runs the samples of many tasks in batches, and hands each task its own result.
 
     An async context manager, on asyncio or trio. A batch leaves the moment a lane is free. When one
-    raises, its samples run again one by one, so that only the call with the bad sample fails.
+    raises, parts of it run again, so that only the calls with bad samples fail: a good sample may run
+    more than once.
 
     Args:
         engine: a `DataParallel` engine, each batch of which runs whole on one lane; or a function of
@@ -40,6 +42,10 @@ class Batcher:
         split: makes results of an output and its samples, on a lane; the default gives row i of every
             tensor to sample i, as a view.
         max_in_flight: batches that run at the same time; one per lane if None.
+        retry: `"halve"` finds the bad samples of a batch that raises by halving it, unless everything fails;
+            `"none"` fails all its calls.
+        hang_timeout: seconds after which a running task makes its lane suspect: other lanes are used until
+            it has ended, and closing no longer waits for it; the runtime's own if None.
         runtime: the lanes a function runs on; the process's own if None. An engine brings its own.
 
     Raises:
@@ -63,6 +69,8 @@ class Batcher:
         collate: Collate | None = None,
         split: Split = unbind,
         max_in_flight: int | None = None,
+        retry: Literal["halve", "none"] = "halve",
+        hang_timeout: float | None = None,
         runtime: Runtime | None = None,
     ) -> None:
         _check_counts(max_batch_size=max_batch_size, max_queue=max_queue, max_in_flight=max_in_flight)
@@ -73,11 +81,19 @@ class Batcher:
             raise ValueError(f"max_cost must be more than 0, but got {max_cost}. None sets no limit.")
         if max_cost is not None and size_of is None:
             raise ValueError("max_cost needs to know how long samples are. Pass size_of= too.")
+        _check_seconds(hang_timeout=hang_timeout)
+        if hang_timeout == 0:
+            raise ValueError("hang_timeout must be more than 0 seconds. None waits for ever.")
+        if retry not in ("halve", "none"):
+            raise ValueError(f'retry must be "halve" or "none", but got {retry!r}.')
         slots = open_slots(engine, Steps(collate or Stack(pad), split), runtime, max_in_flight)
         queue: BatchQueue[Request] = BatchQueue(
             max_batch_size, max_queue, max_wait, max_age, max_cost, max_padding, sized=size_of is not None
         )
-        self._dispatcher = Dispatcher(slots, queue, Recorder(max_batch_size))
+        recorder = Recorder(max_batch_size)
+        self._dispatcher = Dispatcher(
+            slots, queue, recorder, halves=retry == "halve", hang_timeout=hang_timeout
+        )
         self._capture = capture_of(engine)
         self._size_of = size_of
         self._timeout = timeout
@@ -98,14 +114,19 @@ class Batcher:
             self._dispatcher.reject_waiting(
                 lambda: BatcherClosedError("the batcher was left by an exception")
             )
-        await self.aclose()
+        await self.aclose(grace_of(exc))
 
-    async def aclose(self) -> None:
+    async def aclose(self, timeout: float | None = None) -> None:
         """Take no more calls, answer those that wait, and end; several tasks may do this at the same time.
 
-        A cancellation of one of them fails the calls that wait; all return as soon as the lanes have drained.
+        A cancellation of one of them fails the calls that wait; all return as soon as the lanes have drained,
+        or 2 seconds later. Leaving the `async with` block by a cancellation waits no longer either.
+
+        Args:
+            timeout: seconds after which batches that still run fail with `LaneHungError` and are abandoned,
+                which a warning says, and calls that wait fail with `BatcherClosedError`; None for ever.
         """
-        await self._dispatcher.aclose()
+        await self._dispatcher.aclose(timeout)
 
     async def __call__(self, sample: Any, *, timeout: float | None = None, priority: int = 0) -> Any:
         """Run one sample as part of some batch; wait for room if the queue is full.
@@ -122,7 +143,8 @@ class Batcher:
             CallTimeoutError: the call was not answered in time.
             DeviceLostError: the device under its batch was lost.
             BatcherClosedError: outside of the batcher's `async with` block.
-            EngineCancelledError: the engine raised a cancellation of its own.
+            NestedCallError: within the batcher's own async function.
+            EngineCancelledError: the engine raised a cancellation of its own, or what ends a process.
             ValueError: `timeout`, `priority` or what `size_of` gave is no number that it can be.
             BaseException: what the engine raised for this very sample.
         """
@@ -145,8 +167,11 @@ class Batcher:
 
     def statistics(self) -> BatcherStatistics:
         """Return a snapshot of queue, batches and durations."""
-        queue = self._dispatcher.queue
-        return self._dispatcher.recorder.statistics(queue.num_queued, queue.num_outside)
+        dispatcher = self._dispatcher
+        queue = dispatcher.queue
+        return dispatcher.recorder.statistics(
+            queue.num_queued, queue.num_outside, dispatcher.num_running, dispatcher.num_suspect
+        )
 
     def _submit(self, sample: Any, timeout: float | None, priority: int) -> Request:
         """Queue a sample; if anything about it is wrong, nothing has changed."""
@@ -154,7 +179,7 @@ class Batcher:
             timeout = self._timeout
         else:
             _check_seconds(timeout=timeout)
-        if not isinstance(priority, int):
+        if isinstance(priority, bool) or not isinstance(priority, int):
             raise ValueError(f"priority must be an int, but got {priority!r}. Higher goes first.")
         size = 0.0 if self._size_of is None else _checked_size(self._size_of(sample))
         if self._capture is not None:
@@ -164,13 +189,14 @@ class Batcher:
 
 def _check_counts(**counts: int | None) -> None:
     for name, count in counts.items():
-        if count is not None and not (isinstance(count, int) and count >= 1):
+        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
             raise ValueError(f"{name} must be 1 or more, an int, but got {count!r}.")
 
 
 def _check_seconds(**durations: float | None) -> None:
     for name, seconds in durations.items():
-        if seconds is not None and not seconds >= 0:  # nor is NaN
+        is_number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+        if seconds is not None and not (is_number and seconds >= 0):  # nor is NaN
             raise ValueError(f"{name} is in seconds and not negative, but got {seconds!r}.")
 
 

@@ -6,7 +6,7 @@ import enum
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Coroutine, Generator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -26,16 +26,31 @@ class CallState(enum.StrEnum):  # hashed as a str: every call is counted by its 
     CANCELLED = "cancelled"
 
 
-class Call:
+class BatcherState(enum.Enum):
+    """Whether a batcher takes calls."""
+
+    NEW = "new"
+    OPEN = "open"
+    DRAINING = "draining"
+    CANCELLED = "cancelled"
+    """Nothing begins any more, and what runs is waited for."""
+    CLOSED = "closed"
+
+
+class Call(Coroutine[Any, Any, Any]):
     """One call of a batcher; await it, once, for its result, or `cancel` it.
+
+    It may be handed to whatever takes a coroutine: `asyncio.create_task`, `gather`, `shield`, `as_completed`,
+    and in a task to `asyncio.wait`. To cancel that task cancels the call.
 
     It belongs to the event loop of its batcher. Its time runs from the call on, awaited or not.
     """
 
-    __slots__ = ("_request",)
+    __slots__ = ("_request", "_steps")
 
     def __init__(self, request: Request) -> None:
         self._request = request
+        self._steps: Generator[Any, None, Any] | None = None  # once a task runs it
 
     def __repr__(self) -> str:
         return f"<Call {self._request.state.value}>"
@@ -48,10 +63,29 @@ class Call:
             CallCancelledError: `cancel` came first.
             DeviceLostError: the device under its batch was lost.
             BatcherClosedError: the batcher was cancelled.
-            EngineCancelledError: the engine raised a cancellation of its own.
+            EngineCancelledError: the engine raised a cancellation of its own, or what ends a process.
             BaseException: what the engine raised for this very sample.
         """
         return self._request.__await__()
+
+    def send(self, value: Any, /) -> Any:
+        """Wait on, as the task that runs this call."""
+        if self._steps is None:
+            self._steps = self._request.__await__()
+        return self._steps.send(value)
+
+    def throw(self, *error: Any) -> Any:
+        """Raise an error in the wait, as the task that runs this call does to cancel it."""
+        if self._steps is None:
+            self._steps = self._request.__await__()
+            if self._request.state is CallState.PENDING:
+                self._request.cancel()
+        return self._steps.throw(*error)
+
+    def close(self) -> None:
+        """End the wait, if a task has begun it."""
+        if self._steps is not None:
+            self._steps.close()
 
     def cancel(self) -> bool:
         """Cancel the call: it leaves the queue at once, or its result is dropped.

@@ -2,52 +2,57 @@
 
 from __future__ import annotations
 
-import enum
+import contextvars
+import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import anyio
 
 from .. import _loops
-from .._loops import Loop, ends_tasks
-from ..errors import BatcherClosedError, DeviceLostError, EngineCancelledError, OtherLoopError
-from .call import CallState, Request
+from .._loops import Loop
+from .._runtime.hangs import GRACE_SECONDS
+from ..errors import (
+    BatcherClosedError,
+    DeviceLostError,
+    LaneHungError,
+    NestedCallError,
+    OtherLoopError,
+)
+from .call import BatcherState, CallState, Request
+from .outcomes import closed_by, fail_all, for_callers
 from .queue import BatchQueue
+from .search import Health, Search, signature
 from .slots import Slot
 from .statistics import Recorder
 
+_MAX_PARTS = 4  # of batches that raised, before one of the queue may go although it is not full
 
-class BatcherState(enum.Enum):
-    """Whether a batcher takes calls."""
-
-    NEW = "new"
-    OPEN = "open"
-    DRAINING = "draining"
-    CANCELLED = "cancelled"
-    """Nothing begins any more, and what runs is waited for."""
-    CLOSED = "closed"
+_logger = logging.getLogger("asyncdp")
 
 
 @dataclass(slots=True, eq=False)
 class _Batch:
-    """Calls that run on a slot together; after a failure one by one.
+    """Calls that run on a slot together.
 
     Attributes:
         started: when, in seconds.
-        left: calls still to run one by one.
-        error: what the last run raised.
-        cancel: cancels what runs now.
+        search: what they are a part of, if they were in a batch that raised.
+        has_failed: whether it raised.
+        is_substituted: whether its slot hangs and another one has its place.
+        cancel: cancels it while it runs.
     """
 
     slot: Slot
     calls: Sequence[Request]
     started: float
-    left: deque[Request] = field(default_factory=deque)
-    error: BaseException | None = None
+    search: Search | None
+    has_failed: bool = False
+    is_substituted: bool = False
     cancel: Callable[[], object] | None = None
 
 
@@ -61,15 +66,35 @@ class Dispatcher:
         state: see `BatcherState`.
         queue: the calls that wait.
         recorder: what statistics are made of.
+
+    Args:
+        halves: whether to look for the samples that make a batch raise.
+        hang_timeout: seconds after which a task makes its lane suspect; the runtime's own if None.
     """
 
-    def __init__(self, slots: Sequence[Slot], queue: BatchQueue[Request], recorder: Recorder) -> None:
+    def __init__(
+        self,
+        slots: Sequence[Slot],
+        queue: BatchQueue[Request],
+        recorder: Recorder,
+        *,
+        halves: bool,
+        hang_timeout: float | None,
+    ) -> None:
         self.state = BatcherState.NEW
         self.queue = queue
         self.recorder = recorder
         self._slots = slots
         self._free = list(reversed(slots))  # the one that was used last comes last, and is used first
         self._running: set[_Batch] = set()
+        self._halves = halves
+        self._scheduler = slots[0].scheduler
+        self._hang_timeout = self._scheduler.hang_timeout if hang_timeout is None else hang_timeout
+        self._stop_watch: Callable[[], object] = bool
+        self._health = Health()
+        self._searches: deque[Search] = deque()  # that have a part to run
+        self._has_warned = False  # that batches raise although no sample of theirs does
+        self._num_parts = 0  # of batches that raised, since one of the queue ran
         self._lost: str | None = None  # the lane that was lost last, once no slot is left
         self._loop: Loop | None = None
         self._is_due = False  # whether the loop is about to call `_send`
@@ -81,23 +106,31 @@ class Dispatcher:
         """Begin to take calls, on the event loop that runs in this thread."""
         if self.state is not BatcherState.NEW:
             raise BatcherClosedError("a batcher can be entered only once")
-        for slot in self._slots:
-            slot.open()
+        within = _within.set(_within.get() | {self})  # for what the slots capture
+        try:
+            for slot in self._slots:
+                slot.open()
+        finally:
+            _within.reset(within)
         self._loop = _loops.current()
         self._ended = anyio.Event()
         self.state = BatcherState.OPEN
+        if self._hang_timeout is not None:
+            self._watch_later(self._hang_timeout)
 
     def submit(self, sample: Any, size: float, priority: int, timeout: float | None) -> Request:
         """Queue a sample.
 
         Raises:
-            BatcherClosedError, OtherLoopError, DeviceLostError: nothing was queued.
+            BatcherClosedError, OtherLoopError, NestedCallError, DeviceLostError: nothing was queued.
         """
         if self.state is not BatcherState.OPEN:
             raise BatcherClosedError(f"the batcher is {self.state.value}")
         loop = _loops.current()
         if loop is not self._loop:
             raise OtherLoopError
+        if self in _within.get():
+            raise NestedCallError
         if self._lost is not None:
             raise DeviceLostError(self._lost, "no lane of this batcher is left")
         now = time.perf_counter()
@@ -109,8 +142,11 @@ class Dispatcher:
             loop.call_soon(self._send)
         return request
 
-    async def aclose(self) -> None:
-        """Drain the queue and end; may be called any number of times, also at the same time."""
+    async def aclose(self, timeout: float | None) -> None:
+        """Drain the queue and end; may be called any number of times, also at the same time.
+
+        After `timeout` seconds, or some after a cancellation, what still runs is abandoned.
+        """
         if self._ended is None:
             self.state = BatcherState.CLOSED
             return
@@ -118,19 +154,31 @@ class Dispatcher:
             self._drain()
             self._send()
         try:
-            await self._ended.wait()
+            with anyio.move_on_after(timeout) as scope:
+                await self._ended.wait()
+            if scope.cancelled_caught:
+                self._abandon_all()
         except BaseException:
             self._cancel()
-            with anyio.CancelScope(shield=True):
+            with anyio.move_on_after(GRACE_SECONDS, shield=True):
                 await self._ended.wait()
+            self._abandon_all()
             raise
         if self._crash is not None:
             raise self._crash
 
     def reject_waiting(self, make_error: Callable[[], BaseException]) -> None:
         """Fail every call that no batch has taken yet."""
-        for call in self.queue.clear():
+        for call in [*self.queue.clear(), *(call for search in self._searches for call in search.end())]:
             call.complete(None, make_error())
+        self._searches.clear()
+
+    @property
+    def num_running(self) -> int:
+        """Calls in batches that run, and in such as raised and run again in parts."""
+        searches = [*self._searches, *(batch.search for batch in self._running if batch.search is not None)]
+        calls = sum(len(batch.calls) for batch in self._running)
+        return calls + sum(search.num_left for search in searches)
 
     # Sending batches.
 
@@ -138,7 +186,9 @@ class Dispatcher:
         """Send what may leave to slots that are free, and end once there is nothing more to do."""
         self._is_due = False
         try:
-            while self._free and self.queue.num_queued and self.state is not BatcherState.CANCELLED:
+            while self._has_work() and self.state is not BatcherState.CANCELLED:
+                if self._hang_timeout is not None and not self._has_healthy():
+                    break
                 if not self._send_batch(self._free[-1]):
                     break
         except Exception as error:
@@ -153,23 +203,81 @@ class Dispatcher:
             self._free.pop()
             self._retire(slot)
             return True
-        taken = self.queue.take(now, 1 if slot.is_quick else len(self._free))
-        if not taken:
+        search, taken = self._take(slot, now)
+        if not taken and search is None:
             self._send_later(now)
             return False
         try:
             calls = [call for call in taken if call.timeout is None or not call.expire(now)]
+            if search is not None and len(calls) < len(taken):
+                search.is_complete = False
             if not calls:
+                self._go_on(search)
                 return True
-            self.recorder.on_batch(calls, now)
+            if search is None:
+                self.recorder.on_batch(calls, now)
         except Exception as error:
-            _fail_all(taken, _closed_by(error))
+            fail_all(taken, closed_by(error))
             raise
         self._free.pop()
-        batch = _Batch(slot, calls, now)
+        batch = _Batch(slot, calls, now, search)
         self._running.add(batch)
-        self._run(batch, calls)
+        self._run(batch)
         return True
+
+    def _has_healthy(self) -> bool:
+        """Bring a free slot whose lane does not hang to the end of the list; return whether there is one."""
+        for position in reversed(range(len(self._free))):
+            slot = self._free[position]
+            if not slot.is_suspect or slot.change_lane():
+                self._free.append(self._free.pop(position))
+                return True
+        return False
+
+    def _has_work(self) -> bool:
+        return bool(self._free) and (self.queue.num_queued > 0 or bool(self._searches))
+
+    def _take(self, slot: Slot, now: float) -> tuple[Search | None, Sequence[Request]]:
+        """Take the calls of the next batch, from the queue or as a part of one that raised.
+
+        Full batches of the queue go by turns with such parts, others after some of them: small batches in
+        between would cost those that search, and those that wait for a fuller one, more than they gain.
+        """
+        is_turn = self._num_parts >= _MAX_PARTS or self.queue.num_queued >= self.queue.max_batch_size
+        if not self._searches or (is_turn and self._num_parts > 0):
+            self._num_parts = 0
+            taken = self.queue.take(now, 1 if slot.is_quick else len(self._free))
+            if taken or not self._searches:
+                return None, taken
+        self._num_parts += 1
+        search = self._searches.popleft()
+        return search, search.take()
+
+    def _go_on(self, search: Search | None) -> None:
+        """Have a search go on, unless it is over."""
+        if search is None:
+            return
+        self.queue.put_back([call for call in search.put_back if call.state is CallState.PENDING])
+        search.put_back = []
+        if search.is_model_down:
+            self._health.on_down(search.error)
+            fail_all(search.end(), for_callers(search.error, None))
+        elif search.num_left:
+            self._searches.append(search)
+        elif search.is_fruitless:
+            self._on_fruitless(search)
+
+    def _on_fruitless(self, search: Search) -> None:
+        """Say once that batches raise although no sample of theirs does."""
+        if search.num_raised > 1:
+            self._health.mixed = signature(search.error)
+        if not self._has_warned:
+            self._has_warned = True
+            _logger.warning(
+                "A batch raised although each of its samples runs by itself, which costs many more runs. "
+                "Let collate, model and split take any batch, or name sizes by size_of=.",
+                exc_info=search.error,
+            )
 
     def _send_later(self, now: float) -> None:
         """Send the next batch when its time has come although it is not full."""
@@ -179,74 +287,74 @@ class Dispatcher:
         self._stop_timer()
         self._stop_timer = self._loop.call_later(max(0.0, ready_at - now), self._send)
 
-    def _run(self, batch: _Batch, calls: Sequence[Request]) -> None:
-        on_end = partial(self._on_end, batch, calls)
+    def _run(self, batch: _Batch) -> None:
+        on_end = partial(self._on_end, batch)
         try:
-            batch.cancel = batch.slot.begin([call.sample for call in calls], on_end)
+            batch.cancel = batch.slot.begin([call.sample for call in batch.calls], on_end)
         except Exception as error:
             assert self._loop is not None
-            # Not at once: one by one, very many calls might fail within one another.
+            # Not at once: very many batches might fail within one another.
             self._loop.call_soon(partial(on_end, None, error))
 
     # Ends of batches.
 
-    def _on_end(
-        self,
-        batch: _Batch,
-        calls: Sequence[Request],
-        results: Sequence[Any] | None,
-        error: BaseException | None,
-    ) -> None:
-        """End some calls of a batch, which have run or were cancelled."""
-        batch.cancel, batch.error = None, error
+    def _on_end(self, batch: _Batch, results: Sequence[Any] | None, error: BaseException | None) -> None:
+        """End the calls of a batch, which has run or was cancelled, or look for those at fault."""
+        if batch not in self._running:
+            return  # abandoned
+        batch.cancel, batch.has_failed = None, error is not None
         try:
             if error is not None:
-                self._on_error(batch, calls, error)
+                self._on_error(batch, error)
             elif results is None:
                 self._cancel()  # if it was not us, the event loop ends
-                _fail_all(batch.calls, _closed_by(None))
+                fail_all(batch.calls, closed_by(None))
             else:
-                if not batch.left:
-                    self._finish(batch)  # first of all, so that the slot runs the next one meanwhile
-                for call, value in zip(calls, results, strict=True):
-                    call.complete(value)
+                self._on_success(batch, results)
             if batch in self._running:
-                self._run_next(batch)
+                self._finish(batch)
         except Exception as mistake:
-            _fail_all(batch.calls, _closed_by(mistake))
+            fail_all(batch.calls, closed_by(mistake))
             self._fail(mistake)
             if batch in self._running:
                 self._finish(batch)
 
-    def _on_error(self, batch: _Batch, calls: Sequence[Request], error: BaseException) -> None:
-        """Have the calls of a failed batch run one by one; fail a lone one, and all on a lost lane."""
-        lost = batch.slot.lost
-        if len(calls) > 1 and lost is None:
-            self.recorder.num_retried += 1
-            batch.left.extend(calls)
-            return
-        if lost is not None:
-            calls = [*calls, *batch.left]
-            batch.left.clear()
-        _fail_all(calls, _for_callers(error, lost))
+    def _on_success(self, batch: _Batch, results: Sequence[Any]) -> None:
+        self._health.on_success(len(batch.calls))
+        for search in self._searches:
+            search.on_success()  # of another batch, which shows as well that the model works
+        if batch.search is not None:
+            batch.search.on_success()
+            self._go_on(batch.search)
+        self._finish(batch)  # first of all, so that the slot runs the next one meanwhile
+        for call, value in zip(batch.calls, results, strict=True):
+            call.complete(value)
 
-    def _run_next(self, batch: _Batch) -> None:
-        """Run the next call of a batch that failed; finish the batch if none is left."""
-        while batch.left and self.state is not BatcherState.CANCELLED:
-            call = batch.left.popleft()
-            if call.state is CallState.PENDING:
-                self._run(batch, [call])
-                return
-        _fail_all(batch.left, _closed_by(None))
-        self._finish(batch)
+    def _on_error(self, batch: _Batch, error: BaseException) -> None:
+        """Search a failed batch for the calls at fault; fail a lone one, and all on a lost lane."""
+        lost, search = batch.slot.lost, batch.search
+        is_final = lost is not None or len(batch.calls) == 1 or not self._halves
+        if is_final:
+            fail_all(batch.calls, for_callers(error, lost))
+        elif self.state is BatcherState.CANCELLED:
+            fail_all(batch.calls, closed_by(None))
+        elif search is None:
+            self.recorder.num_retried += 1
+            search = self._health.search(batch.calls, error)
+        if batch.search is not None:
+            if lost is None:
+                batch.search.on_error(error)
+            batch.search.is_complete &= lost is None
+        self._go_on(search)
 
     def _finish(self, batch: _Batch) -> None:
         """End a batch: its slot takes the next one."""
         self._running.remove(batch)
-        self.recorder.num_running -= len(batch.calls)
         self.recorder.runs.append(time.perf_counter() - batch.started)
         slot = batch.slot
-        if batch.error is not None and slot.lost is not None and not slot.change_lane():
+        if batch.is_substituted:
+            slot.leave()
+        elif batch.has_failed and slot.lost is not None and not slot.change_lane():
             self._retire(slot)
         else:
             self._free.append(slot)
@@ -258,6 +366,54 @@ class Dispatcher:
         if not self._free and not self._running:
             self._lost = slot.lost
             self.reject_waiting(partial(DeviceLostError, slot.lost or "", "no lane of this batcher is left"))
+
+    # Lanes that hang.
+
+    @property
+    def num_suspect(self) -> int:
+        """Slots whose lanes hang."""
+        running = sum(batch.slot.is_suspect for batch in self._running)
+        return running + sum(slot.is_suspect for slot in self._free)
+
+    def _watch_later(self, hang_timeout: float) -> None:
+        assert self._loop is not None
+        self._stop_watch = self._loop.call_later(hang_timeout / 4, partial(self._watch, hang_timeout))
+
+    def _watch(self, hang_timeout: float) -> None:
+        """Look for lanes that hang and go round them; once calls are no longer taken, abandon them."""
+        if self.state is BatcherState.CLOSED:
+            return
+        self._watch_later(hang_timeout)
+        try:
+            self._scheduler.find_hung(hang_timeout)
+            hung = [batch for batch in self._running if batch.slot.is_suspect]
+            if self.state is not BatcherState.OPEN:
+                self._abandon(hung)
+            for batch in hung:
+                substitute = None if batch.is_substituted else batch.slot.substitute()
+                if substitute is not None:
+                    batch.is_substituted = True
+                    self._free.append(substitute)
+        except Exception as error:
+            self._fail(error)
+        self._send()
+
+    def _abandon(self, batches: Sequence[_Batch]) -> None:
+        """Fail batches that run, and wait for them no longer."""
+        for batch in batches:
+            what = f"a batch of {len(batch.calls)} calls {batch.slot.place}"
+            error = LaneHungError(what, time.perf_counter() - batch.started)
+            _logger.warning("%s", error)
+            self._running.remove(batch)
+            fail_all([*batch.calls, *(() if batch.search is None else batch.search.end())], error)
+            if batch.cancel is not None:
+                batch.cancel()
+
+    def _abandon_all(self) -> None:
+        self._abandon(list(self._running))
+        assert self._ended is not None
+        if not self._ended.is_set():
+            self._end()
 
     # The end of it all.
 
@@ -279,37 +435,16 @@ class Dispatcher:
         self._crash = self._crash or error
         if self.state is BatcherState.OPEN:
             self._drain()
-        self.reject_waiting(partial(_closed_by, error))
+        self.reject_waiting(partial(closed_by, error))
 
     def _end(self) -> None:
         assert self._ended is not None
         self.state = BatcherState.CLOSED
         self._stop_timer()
-        self.reject_waiting(partial(_closed_by, None))
+        self._stop_watch()
+        self.reject_waiting(partial(closed_by, None))
         self._ended.set()
 
 
-def _fail_all(calls: Iterable[Request], error: BaseException) -> None:
-    for call in calls:
-        call.complete(None, error)
-
-
-def _for_callers(error: BaseException, lost: str | None) -> BaseException:
-    """Return what calls get for their engine's error, on a lane that is lost or not."""
-    if lost is not None and not isinstance(error, DeviceLostError):
-        wrapped: BaseException = DeviceLostError(lost, str(error).partition("\n")[0])
-    elif ends_tasks(error):  # the engine's own, which its callers would take for theirs
-        wrapped = EngineCancelledError(error)
-    else:
-        return error
-    wrapped.__cause__ = error
-    return wrapped
-
-
-def _closed_by(error: Exception | None) -> BatcherClosedError:
-    """Return what calls get that end with their batcher, by its cancellation or a mistake in it."""
-    if error is None:
-        return BatcherClosedError("the batcher was cancelled")
-    closed = BatcherClosedError(f"the batcher failed with {error!r}")
-    closed.__cause__ = error
-    return closed
+_within: contextvars.ContextVar[frozenset[Dispatcher]] = contextvars.ContextVar("within", default=frozenset())
+"""Whose batches this task belongs to."""

@@ -18,13 +18,14 @@ _COUNTS = {
     "timed_out": "calls not answered in time",
     "refused": "calls refused because the queue was full",
     "batches": "batches run",
-    "retried": "batches run again sample by sample",
+    "retried": "batches that raised and were run again in parts",
     "lost_slots": "places for batches whose lane was lost",
 }
 _GAUGES = {
     "num_queued": "calls in the queue",
     "num_outside": "calls that wait for room in the queue",
     "num_running": "calls in running batches",
+    "num_suspect": "places for batches whose lanes hang",
     "batch_fill": "mean samples of a batch over its limit",
     "padding_waste": "share of all batches that was padding",
 }

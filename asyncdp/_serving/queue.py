@@ -98,6 +98,15 @@ class BatchQueue(Generic[ItemT]):
             heapq.heappush(self._outside_ranks, (-item.priority, item.ordinal))
             self._outside[item.ordinal] = item
 
+    def put_back(self, items: Iterable[ItemT]) -> None:
+        """Queue items again that were taken, ahead of all that have not been, even if the queue is full."""
+        later = self._items
+        self._items = {}
+        for item in items:
+            self._enqueue(item)
+        for priority, others in later.items():
+            self._items.setdefault(priority, {}).update(others)
+
     def remove(self, item: ItemT, now: float) -> bool:
         """Remove an item; return whether it was still waiting."""
         if item in self._items.get(item.priority, ()):

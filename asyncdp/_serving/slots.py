@@ -7,7 +7,7 @@ import inspect
 import types
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -45,13 +45,30 @@ class Slot(ABC):
         return None
 
     @property
+    def place(self) -> str:
+        """Where its batches run, as errors say it."""
+        return "of an async function"
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether its lane hangs."""
+        return False
+
+    @property
     def is_quick(self) -> bool:
         """Whether its batches take no longer than it costs to make two of one."""
         return False
 
     def change_lane(self) -> bool:
-        """Change from a lost lane to one that no slot is on; return whether there was one."""
+        """Change from a lost or suspect lane to one that no slot is on; return whether there was one."""
         return True
+
+    def substitute(self) -> Slot | None:
+        """Return a slot for a lane that no slot is on, while this one hangs; None if there is none."""
+        return None
+
+    def leave(self) -> None:  # noqa: B027 - nothing to leave without a lane
+        """Leave the lane to others, once a substitute has the place."""
 
     def open(self) -> None:
         """Capture what is switched on in this thread and task: every batch runs under it.
@@ -94,16 +111,43 @@ class LaneSlot(Slot):
         return self.lane.name if self.lane.state is LaneState.LOST else None
 
     @property
+    def place(self) -> str:
+        return f"on lane {self.lane.name}"
+
+    @property
+    def is_suspect(self) -> bool:
+        return self.lane.state is LaneState.SUSPECT
+
+    @property
     def is_quick(self) -> bool:
         return last_seconds(self.lane) < _QUICK_SECONDS
 
     def change_lane(self) -> bool:
+        lane = self._take_spare()
+        if lane is None:
+            return False
+        if self.lost is None:
+            self.leave()
+        self.lane = lane
+        return True
+
+    def substitute(self) -> Slot | None:
+        lane = self._take_spare()
+        if lane is None:
+            return None
+        substitute = replace(self, lane=lane)
+        substitute.ambient = self.ambient
+        return substitute
+
+    def leave(self) -> None:
+        self.spares.append(self.lane)
+
+    def _take_spare(self) -> Lane | None:
         for lane in self.spares:
-            if lane.state is not LaneState.LOST:
+            if lane.state is LaneState.OPEN:
                 self.spares.remove(lane)
-                self.lane = lane
-                return True
-        return False
+                return lane
+        return None
 
     def begin(self, samples: Sequence[Any], on_end: OnEnd) -> Callable[[], object]:
         is_stated = isinstance(samples[0], StatedSample)

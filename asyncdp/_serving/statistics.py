@@ -39,7 +39,8 @@ class BatcherStatistics:
     num_outside: int
     """Calls that wait for room in the queue."""
     num_running: int
-    """Calls in running batches, including those that were cancelled or timed out."""
+    """Calls in running batches, including those that were cancelled or timed out, and in batches that
+    raised and run again in parts."""
     num_done: int
     """Calls whose results were handed over."""
     num_failed: int
@@ -51,9 +52,11 @@ class BatcherStatistics:
     """Calls of `call_nowait` that found the queue full."""
     num_batches: int
     num_retried: int
-    """Batches that raised and were run again sample by sample."""
+    """Batches that raised and were run again in parts."""
     num_lost_slots: int
     """Places for batches that are gone with their lanes; one that moved to a spare lane is not."""
+    num_suspect: int
+    """Places for batches whose lanes hang, by `hang_timeout`; others are used until they answer."""
     batch_fill: float
     """Mean samples of a batch over `max_batch_size`, from 0 to 1."""
     padding_waste: float
@@ -69,7 +72,6 @@ class Recorder:
     """Collects what `BatcherStatistics` shows; its `num_x` are fields of those."""
 
     max_batch_size: int
-    num_running: int = 0
     num_refused: int = 0
     num_batches: int = 0
     num_retried: int = 0
@@ -85,18 +87,21 @@ class Recorder:
         """Count a batch whose calls have waited until now."""
         sizes = [call.size for call in calls]
         self._waits.extend([now - call.arrived for call in calls])
-        self.num_running += len(calls)
         self.num_batches += 1
         self._num_samples += len(calls)
         self._total_size += sum(sizes)
         self._padded_size += len(calls) * max(sizes)
 
-    def statistics(self, num_queued: int, num_outside: int) -> BatcherStatistics:
+    def statistics(
+        self, num_queued: int, num_outside: int, num_running: int, num_suspect: int
+    ) -> BatcherStatistics:
         """Return the statistics of this moment."""
         capacity = self.num_batches * self.max_batch_size
         return BatcherStatistics(
             num_queued=num_queued,
             num_outside=num_outside,
+            num_running=num_running,
+            num_suspect=num_suspect,
             num_done=self.outcomes[CallState.DONE],
             num_failed=self.outcomes[CallState.FAILED],
             num_cancelled=self.outcomes[CallState.CANCELLED],

@@ -15,6 +15,15 @@ from .inputs import LengthMismatchError as LengthMismatchError
 from .inputs import MetaTensorError as MetaTensorError
 from .inputs import OffloadedModuleError as OffloadedModuleError
 from .inputs import UnsplittableError as UnsplittableError
+from .serving import BatcherClosedError as BatcherClosedError
+from .serving import CallCancelledError as CallCancelledError
+from .serving import CallTimeoutError as CallTimeoutError
+from .serving import CollateError as CollateError
+from .serving import EngineCancelledError as EngineCancelledError
+from .serving import NestedCallError as NestedCallError
+from .serving import NotServableError as NotServableError
+from .serving import OtherLoopError as OtherLoopError
+from .serving import SplitError as SplitError
 
 # --- devices ---------------------------------------------------------------------------------
 
@@ -168,6 +177,16 @@ class DeviceLostError(AsyncDPError, RuntimeError):
         super().__init__(
             f"lane {lane} is closed because its device was lost ({cause}). "
             "A CUDA context does not recover from this: restart the process."
+        )
+
+
+class LaneHungError(AsyncDPError, TimeoutError):
+    """A pass was abandoned because a lane did not end its task in time."""
+
+    def __init__(self, what: str, seconds: float) -> None:
+        super().__init__(
+            f"{what} had not ended after {seconds:.1f} s and was abandoned. Find out where it waits "
+            "(py-spy dump), bound that wait, or allow more time."
         )
 
 
@@ -334,83 +353,7 @@ class NotAnOptimizerError(AsyncDPError, TypeError):
         )
 
 
-# --- serving ---------------------------------------------------------------------------------
-
-
-class CollateError(AsyncDPError, ValueError):
-    """The samples of one batch cannot be stacked."""
-
-    def __init__(self, cause: str) -> None:
-        super().__init__(
-            f"cannot make a batch: {cause}. "
-            "Pass a value as pad= for tensors of different lengths, or a function of your own as collate=."
-        )
-
-
-class SplitError(AsyncDPError, ValueError):
-    """The output of a batch cannot be split into one output per sample."""
-
-    def __init__(self, cause: str, num_samples: int) -> None:
-        super().__init__(
-            f"{cause} of {num_samples} samples. "
-            "Return one row per sample along dim 0, or pass a function of your own as split=."
-        )
-
-
-class CallTimeoutError(AsyncDPError, TimeoutError):
-    """A call of a batcher was not answered in time."""
-
-    def __init__(self, seconds: float) -> None:
-        super().__init__(
-            f"the call was not answered within {seconds} s. Allow more time, or send fewer calls at once."
-        )
-
-
-class CallCancelledError(AsyncDPError, RuntimeError):
-    """A call of a batcher was awaited after it had been cancelled."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            "the call was given up, by its cancel() or because a task that awaited it was cancelled. "
-            "Call again with the sample, and do not cancel a call whose result you need."
-        )
-
-
-class EngineCancelledError(AsyncDPError, RuntimeError):
-    """The engine of a batcher raised an error that only an event loop may end tasks with."""
-
-    def __init__(self, error: BaseException) -> None:
-        super().__init__(
-            f"the engine raised {type(error).__name__} although it was not cancelled (the cause of this "
-            "error). Catch it inside the engine: callers would take it for their own cancellation."
-        )
-
-
-class BatcherClosedError(AsyncDPError, RuntimeError):
-    """A batcher was called before or after its `async with` block."""
-
-    def __init__(self, cause: str) -> None:
-        super().__init__(f"{cause}. Call it inside `async with batcher:`.")
-
-
-class OtherLoopError(AsyncDPError, RuntimeError):
-    """A batcher was called on another event loop than that of its `async with` block."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            "the batcher was entered on another event loop. "
-            "Make one batcher per loop; they may share one engine or runtime."
-        )
-
-
-class NotServableError(AsyncDPError, TypeError):
-    """The engine given to a batcher is neither a DataParallel nor callable."""
-
-    def __init__(self, got: object) -> None:
-        super().__init__(
-            f"expected a DataParallel engine or something to call, but got {type(got).__qualname__}. "
-            "Wrap a module in DataParallel, or pass a function of one batch."
-        )
+# --- traces ----------------------------------------------------------------------------------
 
 
 class TraceFileError(AsyncDPError, ValueError):

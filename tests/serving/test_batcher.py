@@ -18,6 +18,7 @@ from asyncdp.errors import (
     BatcherClosedError,
     CallTimeoutError,
     DeviceLostError,
+    EngineCancelledError,
     NotServableError,
     QueueFullError,
     SplitError,
@@ -268,12 +269,13 @@ async def test_engine_works_on_after_an_exception() -> None:
             assert (await batcher(torch.tensor(2.0))).item() == 4.0
 
 
-async def test_base_exceptions_reach_their_caller() -> None:
-    """Even SystemExit from a lane is one caller's, and StopIteration hangs nobody."""
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt])
+async def test_base_exceptions_reach_their_caller(kind: type[BaseException]) -> None:
+    """What ends a process reaches one caller, as an error; StopIteration hangs nobody."""
 
     def engine(x: torch.Tensor) -> torch.Tensor:
         if (x == 1).any():
-            raise SystemExit(3)
+            raise kind(3)
         if (x == 2).any():
             raise StopIteration
         return x
@@ -283,8 +285,9 @@ async def test_base_exceptions_reach_their_caller() -> None:
         bad = batcher.call_nowait(torch.tensor(1.0))
         worse = batcher.call_nowait(torch.tensor(2.0))
         assert (await good).item() == 0.0
-        with pytest.raises(SystemExit):
+        with pytest.raises(EngineCancelledError, match=kind.__name__) as caught:
             await bad
+        assert isinstance(caught.value.__cause__, kind)
         with pytest.raises(RuntimeError, match="StopIteration"):
             await worse
 

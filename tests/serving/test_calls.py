@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from asyncdp import Batcher, BatcherStatistics, Runtime
-from asyncdp.errors import CallCancelledError, CallTimeoutError, QueueFullError
+from asyncdp.errors import CallCancelledError, CallTimeoutError, NestedCallError, QueueFullError
 from asyncdp.testing.fake import FakeDevice
 
 pytestmark = pytest.mark.anyio
@@ -249,6 +250,9 @@ async def test_a_wrong_size_is_refused_before_anything_is_queued(size: Any) -> N
     [
         ({"timeout": -1.0}, "timeout is in seconds"),
         ({"timeout": math.nan}, "timeout is in seconds"),
+        ({"timeout": "1"}, "timeout is in seconds"),
+        ({"timeout": True}, "timeout is in seconds"),
+        ({"priority": True}, "priority must be an int"),
         ({"priority": "high"}, "priority must be an int"),
         ({"priority": math.nan}, "priority must be an int"),
     ],
@@ -268,6 +272,9 @@ async def test_wrong_options_of_a_call_are_refused(options: dict[str, Any], caus
     [
         (lambda: Batcher(double, max_wait=math.nan), "max_wait"),
         (lambda: Batcher(double, max_age=-1.0), "max_age"),
+        (lambda: Batcher(double, max_wait="1"), "max_wait"),  # type: ignore[arg-type]
+        (lambda: Batcher(double, hang_timeout=True), "hang_timeout"),
+        (lambda: Batcher(double, max_batch_size=True), "max_batch_size"),
         (lambda: Batcher(double, timeout=math.nan), "timeout"),
         (lambda: Batcher(double, max_queue=1.5), "max_queue must be 1 or more, an int"),  # type: ignore[arg-type]
         (lambda: Batcher(double, max_cost=math.nan, size_of=len), "max_cost"),
@@ -278,3 +285,55 @@ def test_numbers_that_are_none_are_refused(make: Callable[[], object], cause: st
     """NaN, negative durations and fractions of calls are refused when the batcher is made."""
     with pytest.raises(ValueError, match=cause):
         make()
+
+
+async def test_a_batcher_that_waits_for_itself_is_refused() -> None:
+    """An async function that calls its own batcher gets an error, and may call another one."""
+
+    async def engine(x: torch.Tensor) -> torch.Tensor:
+        if (x < 0).any():
+            return x + await batcher(ONE)
+        return x + await other(ONE)
+
+    async with (
+        Runtime("cpu") as runtime,
+        Batcher(double, runtime=runtime) as other,
+        Batcher(engine, runtime=runtime) as batcher,
+    ):
+        with anyio.fail_after(30):
+            with pytest.raises(NestedCallError, match="wait for itself"):
+                await batcher(-ONE)
+            assert (await batcher(ONE)).item() == 3.0
+
+
+def test_a_call_goes_where_coroutines_go() -> None:
+    """Tasks, `gather`, `shield`, `as_completed` and `wait` take calls; a cancelled task cancels its call."""
+
+    async def main() -> None:
+        async with Runtime("cpu") as runtime, Batcher(double, runtime=runtime) as batcher:
+
+            def call() -> Any:
+                return batcher.call_nowait(ONE)
+
+            assert (await asyncio.create_task(call())).item() == 2.0
+            assert (await asyncio.shield(call())).item() == 2.0
+            assert (await asyncio.wait_for(call(), 30)).item() == 2.0
+            assert [each.item() for each in await asyncio.gather(call(), call())] == [2.0, 2.0]
+            assert [(await each).item() for each in asyncio.as_completed([call(), call()])] == [2.0, 2.0]
+            done, pending = await asyncio.wait([asyncio.create_task(call()) for _ in range(2)])
+            assert ({task.result().item() for task in done}, pending) == ({2.0}, set())
+            async with asyncio.TaskGroup() as group:
+                task = group.create_task(call())
+            assert task.result().item() == 2.0
+            for num_turns in range(2):  # before and after its first turn
+                given_up = call()
+                task = asyncio.create_task(given_up)
+                for _ in range(num_turns):
+                    await asyncio.sleep(0)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+                assert given_up._request.state.value in ("cancelled", "done")
+        assert batcher.statistics().num_done + batcher.statistics().num_cancelled == 12
+
+    asyncio.run(main())

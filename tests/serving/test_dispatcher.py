@@ -440,17 +440,14 @@ def test_a_batcher_on_one_of_its_own_lanes_is_refused() -> None:
 
 
 class FullDevice(FakeDevice):
-    """A device that refuses its first 1201 tasks."""
+    """A device that refuses tasks while it is full."""
 
     captures = True
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.refused = [MemoryError("no room")] * 1201
+    is_full = True
 
     def capture(self) -> None:
-        if self.refused:
-            raise self.refused.pop()
+        if self.is_full:
+            raise MemoryError("no room")
 
 
 @pytest.mark.parametrize("is_async", [False, True])
@@ -460,13 +457,15 @@ async def test_a_batch_that_cannot_begin_fails_its_calls_alone(is_async: bool) -
     async def engine(x: torch.Tensor) -> torch.Tensor:
         return x
 
+    device = FullDevice()
     async with (
-        Runtime([FullDevice()]) as runtime,
+        Runtime([device]) as runtime,
         Batcher(
             engine if is_async else double, max_batch_size=2000, max_queue=2000, runtime=runtime
         ) as batcher,
     ):
         calls = [batcher.call_nowait(ONE) for _ in range(1200)]
         assert {type(outcome) for outcome in await outcomes_of(calls)} == {MemoryError}
+        device.is_full = False
         assert (await batcher(ONE)).item() in (1.0, 2.0)
     assert batcher.statistics().num_running == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -149,6 +150,32 @@ async def test_break_closes_everything() -> None:
         assert (await engine(torch.ones(2))).tolist() == [2.0, 2.0]
 
 
+class Batches:
+    """An iterator that has no end but its own, as that of a DataLoader with workers."""
+
+    def __iter__(self) -> Batches:
+        return self
+
+    def __next__(self) -> torch.Tensor:
+        return torch.ones(2)
+
+
+async def test_a_source_that_is_left_is_dropped_at_once() -> None:
+    """Without waiting for a garbage collection, and although the stream is still there."""
+    batches = Batches()
+    dropped = weakref.ref(batches)
+    async with DataParallel(Double(), "cpu") as engine:
+        stream = engine.map(batches)
+        del batches
+        gc.disable()
+        try:
+            async with stream as results:
+                assert (await anext(results)).tolist() == [2.0, 2.0]
+            assert dropped() is None
+        finally:
+            gc.enable()
+
+
 async def test_cancellation_drains() -> None:
     """A cancelled reader waits until the device is done with its batches."""
     device = FakeDevice(held=True)
@@ -188,6 +215,9 @@ async def test_mistakes_are_told_at_once() -> None:
     async with DataParallel(Double(), "cpu") as engine:
         with pytest.raises(TypeError, match="but got int"):
             engine.map(7)  # type: ignore[arg-type]
+        for batch in (torch.ones(2), {"x": torch.ones(2)}, "text", b"text"):
+            with pytest.raises(TypeError, match="Wrap a single batch in a list"):
+                engine.map(batch)
         with pytest.raises(ValueError, match="on_error"):
             engine.map([], on_error="ignore")  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="max_in_flight"):

@@ -219,6 +219,19 @@ def test_a_batch_that_waited_to_fill_is_not_shared_out() -> None:
 
 
 @pytest.mark.parametrize("sized", [False, True])
+def test_what_is_put_back_goes_first(sized: bool) -> None:
+    """Items put back lead again those of their priority, and may be removed, even if the queue is full."""
+    queue, items = make([1.0] * 4, sized=sized)
+    taken = queue.take(0.0)
+    later = Item(1.0, 0, 1.0)
+    queue.add(later)
+    queue.put_back(taken[1:])
+    assert queue.remove(items[2], 1.0)
+    assert queue.take(1.0) == [items[1], items[3], later]
+    assert queue.num_queued == 0
+
+
+@pytest.mark.parametrize("sized", [False, True])
 def test_age_goes_before_priority(sized: bool) -> None:
     """An item past the age cap leads the next batch, however urgent the others are."""
     queue: BatchQueue[Item] = BatchQueue(1, 100, max_age=5.0, sized=sized)
