@@ -134,6 +134,8 @@ def joined(halves: list[Any]) -> Found:
             if leaf != second[path]:
                 raise NotJoinedError(f"{path} is {leaf!r} in one half and {second[path]!r} in the other")
             whole[path] = leaf
+        elif leaf.dim() == 0 and ".cache" in path:
+            whole[path] = leaf  # a counter of the cache, which all rows share
         elif leaf.dim() == 0:
             whole[path] = torch.stack([leaf, second[path]])
         elif leaf.shape[1:] != second[path].shape[1:]:
