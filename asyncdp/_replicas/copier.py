@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .._torch_private import COMPILED_CALL
 from .snapshot import CACHE_ATTRIBUTE, PLAIN, ModuleSnapshot
 from .state import ATOMS, MUTABLE, OF_ALL_MODULES, REGISTRIES, empty_like
 
@@ -55,7 +56,7 @@ class Copier:
         }
         self.holders += [namespace[registry] for registry in REGISTRIES]
         # Compiled code of the original would run the original.
-        namespace.pop("_compiled_call_impl", None)
+        namespace.pop(COMPILED_CALL, None)
         for name, value in [*namespace.items()]:
             if name in REGISTRIES or type(value) in ATOMS:
                 continue

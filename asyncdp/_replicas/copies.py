@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from .._torch_private import version_of
+
 DEFAULT_BUCKET_BYTES = 25 * 2**20
 
 
@@ -54,9 +56,9 @@ class VersionTag(NamedTuple):
         if tensor.is_inference():
             return None
         if tensor.layout is not torch.strided:
-            return cls(tensor._version)
+            return cls(version_of(tensor))
         return cls(
-            tensor._version,
+            version_of(tensor),
             tensor.untyped_storage()._cdata,
             tensor.data_ptr(),
             _checksum(tensor) if checksum else 0,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._torch_private import flat_weights, mark_as_parameter, version_of
 from ..errors import LazyModuleError
 from .copier import Copier, bare_copy, substitute
 from .refusals import warn_if_compiled
@@ -28,8 +29,7 @@ def substitutions(originals: Sequence[Tensor], replacements: Sequence[Tensor]) -
     """Map originals to their replacements; that of a parameter counts as a parameter too."""
     for original, replacement in zip(originals, replacements, strict=True):
         if isinstance(original, nn.Parameter) and replacement is not original:
-            # What isinstance(x, nn.Parameter) looks at for tensors that are no such instances.
-            replacement._is_param = True
+            mark_as_parameter(replacement)
     return {id(original): new for original, new in zip(originals, replacements, strict=True)}
 
 
@@ -125,7 +125,7 @@ class Replica:
     def versions(self) -> dict[int, int]:
         """Return the version of all but parameters by its `id`, to give to `survivors` after a forward."""
         tensors = [holder[name] for holder, name, _ in self._non_parameters]
-        return {id(tensor): tensor._version for tensor in tensors if not tensor.is_inference()}
+        return {id(tensor): version_of(tensor) for tensor in tensors if not tensor.is_inference()}
 
     def survivors(
         self, snapshot: ModuleSnapshot | None, versions: Mapping[int, int] | None
@@ -152,7 +152,7 @@ class Replica:
                 self._collect_values(position, found)
         for original in snapshot.loose:
             own = self._bound[id(original)]
-            if own is not original and (own.is_inference() or versions.get(id(own)) != own._version):
+            if own is not original and (own.is_inference() or versions.get(id(own)) != version_of(own)):
                 found.loose.append((original, own))
         return found
 
@@ -173,7 +173,7 @@ class Replica:
                 if name not in own and name in replica._non_persistent_buffers_set:
                     found.transient.append((position, name))
                 continue
-            is_counted = after.is_inference() or versions.get(id(after)) != after._version
+            is_counted = after.is_inference() or versions.get(id(after)) != version_of(after)
             # Batch norm changes its statistics without counting a version.
             if not is_counted and not replica.training:
                 continue
@@ -315,7 +315,7 @@ class _Flatten:
 
 
 def _share_weights(original: nn.RNNBase, replica: nn.RNNBase) -> bool:
-    pairs = zip(original._flat_weights, replica._flat_weights, strict=True)
+    pairs = zip(flat_weights(original), flat_weights(replica), strict=True)
     return any(
         isinstance(weight, Tensor) and isinstance(twin, Tensor) and weight.data_ptr() == twin.data_ptr()
         for weight, twin in pairs

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from .._torch_private import optimized_module_types
 from ..errors import (
     CompiledModuleError,
     LazyModuleError,
@@ -56,7 +56,7 @@ def check_module(module: object) -> None:
     """Refuse what cannot be replicated, before anything runs."""
     if not isinstance(module, nn.Module):
         raise NotAModuleError(module)
-    compiled = getattr(sys.modules.get("torch._dynamo.eval_frame"), "OptimizedModule", ())
+    compiled = optimized_module_types()
     for each in _modules_of(module):
         if isinstance(each, torch.jit.ScriptModule):
             raise UnsupportedModuleError(each)

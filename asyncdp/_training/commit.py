@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .._devices.threads import set_intra_op_threads
+from .._torch_private import has_hooks
 from ..errors import ClosureOptimizerError, LossReductionError, NotAnOptimizerError
 from .reducer import Gradients, add_up
 
@@ -223,11 +224,6 @@ def _forget_unscaling(options: StepOptions) -> None:
     """Let the next step unscale its gradients although this failed one already has."""
     if options.scaler is not None and not options.reduce_only:
         options.scaler.update(options.scaler.get_scale())
-
-
-def has_hooks(tensor: Tensor) -> bool:
-    """Return whether a tensor's gradient is to be passed to hooks."""
-    return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
 
 
 @contextmanager

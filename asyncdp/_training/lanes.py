@@ -19,6 +19,7 @@ from .._replicas.copies import copies_in_place, storages
 from .._replicas.replica import Replica, ReplicaCache, Substitutions, substitutions
 from .._replicas.snapshot import AttributeMap, ModuleSnapshot
 from .._replicas.survivors import Survivors
+from .._torch_private import foreach_copy_
 from .reducer import Gradients, bucket_positions
 
 Report = Callable[[int, Tensor], None]
@@ -80,7 +81,7 @@ class TrainingLane:
         if self._copies:
             # Always: no version tells of changes through `.data`, nor of batch norm's to its buffers.
             with torch.inference_mode(False), torch.no_grad():
-                torch._foreach_copy_(self._copies, self._sources)
+                foreach_copy_(self._copies, self._sources)
             self._memory = storages(self._copies)  # until the next step
         changes = self._cache.changes
         self._replica.bind(self._tensors, {**changes, **carried} if carried else changes, training)

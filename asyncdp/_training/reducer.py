@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import _kernels
 from .._replicas.copies import buckets as divide
+from .._torch_private import foreach_add_
 
 # Smaller than a broadcast's: a bucket is summed while the processor's cache still holds part of it,
 # and the gradients of a second lane live only until their bucket is complete.
@@ -187,4 +188,4 @@ def _add_in_place(firsts: Sequence[Sequence[Tensor]], others: Sequence[Sequence[
     with torch.no_grad():
         for turn in range(max((len(each) for each in others), default=0)):
             due = [place for place, each in enumerate(others) if len(each) > turn]
-            torch._foreach_add_([firsts[place][0] for place in due], [others[place][turn] for place in due])
+            foreach_add_([firsts[place][0] for place in due], [others[place][turn] for place in due])

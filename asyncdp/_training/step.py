@@ -18,9 +18,10 @@ from .._replicas.reading import in_turn
 from .._replicas.replica_set import ModuleState, ReplicaSet
 from .._replicas.snapshot import ModuleSnapshot
 from .._runtime import Lane
+from .._torch_private import has_hooks
 from .._verbs.batch import positional
 from ..errors import LossNotScalarError
-from .commit import AccumulatedGradients, SavedGradients, StepOptions, commit, deliver, has_hooks, threads
+from .commit import AccumulatedGradients, SavedGradients, StepOptions, commit, deliver, threads
 from .lanes import TrainingLane, TrainingLanes
 from .reducer import Gradients, Reducer, add_accumulated
 

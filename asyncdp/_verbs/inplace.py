@@ -29,6 +29,7 @@ from torch.autograd.graph import increment_version
 
 from .. import _tree
 from .._autograd import MarkWritten, Scatter
+from .._torch_private import version_of
 
 _VERSION = attrgetter("_version")
 
@@ -103,7 +104,7 @@ def _watch(split: Sequence[_SplitInput], outputs: Any) -> None:
     """Let every backward from `outputs` first compare the versions of base tensors with those of now."""
     nodes = {tensor.grad_fn for tensor in _tree.tensors(outputs) if tensor.grad_fn}
     if nodes:
-        counters = [(each.base._version, _version_counters(each)) for each in split]
+        counters = [(version_of(each.base), _version_counters(each)) for each in split]
         for node in nodes:
             node.register_prehook(partial(_raise_versions, counters))
 
@@ -119,5 +120,5 @@ def _version_counters(split: _SplitInput) -> list[Tensor]:
 
 def _raise_versions(counters: Sequence[tuple[int, list[Tensor]]], _grads: Any) -> None:
     for version, (base, *shards) in counters:
-        if base._version != version:
+        if version_of(base) != version:
             increment_version(shards)
