@@ -341,11 +341,20 @@ def check_in_processes(names: list[str]) -> list[dict[str, Any]]:
             lines, ending = done.stdout, f"its process ended with {done.returncode}"
         except subprocess.TimeoutExpired as error:
             lines, ending = (error.stdout or b"").decode(), f"nothing within {SECONDS_PER_PROCESS} s"
-        told = {report["name"]: report for report in map(json.loads, lines.splitlines())}
+        found = {report["name"]: report for report in map(json.loads, lines.splitlines())}
         for name in some:
-            reports.append(told.get(name, {"name": name, "not_made": ending}))
+            reports.append(found.get(name, {"name": name, "not_made": ending}))
             print(name, summary_of(reports[-1]), file=sys.stderr, flush=True)
     return reports
+
+
+def tree_state() -> bytes:
+    """Return what tells one state of the checked tree from another: its commit and all edits beside it."""
+    here = SCRIPT.parent
+    commands = (["git", "rev-parse", "HEAD"], ["git", "diff", "HEAD", "--", "../asyncdp", "."])
+    return b"".join(
+        subprocess.run(each, cwd=here, stdout=subprocess.PIPE, check=True).stdout for each in commands
+    )
 
 
 def summary_of(report: dict[str, Any]) -> str:
@@ -418,7 +427,12 @@ def main() -> int:
     if options.here:
         check_here(options.here)
         return 0
+    before = tree_state()
     reports = check_in_processes(options.only or list(SETUPS))
+    if tree_state() != before:
+        parser.exit(
+            2, "The tree changed while it was checked, so nothing was written. Run this in a clone.\n"
+        )
     counts = count(reports)
     result = {**origin(), "transformers": transformers.__version__, "counts": counts, "setups": reports}
     options.out.mkdir(parents=True, exist_ok=True)

@@ -69,6 +69,8 @@ async def test_modules_that_share_nothing_train_at_the_same_time() -> None:
     async with engine(mlp(), 1) as one, engine(mlp(), 1) as two, anyio.create_task_group() as group:
         for each in (one, two):
             group.start_soon(each.train_step, *batch(4), meet, sgd(each.module))
+    assert [each.statistics().num_steps for each in (one, two)] == [1, 1]
+    assert not both.broken
 
 
 def run_in_threads(*functions: Callable[[], object]) -> None:
