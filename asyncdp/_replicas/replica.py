@@ -15,7 +15,7 @@ from ..errors import LazyModuleError
 from .copier import Copier, bare_copy, substitute
 from .refusals import warn_if_compiled
 from .snapshot import AttributeMap, ModuleSnapshot, is_plain
-from .state import OF_ALL_MODULES, is_same, refill, shallow, watch
+from .state import HOOKS, OF_ALL_MODULES, is_same, refill, shallow, watch
 from .survivors import Survivors
 
 Substitutions = Mapping[int, Tensor]
@@ -168,7 +168,7 @@ class Replica:
                 continue
             if before is None or after is None or after is not self._bound.get(id(before)):
                 # The forward put another tensor in the buffer's place.
-                found.buffers.append((position, name, before, after, True))
+                found.buffers.append((position, name, before, self._original_of(after, found.snapshot), True))
                 is_changed = True
                 if name not in own and name in replica._non_persistent_buffers_set:
                     found.transient.append((position, name))
@@ -177,30 +177,50 @@ class Replica:
             # Batch norm changes its statistics without counting a version.
             if not is_counted and not replica.training:
                 continue
-            is_changed = True
+            # Values beside are a matter of certainty: many a buffer in train mode never changes.
+            is_changed |= is_counted
             shares_storage = after is before or (after.requires_grad and after.device == before.device)
             if not shares_storage and (is_counted or not _overlaps_itself(before)):
                 found.buffers.append((position, name, before, after, False))
         return is_changed
 
+    def _original_of(self, tensor: Tensor | None, snapshot: ModuleSnapshot) -> Tensor | None:
+        """Return the original's tensor if `tensor` stands for it, else itself: ties survive."""
+        assert self._bound is not None, "a forward has run"
+        return next((each for each in snapshot.tensors if self._bound.get(id(each)) is tensor), tensor)
+
     def _collect_values(self, position: int, found: Survivors) -> None:
         saved = self._saved_namespaces[position]
         for name, value in self._namespaces[position].items():
             before = saved.get(name, found)
-            if name in OF_ALL_MODULES or before is value or not is_plain(value):
+            if name in OF_ALL_MODULES or before is value:
                 continue
-            if type(before) is not type(value) or before != value:
+            if _is_scalar(value):
                 found.values[position, name] = value
+            elif is_plain(value) and (type(before) is not type(value) or before != value):
+                # A flag set beside hooks says that they are there, and they do not survive.
+                if not isinstance(value, bool) or not self._has_new_hooks(self._modules[position]):
+                    found.values[position, name] = value
+
+    def _has_new_hooks(self, module: nn.Module) -> bool:
+        """Return whether the forward registered hooks on a module of the replica, or on one below it."""
+        content = self._saved_content()
+        hooks = (vars(each)[name] for each in module.modules() for name in HOOKS)
+        return any(not content.get(id(each), {}).keys() >= each.keys() for each in hooks)
+
+    def _saved_content(self) -> dict[int, Any]:
+        """Return what every container held, by its `id`."""
+        return {id(each): saved or {} for each, saved in zip(self._holders, self._saved, strict=True)}
 
     def _differs(self) -> bool:
         return not self._watch.holds(self._namespaces) or [*map(type, self._modules)] != self._types
 
     def _check_additions(self) -> None:
         known = {id(each) for each in self._modules}
-        content = {id(each): saved for each, saved in zip(self._holders, self._saved, strict=True)}
+        content = self._saved_content()
         for module, namespace in zip(self._modules, self._saved_namespaces, strict=True):
             for kind, registry in (("submodule", "_modules"), ("parameter", "_parameters")):
-                saved = content[id(namespace[registry])] or {}
+                saved = content[id(namespace[registry])]
                 for name, value in module.__dict__[registry].items():
                     if value is None or saved.get(name) is not None or id(value) in known:
                         continue
@@ -248,6 +268,11 @@ class Replica:
         for namespace, saved, mode in zip(self._namespaces, self._saved_namespaces, training, strict=True):
             namespace["training"] = saved["training"] = mode
         self._training = training
+
+
+def _is_scalar(value: Any) -> bool:
+    """Return whether a value is a number that a forward keeps as a tensor."""
+    return type(value) is Tensor and value.dim() == 0 and not value.requires_grad
 
 
 def _tensors_of(module: nn.Module) -> Iterator[bool]:

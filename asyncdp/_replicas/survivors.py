@@ -35,14 +35,22 @@ class Survivors:
         modules = self.snapshot.modules
         for position, name in self.transient:
             modules[position]._non_persistent_buffers_set.add(name)
+        own: dict[int, Tensor] = {}  # by what the forward put in several places
         with torch.no_grad():
             for position, name, before, after, is_replaced in self.buffers:
                 if not is_replaced:
                     before.copy_(after)  # type: ignore[union-attr, arg-type]
+                elif after is None:
+                    modules[position]._buffers[name] = None
                 else:
-                    device = None if before is None else before.device
-                    modules[position]._buffers[name] = None if after is None else after.detach().to(device)
+                    device = after.device if before is None else before.device
+                    modules[position]._buffers[name] = own.setdefault(id(after), _own(after, device))
             for before, after in self.loose:
                 before.copy_(after)
         for (position, name), value in self.values.items():
             modules[position].__dict__[name] = value
+
+
+def _own(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return what the original can hold: the tensor itself, unless it has a history or is elsewhere."""
+    return tensor.detach().to(device) if tensor.requires_grad or tensor.device != device else tensor
