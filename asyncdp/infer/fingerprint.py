@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,16 @@ from .files import digest_file, new_digest
 from .model.models import LoadedModel
 from .model.names import source_of
 from .options import InferOptions
-from .output.journal import TIMES
+from .output.journal import CONTENTS, SAMPLED_TIMES, TIMES
 from .readers import STDIN, InputFile, Inputs
 
 WHOLE_BELOW = 256 << 20
 """Bytes from which on a file is compared by samples, and by its time where that stays the same."""
 
 _SAMPLE = 1 << 20
+_NUM_SAMPLES = 64
+_SHARE = 32
+"""One part in so many of each input file is read for the fingerprint of a job that is split."""
 
 # These change which rows come out or how they are grouped into batches, which changes the last bits.
 _FINGERPRINTED = (
@@ -70,10 +73,14 @@ def fingerprint(options: InferOptions, inputs: Inputs, model: LoadedModel) -> di
     else:
         chosen["model"] = None  # its files identify it, wherever they lie
     files = {**model.files, **_sources(options)}
-    chosen |= {name: _digest_samples(path) for name, path in files.items()}
+    chosen |= {name: digest_contents(path) for name, path in files.items()}
+    on_disk = [file for file in inputs.files if file.path != STDIN]
+    paths = [file.path for file in on_disk]
+    is_split = options.part[1] > 1
     chosen["input"] = [_input_entry(file) for file in inputs.files]
-    on_disk = [file.path for file in inputs.files if file.path != STDIN]
-    chosen[TIMES] = _times_of_large_files([*files.values(), *on_disk])
+    chosen[CONTENTS] = None if is_split else [(f.path.name, _digest_of(f, digest_contents)) for f in on_disk]
+    chosen[SAMPLED_TIMES] = _times(paths, 0) if is_split else None
+    chosen[TIMES] = _times([*files.values(), *paths], WHOLE_BELOW)
     plain: dict[str, Any] = json.loads(json.dumps(chosen))
     return plain
 
@@ -89,8 +96,12 @@ def _input_entry(file: InputFile) -> list[Any]:
     if file.path == STDIN:
         return ["-"]
     # By name and contents: the folder may move between machines and runs.
+    return [file.path.name, file.num_bytes, _digest_of(file, _digest_few_samples)]
+
+
+def _digest_of(file: InputFile, digest: Callable[[Path], str]) -> str:
     try:
-        return [file.path.name, file.path.stat().st_size, _digest_samples(file.path)]
+        return digest(file.path)
     except OSError as error:
         raise file.broken(error) from error
 
@@ -106,20 +117,28 @@ def _digest_weights(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _digest_samples(path: Path, *, num_samples: int = 64) -> str:
+def digest_contents(path: Path) -> str:
     """Return a digest of a file: of all bytes, or of size and samples where that would take too long."""
+    return digest_file(path) if path.stat().st_size < WHOLE_BELOW else _digest_samples(path, _SAMPLE)
+
+
+def _digest_few_samples(path: Path) -> str:
+    """Return a digest of a small share of a file, for a machine that is to read a part of it only."""
+    return _digest_samples(path, min(path.stat().st_size // (_NUM_SAMPLES * _SHARE) + 1, _SAMPLE))
+
+
+def _digest_samples(path: Path, num_bytes: int) -> str:
     size = path.stat().st_size
-    if size < WHOLE_BELOW:
-        return digest_file(path)
     digest = new_digest(str(size).encode())
-    with open(path, "rb") as file:
-        for index in range(num_samples):
-            file.seek(max(size - _SAMPLE, 0) * index // (num_samples - 1))
-            digest.update(file.read(_SAMPLE))
+    # Unbuffered, so that no more is read.
+    with open(path, "rb", buffering=0) as file:
+        for index in range(_NUM_SAMPLES):
+            file.seek(max(size - num_bytes, 0) * index // (_NUM_SAMPLES - 1))
+            digest.update(file.read(num_bytes))
     return digest.hexdigest()
 
 
-def _times_of_large_files(paths: Iterable[Path]) -> list[tuple[str, int]]:
-    """Return name and time of change (ns) of each file whose digest covers samples only."""
+def _times(paths: Iterable[Path], least: int) -> list[tuple[str, int]]:
+    """Return name and time of change (ns) of each file of at least so many bytes."""
     found = [(path.name, path.stat()) for path in paths]
-    return [(name, status.st_mtime_ns) for name, status in found if status.st_size >= WHOLE_BELOW]
+    return [(name, status.st_mtime_ns) for name, status in found if status.st_size >= least]

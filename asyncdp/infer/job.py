@@ -164,7 +164,9 @@ class Job:
                 monitor.sample(engine)
                 reporter.progressed(self._estimate(), monitor)
                 reporter.finished()
-            await anyio.to_thread.run_sync(output.journal.finish_input, self.inputs.num_records_read)
+            total = self.inputs.count_records()
+            total = self.inputs.num_records_read if total is None else total
+            await anyio.to_thread.run_sync(output.journal.finish_input, total)
             group.cancel_scope.cancel()
 
     async def _tick(self, engine: Any, reporter: Reporter, monitor: Monitor) -> None:
@@ -175,42 +177,56 @@ class Job:
             await anyio.to_thread.run_sync(release_memory)
 
     def _windows(self, output: OutputFolder) -> Generator[Window, None, None]:
-        size = self.options.shard_size
-        part, num_parts = self.options.part
+        size, total = self.options.shard_size, self.inputs.count_records()
+        sizes = {"block_size": size, "window": min(self.options.window, size)}
         done = set(output.finished)
-        first = next(block for block in itertools.count(part, num_parts) if block not in done)
-        return cut_windows(
-            self.inputs.read(first * size),
-            block_size=size,
-            window=min(self.options.window, size),
-            wanted=lambda block: block % num_parts == part and block not in done,
-        )
+        if total is None:
+            part, num_parts = self.options.part
+            first = next(block for block in itertools.count(part, num_parts) if block not in done)
+            records = self.inputs.read(first * size)
+            yield from cut_windows(
+                records, **sizes, wanted=lambda block: block % num_parts == part and block not in done
+            )
+            return
+        blocks = [block for block in self._own_blocks(total) if block not in done]
+        # Neighbouring blocks are read in one go.
+        for _, numbered in itertools.groupby(enumerate(blocks), lambda pair: pair[1] - pair[0]):
+            run = [block for _, block in numbered]
+            records = self.inputs.read(run[0] * size, min((run[-1] + 1) * size, total))
+            yield from cut_windows(records, **sizes, wanted=lambda _: True)
 
     def _estimate(self) -> int | None:
         total = self.inputs.estimate_num_records()
-        return None if total is None else self._own_share(total)
+        return None if total is None else self._count_own(total)
 
     def _is_complete(self, output: OutputFolder) -> bool:
         total = output.journal.state.num_records
-        done = sum(block.num_records for block in output.finished.values())
-        return total is not None and done == self._own_share(total)
+        return total is not None and output.finished.keys() >= set(self._own_blocks(total))
 
-    def _own_share(self, num_records: int) -> int:
-        return count_in_part(num_records, self.options.shard_size, self.options.part)
+    def _own_blocks(self, num_records: int) -> range:
+        is_counted = self.inputs.count_records() is not None
+        return blocks_of_part(num_records, self.options.shard_size, self.options.part, contiguous=is_counted)
+
+    def _count_own(self, num_records: int) -> int:
+        size = self.options.shard_size
+        return sum(min(size, num_records - block * size) for block in self._own_blocks(num_records))
 
 
-def count_in_part(num_records: int, block_size: int, part: tuple[int, int]) -> int:
-    """Return how many of `num_records` lie in the blocks that belong to a part.
+def blocks_of_part(num_records: int, block_size: int, part: tuple[int, int], *, contiguous: bool) -> range:
+    """Return the blocks that belong to a part.
 
     Args:
         num_records: length of the input.
         block_size: records per block.
         part: index from 0, and number, of the parts.
+        contiguous: whether they are neighbours, so that the part reads only its own piece of the input;
+            else every n-th, which needs no knowledge of the input's length.
     """
     index, num_parts = part
-    num_full, rest = divmod(num_records, block_size)
-    count = len(range(index, num_full, num_parts)) * block_size
-    return count + (rest if num_full % num_parts == index else 0)
+    num_blocks = -(-num_records // block_size)
+    if contiguous:
+        return range(num_blocks * index // num_parts, num_blocks * (index + 1) // num_parts)
+    return range(index, num_blocks, num_parts)
 
 
 def _check_apart(options: InferOptions) -> None:

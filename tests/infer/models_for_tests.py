@@ -131,3 +131,8 @@ def records_of(items):
 
 def as_text(value):
     return str(value)
+
+
+def x_of(record):
+    """The vector of a record with other columns."""
+    return record["x"]

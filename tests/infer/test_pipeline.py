@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from asyncdp.errors import AsyncDPError, RecordError
 from asyncdp.infer.batching import cut_windows, padding, plan_batches
-from asyncdp.infer.job import count_in_part
+from asyncdp.infer.job import blocks_of_part
 from asyncdp.infer.pipeline import Pipeline
 from asyncdp.infer.records import Record
 from asyncdp.infer.report.monitor import Monitor
@@ -119,15 +119,15 @@ def test_batches_pad_little():
     assert sum(padding([[10, 100][index % 2] for index in batch]) for batch in plan) == 0
 
 
-@given(st.integers(0, 60), st.integers(1, 9), st.integers(1, 9), st.integers(1, 4))
-def test_parts_cover_the_input_once(count, block_size, window, num_parts):
+@given(st.integers(0, 60), st.integers(1, 9), st.integers(1, 9), st.integers(1, 4), st.booleans())
+def test_parts_cover_the_input_once(count, block_size, window, num_parts, contiguous):
     """Over all parts every record is in one window of its own block, and the counts add up."""
     seen = []
     for part in range(num_parts):
         sizes = {"block_size": block_size, "window": window}
-        cut = list(cut_windows(records(count), **sizes, wanted=lambda b, p=part: b % num_parts == p))
+        blocks = blocks_of_part(count, block_size, (part, num_parts), contiguous=contiguous)
+        cut = list(cut_windows(records(count), **sizes, wanted=lambda b, blocks=blocks: b in blocks))
         own = [(record.position, window.block) for window in cut for record in window.records]
-        assert len(own) == count_in_part(count, block_size, (part, num_parts))
         assert sum(window.block_size or 0 for window in cut) == len(own)
         seen += own
     assert sorted(seen) == [(index, index // block_size) for index in range(count)]

@@ -24,6 +24,12 @@ JOURNAL_NAME = "_journal.jsonl"
 TIMES = "times of large files"
 """The entry of a fingerprint that differs between machines even where all contents are the same."""
 
+CONTENTS = "input contents"
+"""The entry that only a job has that is not split: a part of one does not read the other parts' input."""
+
+SAMPLED_TIMES = "times of sampled files"
+"""The entry that a job that is split has instead."""
+
 
 @dataclasses.dataclass(frozen=True)
 class StoredFile:

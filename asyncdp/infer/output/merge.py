@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from ...errors import JobUsageError, ResumeRefusedError
 from ..blocks import check_same_schema
 from ..files import whole_file
-from .journal import TIMES, Block, JournalState, load_journal
+from .journal import SAMPLED_TIMES, TIMES, Block, JournalState, load_journal
 from .output import OutputFolder, check_no_new_columns, check_output_free, explain_changes
 
 
@@ -55,7 +55,8 @@ def merge_parts(folders: list[Path], output: Path) -> Merged:
 
 def _same_job(parts: dict[Path, JournalState]) -> dict[str, Any]:
     """Return the fingerprint of the unsplit job."""
-    wholes = {folder: {**state.fingerprint, "shard": [0, 1], TIMES: None} for folder, state in parts.items()}
+    same = {"shard": [0, 1], TIMES: None, SAMPLED_TIMES: None}
+    wholes = {folder: {**state.fingerprint, **same} for folder, state in parts.items()}
     first = next(iter(wholes.values()))
     for folder, whole in wholes.items():
         if changes := explain_changes(first, whole):
@@ -73,7 +74,7 @@ def _same_job(parts: dict[Path, JournalState]) -> dict[str, Any]:
         )
     # The times are those of the first part, whatever order the folders are named in.
     earliest = min(parts.values(), key=lambda state: state.fingerprint["shard"])
-    return {**earliest.fingerprint, "shard": [0, 1]}
+    return {**earliest.fingerprint, "shard": [0, 1], SAMPLED_TIMES: None}
 
 
 def _same_length(parts: dict[Path, JournalState]) -> int:

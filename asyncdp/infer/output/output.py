@@ -14,7 +14,17 @@ from ...errors import JobError, JobUsageError, OutputExistsError, ResumeRefusedE
 from ..blocks import BlockRows, check_same_schema, fixed_columns, merged
 from ..files import TEMPORARY_PREFIX, make_folder, whole_file
 from ..records import Failure
-from .journal import JOURNAL_NAME, Block, Journal, JournalState, StoredFile, load_journal
+from .journal import (
+    CONTENTS,
+    JOURNAL_NAME,
+    SAMPLED_TIMES,
+    TIMES,
+    Block,
+    Journal,
+    JournalState,
+    StoredFile,
+    load_journal,
+)
 from .schema import conform, described, read_schema, read_table, unify, write_table
 from .writers import make_table, naming_culprit, write_shard
 
@@ -267,8 +277,10 @@ def explain_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     changes = []
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)
+        if key in (CONTENTS, SAMPLED_TIMES) and (old is None or new is None):
+            continue  # one of them has been merged
         if old != new:
-            if key == "input":
+            if key in ("input", CONTENTS, TIMES, SAMPLED_TIMES):
                 # Only the files that differ: the same long list twice would not help.
                 old, new = _without(old, new), _without(new, old)
             changes.append(f"{key} was {json.dumps(old):.200} and is {json.dumps(new):.200}")

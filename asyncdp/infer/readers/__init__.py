@@ -92,29 +92,39 @@ class Inputs:
         self._reader = FORMATS[format_name]
         self._counts = [self._inspect(file) for file in files]
 
-    def read(self, start: int = 0) -> Iterator[Record]:
-        """Yield the records from position `start` on; whole files before it are not opened.
+    def read(self, start: int = 0, stop: int | None = None) -> Iterator[Record]:
+        """Yield the records from position `start` to `stop`; what files state that are outside is not read.
+
+        Args:
+            start: position of the first record.
+            stop: position behind the last one, None for all.
 
         Raises:
             DamagedInputError: a file turns out to be damaged.
         """
-        position = 0
+        first = 0
         for file, count in zip(self.files, self._counts, strict=True):
-            if count is not None and position + count <= start:
-                position += count
+            if stop is not None and first >= stop:
+                return
+            if count is not None and first + count <= start:
+                first += count
                 continue
-            skip = max(0, start - position) if count is not None else 0
-            end = position + (count or 0)
-            position += skip
-            for row in self._reader.rows(file, self.selection, skip):
+            begin = max(0, start - first) if count is not None else 0
+            is_cut = stop is not None and (count is None or first + count > stop)
+            end = stop - first if is_cut and count is not None and stop is not None else None
+            position = first + begin
+            for row in self._reader.rows(file, self.selection, begin, end):
+                if is_cut and position == stop:
+                    return
                 self.num_records_read = position + 1
                 if position >= start:
                     identity = position if row.id is None else row.id
                     yield Record(position, identity, row.value, row.where, row.error, row.kept)
                 position += 1
-            if count is not None and position != end:
-                raise file.broken(f"it states {count} rows, but has {position - end + count}")
-        self.num_records_read = position
+            if count is not None and position - first != (count if end is None else end):
+                raise file.broken(f"it states {count} rows, but has {position - first}")
+            first = position
+        self.num_records_read = first
 
     def count_records(self) -> int | None:
         """Return the number of records where all files state it, else None."""

@@ -39,13 +39,13 @@ class ArrayReader:
             unfit = {name: str(array.dtype) for name, array in wanted.items() if not _is_fit(array)}
             return Contents(_num_rows(file, wanted) if wanted else None, list(arrays), unfit)
 
-    def rows(self, file: InputFile, selection: Selection, start: int) -> Iterator[Row]:
+    def rows(self, file: InputFile, selection: Selection, start: int, stop: int | None) -> Iterator[Row]:
         """Yield an array per row, or a dict of them when the file holds several."""
         with self._opened(file) as arrays:
             wanted = _wanted(file, arrays, selection)
-            length = _num_rows(file, wanted)
-            for begin in range(start, length, _CHUNK):
-                end = min(begin + _CHUNK, length)
+            stop = _num_rows(file, wanted) if stop is None else stop
+            for begin in range(start, stop, _CHUNK):
+                end = min(begin + _CHUNK, stop)
                 parts = _read(file, wanted, begin, end)
                 for index in range(end - begin):
                     entry: Any = {name: part[index] for name, part in parts.items()}

@@ -146,8 +146,15 @@ class Reader(Protocol):
         """Return what is cheap to know of a file; by default nothing."""
         return Contents()
 
-    def rows(self, file: InputFile, selection: Selection, start: int) -> Iterator[Row]:
-        """Yield rows from number `start` on (always 0 where their number is unknown)."""
+    def rows(self, file: InputFile, selection: Selection, start: int, stop: int | None) -> Iterator[Row]:
+        """Yield the rows from number `start` to `stop`, nothing else where the numbers are known.
+
+        Args:
+            file: where to read.
+            selection: which columns are wanted.
+            start: number of the first row, 0 where `inspect` does not know how many there are.
+            stop: number behind the last one, None for all that the file has.
+        """
 
 
 class InputFile:

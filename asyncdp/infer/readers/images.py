@@ -26,7 +26,7 @@ class ImageReader:
         """Return that a file is one row, with the path that identifies it."""
         return Contents(1, ("path",))
 
-    def rows(self, file: InputFile, selection: Selection, start: int) -> Iterator[Row]:
+    def rows(self, file: InputFile, selection: Selection, start: int, stop: int | None) -> Iterator[Row]:
         """Yield the path of the image."""
         if importlib.util.find_spec("PIL") is None:
             raise MissingExtraError("Reading images", "pillow", "cli")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -11,6 +13,7 @@ from ..values import as_python, holds_nanoseconds, is_id
 from .base import Contents, InputFile, Selection
 
 _CHUNK = 1024
+_TAIL = 8  # the footer's length and the mark of the format
 
 
 class ParquetReader:
@@ -28,16 +31,17 @@ class ParquetReader:
                 raise InputError(f"{file.name} has two columns {twice!r}", "Rename one: records go by names.")
             return Contents(parquet.metadata.num_rows, parquet.schema_arrow.names)
 
-    def rows(self, file: InputFile, selection: Selection, start: int) -> Iterator[Row]:
-        """Yield a dict per row, or the bare value of a single column."""
+    def rows(self, file: InputFile, selection: Selection, start: int, stop: int | None) -> Iterator[Row]:
+        """Yield a dict per row, or the bare value of a single column; other row groups are not read."""
         with _open(file) as parquet:
-            groups, number = _groups_from(parquet, start)
+            stop = parquet.metadata.num_rows if stop is None else stop
+            groups, number = _groups_between(parquet, start, stop)
             batches = parquet.iter_batches(_CHUNK, row_groups=groups, columns=selection.needed)
-            while (batch := _next_batch(file, batches)) is not None:
-                for row in _rows_of(batch, selection, file.name, number):
-                    if number >= start:
-                        yield row
-                    number += 1
+            while number < stop and (batch := _next_batch(file, batches)) is not None:
+                skipped = max(0, start - number)
+                wanted = batch.slice(skipped, stop - number - skipped)
+                yield from _rows_of(wanted, selection, file.name, number + skipped)
+                number += batch.num_rows
 
 
 def _rows_of(batch: Any, selection: Selection, name: str, number: int) -> Iterator[Row]:
@@ -59,10 +63,20 @@ def _open(file: InputFile) -> Any:
     import pyarrow.parquet
 
     try:
+        footer = pyarrow.parquet.read_metadata(pyarrow.BufferReader(_footer(file)))
         # Without pre-buffering only the pages being read are in memory.
-        return pyarrow.parquet.ParquetFile(file.path, pre_buffer=False)
+        return pyarrow.parquet.ParquetFile(file.path, metadata=footer, pre_buffer=False)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise file.broken(error) from error
+
+
+def _footer(file: InputFile) -> bytes:
+    """Read the footer alone; Arrow would read 64 KiB with it, which of a small file is all."""
+    with open(file.path, "rb") as stream:
+        stream.seek(-min(_TAIL, file.num_bytes), os.SEEK_END)
+        size = _TAIL + int.from_bytes(stream.read(_TAIL)[:4], "little")
+        stream.seek(-min(size, file.num_bytes), os.SEEK_END)
+        return stream.read()
 
 
 def _check_counts(file: InputFile, metadata: Any) -> None:
@@ -86,15 +100,12 @@ def _check_counts(file: InputFile, metadata: Any) -> None:
                 )
 
 
-def _groups_from(parquet: Any, start: int) -> tuple[list[int], int]:
-    """Return the row groups from the one with row `start` on, and the number of their first row."""
-    number = 0
-    for group in range(parquet.num_row_groups):
-        num_rows = parquet.metadata.row_group(group).num_rows
-        if number + num_rows > start:
-            return list(range(group, parquet.num_row_groups)), number
-        number += num_rows
-    return [], number
+def _groups_between(parquet: Any, start: int, stop: int) -> tuple[list[int], int]:
+    """Return the row groups with rows from `start` to `stop`, and the number of their first row."""
+    counts = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
+    ends = list(itertools.accumulate(counts))
+    groups = [group for group, end in enumerate(ends) if end > start and end - counts[group] < stop]
+    return groups, ends[groups[0]] - counts[groups[0]] if groups else stop
 
 
 def _next_batch(file: InputFile, batches: Iterator[Any]) -> Any:

@@ -23,7 +23,7 @@ class LinesReader(Reader):
         _check_encoding(file)
         return Contents(column_names=())
 
-    def rows(self, file: InputFile, selection: Selection, start: int) -> Iterator[Row]:
+    def rows(self, file: InputFile, selection: Selection, start: int, stop: int | None) -> Iterator[Row]:
         """Yield the text of every line."""
         for number, line in file.lines():
             where = f"{file.name}:{number}"
@@ -41,7 +41,7 @@ class JsonlReader(Reader):
         _check_encoding(file)
         return Contents()
 
-    def rows(self, file: InputFile, selection: Selection, start: int) -> Iterator[Row]:
+    def rows(self, file: InputFile, selection: Selection, start: int, stop: int | None) -> Iterator[Row]:
         """Yield the parsed values."""
         constant = None if file.dialect.allow_nan else _refuse_constant
         for number, line in file.lines():
@@ -74,7 +74,7 @@ class CsvReader(Reader):
             )
         return Contents(column_names=header or None)
 
-    def rows(self, file: InputFile, selection: Selection, start: int) -> Iterator[Row]:
+    def rows(self, file: InputFile, selection: Selection, start: int, stop: int | None) -> Iterator[Row]:
         """Yield a dict of texts per row."""
         reader = self._parser(file, file.lines())
         header = self._header(file, reader)
