@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from .._runtime import Runtime
@@ -165,6 +165,36 @@ class Batcher:
             raise QueueFullError("this batcher", queue.max_queue)
         return Call(self._submit(sample, timeout, priority))
 
+    def call_many_nowait(
+        self, samples: Sequence[Any], *, timeout: float | None = None, priority: int = 0
+    ) -> list[Call]:
+        """Queue all samples of one request, or none of them; return their calls.
+
+        A request is weighed by its samples: one of several is taken only if the queue has room for twice as
+        many, or is empty. So large requests, however many come, leave room for small ones.
+
+        The other arguments are those of an awaited call, for each sample.
+
+        Raises:
+            QueueFullError: the queue has no such room now.
+            ValueError: there are more samples than the queue ever holds, or as an awaited call.
+            TypeError: `samples` is one sample.
+            BatcherClosedError, DeviceLostError: as an awaited call.
+        """
+        if isinstance(samples, (str, bytes, Mapping)):
+            raise TypeError(f"expected a list of samples, but got a {type(samples).__name__}. Put it in a list.")
+        queue, count = self._dispatcher.queue, len(samples)
+        if count > queue.max_queue:
+            raise ValueError(
+                f"{count} samples never fit in a queue of {queue.max_queue}. "
+                "Make several requests of them, or raise max_queue."
+            )
+        if not queue.has_room(count):
+            self._dispatcher.recorder.num_refused += count
+            raise QueueFullError("this batcher", queue.max_queue, count)
+        checked = [self._checked(sample, timeout, priority) for sample in samples]
+        return [Call(self._dispatcher.submit(*each)) for each in checked]
+
     def statistics(self) -> BatcherStatistics:
         """Return a snapshot of queue, batches and durations."""
         dispatcher = self._dispatcher
@@ -175,6 +205,12 @@ class Batcher:
 
     def _submit(self, sample: Any, timeout: float | None, priority: int) -> Request:
         """Queue a sample; if anything about it is wrong, nothing has changed."""
+        return self._dispatcher.submit(*self._checked(sample, timeout, priority))
+
+    def _checked(
+        self, sample: Any, timeout: float | None, priority: int
+    ) -> tuple[Any, float, int, float | None]:
+        """Return the arguments by which the dispatcher queues a sample."""
         if timeout is None:
             timeout = self._timeout
         else:
@@ -184,7 +220,7 @@ class Batcher:
         size = 0.0 if self._size_of is None else _checked_size(self._size_of(sample))
         if self._capture is not None:
             sample = StatedSample(self._capture(records=False), sample)
-        return self._dispatcher.submit(sample, size, priority, timeout)
+        return sample, size, priority, timeout
 
 
 def _check_counts(**counts: int | None) -> None:

@@ -84,6 +84,11 @@ class BatchQueue(Generic[ItemT]):
         """Whether an item that came now would have to wait for room."""
         return self.num_queued >= self.max_queue
 
+    def has_room(self, count: int) -> bool:
+        """Return whether a request of `count` items may come in; a large one must leave room for others."""
+        free = self.max_queue - self.num_queued
+        return free >= (count if count == 1 or self.num_queued == 0 else 2 * count)
+
     @property
     def may_leave(self) -> bool:
         """Whether what is queued need not wait for more."""

@@ -157,9 +157,10 @@ class StopIterationInLaneError(AsyncDPError, RuntimeError):
 class QueueFullError(AsyncDPError, RuntimeError):
     """A bounded queue has no room and the caller chose not to wait."""
 
-    def __init__(self, what: str, limit: int) -> None:
+    def __init__(self, what: str, limit: int, count: int = 1) -> None:
+        cause = "is full" if count == 1 else f"has no room for {count} at once"
         super().__init__(
-            f"the queue of {what} is full ({limit}). Await the call to wait for room, or raise the limit."
+            f"the queue of {what} {cause} ({limit}). Await the call to wait for room, or raise the limit."
         )
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import importlib.util
+import importlib
 import json
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +25,8 @@ import torch
 
 from asyncdp import Batcher, QueueFull, Runtime
 from asyncdp.testing.fake import FakeDevice
-from tests.runtime.helpers import lose_lane
+from tests.examples.browser import open_browser
+from tests.runtime.helpers import PATIENCE, lose_lane
 
 pytest.importorskip("starlette")
 uvicorn = pytest.importorskip("uvicorn")
@@ -35,12 +37,7 @@ EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "embedding_service.p
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("embedding_service", EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("embedding_service")
 
 
 class Service:
@@ -49,7 +46,8 @@ class Service:
     def __init__(self, example: ModuleType) -> None:
         self.app = example.make_app(Path(minilm.get_model_path()), "cpu*2")
         self.listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        self.address = self.listener.getsockname()
+        self.url = f"http://127.0.0.1:{self.address[1]}"
         config = uvicorn.Config(self.app, log_level="warning", lifespan="on")
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]})
@@ -84,6 +82,16 @@ def service(example: ModuleType) -> Iterator[Service]:
     service.stop()
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Compute with one thread: several wait for each other at length while others use the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_vectors_are_the_models_own(example: ModuleType, service: Service) -> None:
     """Many clients at once get, each for its own sentences, what the model gives for them alone."""
     texts = [f"sentence number {n} of this test " * (1 + n % 3) for n in range(24)]
@@ -114,6 +122,46 @@ def test_metrics_count(service: Service) -> None:
     assert "asyncdp_batcher_done_total" in text
 
 
+def test_a_long_body_is_read_to_its_end(service: Service) -> None:
+    """A client that sends far too much gets its 413, not a connection that breaks while it sends."""
+    status, answer = service.embed({"texts": ["a" * (8 << 20)]})
+    assert status == 413
+    assert "bytes" in answer["error"]
+
+
+def test_a_client_that_hangs_up_cancels_its_texts(service: Service) -> None:
+    """Over a real connection too, what a client asked for is given up when it hangs up."""
+    batcher = service.app.state.batcher
+    body = json.dumps({"texts": ["a sentence that keeps the lanes busy"] * 256}).encode()
+    with socket.create_connection(service.address) as client:
+        client.sendall(b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        wait_for(lambda: batcher.statistics().num_queued > 0)
+    wait_for(lambda: batcher.statistics().num_queued == 0)
+    assert batcher.statistics().num_cancelled > 0
+
+
+def test_the_page_shows_load_and_lets_one_try_a_text(service: Service) -> None:
+    """In a browser: load, latency and lanes appear, texts are compared, and a refusal is told."""
+    with open_browser() as page:
+        page.open(service.url)
+        page.wait("document.querySelectorAll('#lanes .open').length === 2")
+        assert page.text("#state") == "connected"
+        page.run("find('texts').value = 'one cat\\none cat\\n<b>money</b>'")
+        page.run("document.querySelector('button').click()")
+        assert page.wait("find('took').textContent").startswith("3 vectors of 384 numbers")
+        cells = page.run("[...document.querySelectorAll('#alike td')].map(cell => cell.textContent)")
+        alike = [row[1:] for row in zip(*[iter(cells)] * 4, strict=True)][1:]
+        assert alike[0][:2] == ("1.00", "1.00")
+        assert float(alike[0][2]) < 0.9
+        assert cells[12] == "3. <b>money</b>"
+        page.wait("find('load').children[3]?.textContent !== '0 %'")
+        assert page.text("#latency").count("tokenizer") == 2
+        page.run("find('texts').value = ' '; document.querySelector('button').click()")
+        assert "1 to 256 texts" in page.wait("find('failure').textContent")
+        assert not [each for each in page.problems if "400" not in each]
+        assert all(url.startswith((service.url, "data:")) for url in page.urls)
+
+
 def test_health_follows_the_lanes(service: Service) -> None:
     """The service is healthy, until its lanes are lost: then it says so, and calls fail at once."""
     assert service.get("/healthz")[0] == 200
@@ -126,19 +174,20 @@ def test_health_follows_the_lanes(service: Service) -> None:
 
 @pytest.mark.anyio
 async def test_a_refused_request_leaves_nothing_in_the_queue(example: ModuleType) -> None:
-    """When one text of a request finds no room, those before it give up their places."""
+    """When not all texts of a request find room, none takes a place."""
     device = FakeDevice(held=True)
     async with Runtime([device]) as runtime, Batcher(lambda x: x, max_queue=3, runtime=runtime) as batcher:
         beside = batcher.call_nowait(torch.tensor(0.0))
         await device.wait_issued()
+        queued = batcher.call_nowait(torch.tensor(0.0))
         with pytest.raises(QueueFull):
-            await example.answer(batcher, [torch.tensor(1.0)] * 4)
+            await example.answer(batcher, [torch.tensor(1.0)] * 3)
         told = batcher.statistics()
-        assert (told.num_queued, told.num_cancelled, told.num_refused) == (0, 3, 1)
+        assert (told.num_queued, told.num_cancelled, told.num_refused) == (1, 0, 3)
         device.release()
+        assert [(await call).item() for call in (beside, queued)] == [0.0, 0.0]
         assert await example.answer(batcher, [torch.tensor(float(n)) for n in range(3)]) == [0.0, 1.0, 2.0]
-        assert (await beside).item() == 0.0
-        assert batcher.statistics().num_cancelled == 3
+        assert batcher.statistics().num_cancelled == 0
 
 
 def test_signal_ends_it_gracefully() -> None:
@@ -167,6 +216,14 @@ def test_signal_ends_it_gracefully() -> None:
         assert process.wait(30) == 0
     assert "Finished server process" in rest
     assert "Error" not in rest
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Wait for what happens in the service's thread."""
+    until = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.001)
 
 
 def wait_line(stream: IO[str], part: str) -> None:

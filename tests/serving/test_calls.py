@@ -337,3 +337,39 @@ def test_a_call_goes_where_coroutines_go() -> None:
         assert batcher.statistics().num_done + batcher.statistics().num_cancelled == 12
 
     asyncio.run(main())
+
+
+async def test_a_large_request_leaves_room_for_small_ones() -> None:
+    """Requests of many samples are taken while as much room stays free, and whole or not at all."""
+    device = FakeDevice(held=True)
+    async with Runtime([device]) as runtime, Batcher(double, max_queue=8, runtime=runtime) as batcher:
+        running = batcher.call_nowait(ONE)
+        await device.wait_issued()
+        calls = batcher.call_many_nowait([ONE] * 4)
+        with pytest.raises(QueueFullError, match=r"no room for 3 at once \(8\)"):
+            batcher.call_many_nowait([ONE] * 3)
+        calls += batcher.call_many_nowait([ONE] * 2)
+        assert batcher.statistics().num_queued == 6
+        calls += [*batcher.call_many_nowait([ONE]), batcher.call_nowait(ONE)]
+        with pytest.raises(QueueFullError, match=r"full \(8\)"):
+            batcher.call_many_nowait([ONE])
+        assert batcher.statistics().num_refused == 4
+        device.release()
+        assert [(await call).item() for call in [running, *calls]] == [2.0] * 9
+        assert batcher.call_many_nowait([]) == []
+        assert len(batcher.call_many_nowait([ONE] * 8)) == 8  # the queue is empty
+
+
+async def test_a_request_with_a_mistake_queues_nothing() -> None:
+    """A sample that cannot be measured, too many of them or no list of samples: nothing was queued."""
+    async with Runtime("cpu") as runtime, Batcher(double, max_queue=2, size_of=len, runtime=runtime) as batcher:
+        with pytest.raises(TypeError):
+            batcher.call_many_nowait([torch.zeros(2), ONE])
+        with pytest.raises(ValueError, match="never fit"):
+            batcher.call_many_nowait([torch.zeros(2)] * 3)
+        with pytest.raises(ValueError, match="priority"):
+            batcher.call_many_nowait([torch.zeros(2)], priority="1")  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="got a str"):
+            batcher.call_many_nowait("ab")
+        assert batcher.statistics().num_queued == 0
+    assert outcomes(batcher.statistics()) == (0, 0, 0, 0)
