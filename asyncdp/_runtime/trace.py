@@ -9,7 +9,8 @@ import threading
 import time
 import weakref
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -107,7 +108,7 @@ class TraceRecorder:
 
         def issued(ended: bool) -> None:
             now = time.perf_counter()
-            self._add(task, _ISSUED, name, begun, now)
+            self._add(task, _ISSUED, name, begun, now, task.error)
             if ended:
                 self._issued.pop(task, None)
                 self._add_timed(task, name, times)
@@ -118,15 +119,27 @@ class TraceRecorder:
 
     def scattered(self, begun: float) -> None:
         """Note that this thread's task has copied its shard to its lane's device, from `begun` until now."""
+        self._add_step("scatter", begun)
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Record a span within that of this thread's task."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._add_step(name, begun)
+
+    def _add_step(self, name: str, begun: float) -> None:
         task = this_thread.task
         if task is not None:
-            self._add(task, _ISSUED, "scatter", begun, time.perf_counter())
+            self._add(task, _ISSUED, name, begun, time.perf_counter())
 
     def completed(self, task: Task) -> None:
         """Note that the device is done with a task whose function returned earlier."""
         now = time.perf_counter()
         name, issued, times = self._issued.pop(task, _Issued(_COMPLETE, now, None))
-        self._add(task, _COMPLETE, name, min(issued, now), now)
+        self._add(task, _COMPLETE, name, min(issued, now), now, task.error)
         self._add_timed(task, name, times)
 
     def _add_timed(self, task: Task, name: str, times: DeviceTimes | None) -> None:
@@ -137,7 +150,19 @@ class TraceRecorder:
             end = self._timed_until[task.lane] = max(begin, span[1])
             self._add(task, _TIMED, name, begin, end)
 
-    def _add(self, task: Task, kind: str, name: str, begin: float, end: float) -> None:
+    def _add(
+        self, task: Task, kind: str, name: str, begin: float, end: float, error: BaseException | None = None
+    ) -> None:
+        with self._lock:
+            args: dict[str, Any] = {"pass": self._number(task.pass_), "shard": task.index}
+        if error is not None:
+            args["error"] = type(error).__name__
+        self.add(task.lane.name, kind, name, begin, end, args)
+
+    def add(
+        self, row: str, kind: str, name: str, begin: float, end: float, args: Mapping[str, Any] | None = None
+    ) -> None:
+        """Record a span from `begin` to `end`, which may overlap with others of the same row and kind."""
         with self._lock:
             if len(self._events) >= self._max_events:
                 self.num_dropped += 1
@@ -150,7 +175,7 @@ class TraceRecorder:
                     "pid": 1,
                     "ts": round((begin - self._started) * 1e6, 3),
                     "dur": round((end - begin) * 1e6, 3),
-                    "args": {"pass": self._number(task.pass_), "shard": task.index, "lane": task.lane.name},
+                    "args": {**(args or {}), "lane": row},
                 }
             )
 

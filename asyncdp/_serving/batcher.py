@@ -10,7 +10,7 @@ from .._runtime import Runtime
 from .._runtime.hangs import grace_of
 from ..errors import BatcherClosedError, QueueFullError
 from .call import Call, Request
-from .collate import Collate, Split, Stack, StatedSample, Steps, unbind
+from .collate import Collate, Padding, Split, Stack, StatedSample, Steps, unbind
 from .dispatcher import Dispatcher
 from .queue import BatchQueue
 from .slots import capture_of, open_slots
@@ -47,6 +47,7 @@ class Batcher:
         hang_timeout: seconds after which a running task makes its lane suspect: other lanes are used until
             it has ended, and closing no longer waits for it; the runtime's own if None.
         runtime: the lanes a function runs on; the process's own if None. An engine brings its own.
+        name: what traces and exported metrics call this batcher.
 
     Raises:
         ValueError: a number is out of range, or `max_cost` comes without `size_of`.
@@ -72,6 +73,7 @@ class Batcher:
         retry: Literal["halve", "none"] = "halve",
         hang_timeout: float | None = None,
         runtime: Runtime | None = None,
+        name: str | None = None,
     ) -> None:
         _check_counts(max_batch_size=max_batch_size, max_queue=max_queue, max_in_flight=max_in_flight)
         _check_seconds(max_wait=max_wait, max_age=max_age, timeout=timeout)
@@ -86,11 +88,12 @@ class Batcher:
             raise ValueError("hang_timeout must be more than 0 seconds. None waits for ever.")
         if retry not in ("halve", "none"):
             raise ValueError(f'retry must be "halve" or "none", but got {retry!r}.')
-        slots = open_slots(engine, Steps(collate or Stack(pad), split), runtime, max_in_flight)
+        padding = Padding() if collate is None and pad is not None and size_of is None else None
+        slots = open_slots(engine, Steps(collate or Stack(pad, padding), split), runtime, max_in_flight)
         queue: BatchQueue[Request] = BatchQueue(
             max_batch_size, max_queue, max_wait, max_age, max_cost, max_padding, sized=size_of is not None
         )
-        recorder = Recorder(max_batch_size)
+        recorder = Recorder(max_batch_size, name, padding)
         self._dispatcher = Dispatcher(
             slots, queue, recorder, halves=retry == "halve", hang_timeout=hang_timeout
         )
@@ -161,8 +164,9 @@ class Batcher:
         """
         queue = self._dispatcher.queue
         if queue.is_full:
-            self._dispatcher.recorder.num_refused += 1
-            raise QueueFullError("this batcher", queue.max_queue)
+            error = QueueFullError("this batcher", queue.max_queue)
+            self._dispatcher.recorder.on_refused(error)
+            raise error
         return Call(self._submit(sample, timeout, priority))
 
     def call_many_nowait(
@@ -189,23 +193,27 @@ class Batcher:
                 f"{count} samples never fit in a queue of {queue.max_queue}. "
                 "Make several requests of them, or raise max_queue."
             )
-        if not queue.has_room(count):
-            self._dispatcher.recorder.num_refused += count
-            raise QueueFullError("this batcher", queue.max_queue, count)
-        checked = [self._checked(sample, timeout, priority) for sample in samples]
-        return [Call(self._dispatcher.submit(*each)) for each in checked]
+        try:
+            if not queue.has_room(count):
+                raise QueueFullError("this batcher", queue.max_queue, count)
+            checked = [self._checked(sample, timeout, priority) for sample in samples]
+            return [Call(self._dispatcher.submit(*each)) for each in checked]
+        except Exception as error:
+            self._dispatcher.recorder.on_refused(error, count)
+            raise
 
     def statistics(self) -> BatcherStatistics:
         """Return a snapshot of queue, batches and durations."""
         dispatcher = self._dispatcher
-        queue = dispatcher.queue
-        return dispatcher.recorder.statistics(
-            queue.num_queued, queue.num_outside, dispatcher.num_running, dispatcher.num_suspect
-        )
+        return dispatcher.recorder.statistics(**dispatcher.counts())
 
     def _submit(self, sample: Any, timeout: float | None, priority: int) -> Request:
         """Queue a sample; if anything about it is wrong, nothing has changed."""
-        return self._dispatcher.submit(*self._checked(sample, timeout, priority))
+        try:
+            return self._dispatcher.submit(*self._checked(sample, timeout, priority))
+        except Exception as error:
+            self._dispatcher.recorder.on_refused(error)
+            raise
 
     def _checked(
         self, sample: Any, timeout: float | None, priority: int

@@ -15,6 +15,8 @@ from .._loops import Loop, Waiter
 from ..errors import CallCancelledError, CallTimeoutError
 from .queue import BatchQueue
 
+_MAX_KINDS = 50  # each is a time series of its own where it is exported
+
 
 class CallState(enum.StrEnum):  # hashed as a str: every call is counted by its state
     """Whether a call has ended, and how."""
@@ -24,6 +26,24 @@ class CallState(enum.StrEnum):  # hashed as a str: every call is counted by its 
     FAILED = "failed"
     TIMED_OUT = "timed out"
     CANCELLED = "cancelled"
+
+
+class Outcomes(Counter[CallState]):
+    """How many calls have ended how.
+
+    Attributes:
+        failures: how many of those that failed got which error, by the name of its class.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failures: Counter[str] = Counter()
+
+    def on_failure(self, error: BaseException | None) -> None:
+        """Count the error that a call got; of very many kinds those that come late as "other"."""
+        kind = type(error).__name__
+        is_known = kind in self.failures or len(self.failures) < _MAX_KINDS
+        self.failures[kind if is_known else "other"] += 1
 
 
 class BatcherState(enum.Enum):
@@ -111,7 +131,7 @@ class Request:
     """
 
     queue: BatchQueue[Request]
-    outcomes: Counter[CallState]
+    outcomes: Outcomes
     loop: Loop
     sample: Any
     size: float
@@ -196,3 +216,5 @@ class Request:
         if not self._is_counted:
             self._is_counted = True
             self.outcomes[self.state] += 1
+            if self.state is CallState.FAILED:
+                self.outcomes.on_failure(self._error)

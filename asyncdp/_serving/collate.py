@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _tree
+from .._runtime import trace
 from .._tree import PerRow
 from .._verbs.batch import arguments
 from ..errors import CollateError, SplitError
@@ -38,8 +41,16 @@ class Steps:
 
     def run(self, function: Callable[..., Any], samples: Sequence[Any]) -> Sequence[Any]:
         """Collate, call a function and split, in one go."""
-        args, kwargs = arguments(self.collate(samples))
-        return self.results(function(*args, **kwargs), samples)
+        recorder = trace.recorder
+        if recorder is None:
+            args, kwargs = arguments(self.collate(samples))
+            return self.results(function(*args, **kwargs), samples)
+        with recorder.step("collate"):
+            args, kwargs = arguments(self.collate(samples))
+        with recorder.step("model"):
+            output = function(*args, **kwargs)
+        with recorder.step("split"):
+            return self.results(output, samples)
 
     def run_as_called(self, function: Callable[..., Any], samples: Sequence[StatedSample]) -> Sequence[Any]:
         """Do what `run` does, together for all samples that were called in the same state."""
@@ -72,6 +83,43 @@ class Steps:
         return results
 
 
+class Padding:
+    """Counts what the default `collate` of one batcher pads, on whichever lane; in elements of tensors."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._real = self._padded = 0
+
+    def add(self, tensors: Sequence[Tensor]) -> None:
+        """Count the tensors of one leaf of a batch."""
+        real, padded = _num_elements(tensors)
+        with self._lock:
+            self._real += real
+            self._padded += padded
+
+    def totals(self) -> tuple[int, int]:
+        """Return how many elements the samples had, and how many the batches; from any thread."""
+        with self._lock:
+            return self._real, self._padded
+
+
+def padding_of(samples: Sequence[Any]) -> int | None:
+    """Return the elements by which the default `collate` pads a batch; None if it cannot make one."""
+    padding = Padding()
+    try:
+        Stack(0, padding)([each.sample if isinstance(each, StatedSample) else each for each in samples])
+    except Exception:
+        return None
+    real, padded = padding.totals()
+    return padded - real
+
+
+def _num_elements(tensors: Sequence[Tensor]) -> tuple[int, int]:
+    """Return the elements of some tensors, and those of a batch of them."""
+    longest = map(max, zip(*(each.shape for each in tensors), strict=True))
+    return sum(each.numel() for each in tensors), len(tensors) * math.prod(longest)
+
+
 @dataclass(frozen=True)
 class Stack:
     """The default `collate`: stack tensors, arrays and numbers, leaf by leaf; texts become lists.
@@ -82,9 +130,11 @@ class Stack:
     Args:
         pad: what fills tensors up to the longest of the batch, at the end of each dimension; None
             refuses tensors of unlike shapes.
+        padding: counts what is padded.
     """
 
     pad: float | None = None
+    padding: Padding | None = None
 
     def __call__(self, samples: Sequence[Any]) -> Any:
         """Return a batch of the samples' structure, each leaf of shape [num_samples, ...].
@@ -114,10 +164,14 @@ class Stack:
             if each.shape != first.shape:
                 other = each
         if other is first:
-            return torch.stack(tensors)
-        if self.pad is None or any(each.dim() != first.dim() for each in tensors):
+            batch = torch.stack(tensors)
+        elif self.pad is None or any(each.dim() != first.dim() for each in tensors):
             raise CollateError(f"samples differ in shape: {list(first.shape)} and {list(other.shape)}")
-        return _padded(tensors, self.pad)
+        else:
+            batch = _padded(tensors, self.pad)
+        if self.padding is not None:
+            self.padding.add(tensors)
+        return batch
 
 
 def _tensor(leaf: Any) -> Tensor:

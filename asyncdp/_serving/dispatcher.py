@@ -7,7 +7,6 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,17 +14,13 @@ import anyio
 
 from .. import _loops
 from .._loops import Loop
+from .._runtime import trace
 from .._runtime.hangs import GRACE_SECONDS
-from ..errors import (
-    BatcherClosedError,
-    DeviceLostError,
-    LaneHungError,
-    NestedCallError,
-    OtherLoopError,
-)
+from ..errors import BatcherClosedError, DeviceLostError, LaneHungError, NestedCallError, OtherLoopError
 from .call import BatcherState, CallState, Request
 from .outcomes import closed_by, fail_all, for_callers
 from .queue import BatchQueue
+from .running import RunningBatch
 from .search import Health, Search, signature
 from .slots import Slot
 from .statistics import Recorder
@@ -33,27 +28,6 @@ from .statistics import Recorder
 _MAX_PARTS = 4  # of batches that raised, before one of the queue may go although it is not full
 
 _logger = logging.getLogger("asyncdp")
-
-
-@dataclass(slots=True, eq=False)
-class _Batch:
-    """Calls that run on a slot together.
-
-    Attributes:
-        started: when, in seconds.
-        search: what they are a part of, if they were in a batch that raised.
-        has_failed: whether it raised.
-        is_substituted: whether its slot hangs and another one has its place.
-        cancel: cancels it while it runs.
-    """
-
-    slot: Slot
-    calls: Sequence[Request]
-    started: float
-    search: Search | None
-    has_failed: bool = False
-    is_substituted: bool = False
-    cancel: Callable[[], object] | None = None
 
 
 class Dispatcher:
@@ -66,6 +40,7 @@ class Dispatcher:
         state: see `BatcherState`.
         queue: the calls that wait.
         recorder: what statistics are made of.
+        make_request: makes the requests; an export puts one there that makes spans of them, too.
 
     Args:
         halves: whether to look for the samples that make a batch raise.
@@ -84,9 +59,10 @@ class Dispatcher:
         self.state = BatcherState.NEW
         self.queue = queue
         self.recorder = recorder
+        self.make_request: Callable[..., Request] = Request
         self._slots = slots
         self._free = list(reversed(slots))  # the one that was used last comes last, and is used first
-        self._running: set[_Batch] = set()
+        self._running: set[RunningBatch] = set()
         self._halves = halves
         self._scheduler = slots[0].scheduler
         self._hang_timeout = self._scheduler.hang_timeout if hang_timeout is None else hang_timeout
@@ -134,7 +110,9 @@ class Dispatcher:
         if self._lost is not None:
             raise DeviceLostError(self._lost, "no lane of this batcher is left")
         now = time.perf_counter()
-        request = Request(self.queue, self.recorder.outcomes, loop, sample, size, priority, now, timeout)
+        request = self.make_request(
+            self.queue, self.recorder.outcomes, loop, sample, size, priority, now, timeout
+        )
         self.queue.add(request)
         # In the loop's next turn, when others may have come.
         if not self._is_due and self._free and (self.queue.num_queued == 1 or self.queue.may_leave):
@@ -149,6 +127,7 @@ class Dispatcher:
         """
         if self._ended is None:
             self.state = BatcherState.CLOSED
+            self.recorder.on_closed()
             return
         if self.state is BatcherState.OPEN:
             self._drain()
@@ -173,12 +152,18 @@ class Dispatcher:
             call.complete(None, make_error())
         self._searches.clear()
 
-    @property
-    def num_running(self) -> int:
-        """Calls in batches that run, and in such as raised and run again in parts."""
-        searches = [*self._searches, *(batch.search for batch in self._running if batch.search is not None)]
-        calls = sum(len(batch.calls) for batch in self._running)
-        return calls + sum(search.num_left for search in searches)
+    def counts(self) -> dict[str, int]:
+        """Return the fields of `BatcherStatistics` that are the dispatcher's; from any thread."""
+        # Copied at once, since the loop's thread goes on changing them.
+        running, searches, free = tuple(self._running), list(self._searches), tuple(self._free)
+        searches += [batch.search for batch in running if batch.search is not None]
+        num_calls = sum(len(batch.calls) for batch in running)
+        return {
+            "num_queued": self.queue.num_queued,
+            "num_outside": self.queue.num_outside,
+            "num_running": num_calls + sum(search.num_left for search in searches),
+            "num_suspect": sum(slot.is_suspect for slot in (*free, *(batch.slot for batch in running))),
+        }
 
     # Sending batches.
 
@@ -220,7 +205,7 @@ class Dispatcher:
             fail_all(taken, closed_by(error))
             raise
         self._free.pop()
-        batch = _Batch(slot, calls, now, search)
+        batch = RunningBatch(slot, calls, now, search)
         self._running.add(batch)
         self._run(batch)
         return True
@@ -287,7 +272,7 @@ class Dispatcher:
         self._stop_timer()
         self._stop_timer = self._loop.call_later(max(0.0, ready_at - now), self._send)
 
-    def _run(self, batch: _Batch) -> None:
+    def _run(self, batch: RunningBatch) -> None:
         on_end = partial(self._on_end, batch)
         try:
             batch.cancel = batch.slot.begin([call.sample for call in batch.calls], on_end)
@@ -298,11 +283,15 @@ class Dispatcher:
 
     # Ends of batches.
 
-    def _on_end(self, batch: _Batch, results: Sequence[Any] | None, error: BaseException | None) -> None:
+    def _on_end(
+        self, batch: RunningBatch, results: Sequence[Any] | None, error: BaseException | None
+    ) -> None:
         """End the calls of a batch, which has run or was cancelled, or look for those at fault."""
         if batch not in self._running:
             return  # abandoned
         batch.cancel, batch.has_failed = None, error is not None
+        if self.recorder.observers or trace.recorder is not None:
+            self._observe(batch, closed_by(None) if results is None and error is None else error)
         try:
             if error is not None:
                 self._on_error(batch, error)
@@ -319,7 +308,10 @@ class Dispatcher:
             if batch in self._running:
                 self._finish(batch)
 
-    def _on_success(self, batch: _Batch, results: Sequence[Any]) -> None:
+    def _observe(self, batch: RunningBatch, error: BaseException | None) -> None:
+        self.recorder.on_run(batch.calls, batch.started, batch.slot.place, batch.search is not None, error)
+
+    def _on_success(self, batch: RunningBatch, results: Sequence[Any]) -> None:
         self._health.on_success(len(batch.calls))
         for search in self._searches:
             search.on_success()  # of another batch, which shows as well that the model works
@@ -330,7 +322,7 @@ class Dispatcher:
         for call, value in zip(batch.calls, results, strict=True):
             call.complete(value)
 
-    def _on_error(self, batch: _Batch, error: BaseException) -> None:
+    def _on_error(self, batch: RunningBatch, error: BaseException) -> None:
         """Search a failed batch for the calls at fault; fail a lone one, and all on a lost lane."""
         lost, search = batch.slot.lost, batch.search
         is_final = lost is not None or len(batch.calls) == 1 or not self._halves
@@ -347,7 +339,7 @@ class Dispatcher:
             batch.search.is_complete &= lost is None
         self._go_on(search)
 
-    def _finish(self, batch: _Batch) -> None:
+    def _finish(self, batch: RunningBatch) -> None:
         """End a batch: its slot takes the next one."""
         self._running.remove(batch)
         self.recorder.runs.append(time.perf_counter() - batch.started)
@@ -369,12 +361,6 @@ class Dispatcher:
 
     # Lanes that hang.
 
-    @property
-    def num_suspect(self) -> int:
-        """Slots whose lanes hang."""
-        running = sum(batch.slot.is_suspect for batch in self._running)
-        return running + sum(slot.is_suspect for slot in self._free)
-
     def _watch_later(self, hang_timeout: float) -> None:
         assert self._loop is not None
         self._stop_watch = self._loop.call_later(hang_timeout / 4, partial(self._watch, hang_timeout))
@@ -390,6 +376,8 @@ class Dispatcher:
             if self.state is not BatcherState.OPEN:
                 self._abandon(hung)
             for batch in hung:
+                self.recorder.num_hung += not batch.is_hung
+                batch.is_hung = True
                 substitute = None if batch.is_substituted else batch.slot.substitute()
                 if substitute is not None:
                     batch.is_substituted = True
@@ -398,13 +386,14 @@ class Dispatcher:
             self._fail(error)
         self._send()
 
-    def _abandon(self, batches: Sequence[_Batch]) -> None:
+    def _abandon(self, batches: Sequence[RunningBatch]) -> None:
         """Fail batches that run, and wait for them no longer."""
         for batch in batches:
             what = f"a batch of {len(batch.calls)} calls {batch.slot.place}"
             error = LaneHungError(what, time.perf_counter() - batch.started)
             _logger.warning("%s", error)
             self._running.remove(batch)
+            self._observe(batch, error)
             fail_all([*batch.calls, *(() if batch.search is None else batch.search.end())], error)
             if batch.cancel is not None:
                 batch.cancel()
@@ -443,6 +432,7 @@ class Dispatcher:
         self._stop_timer()
         self._stop_watch()
         self.reject_waiting(partial(closed_by, None))
+        self.recorder.on_closed()
         self._ended.set()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import inspect
+import time
 import types
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
@@ -15,7 +16,7 @@ import torch
 
 from .. import _loops
 from .._loops import ends_tasks, is_cancelled
-from .._runtime import Lane, LaneState, Runtime, Scheduler, Task, default_runtime, scheduler_of
+from .._runtime import Lane, LaneState, Runtime, Scheduler, Task, default_runtime, scheduler_of, trace
 from .._runtime.ambient import Ambient
 from .._runtime.lane_runner import LaneRunner
 from .._runtime.passes import Pass
@@ -187,7 +188,12 @@ class AsyncSlot(Slot):
     async def _run(self, samples: Sequence[Any], on_end: OnEnd) -> None:
         try:
             args, kwargs = await self._on_lane(partial(self.steps.arguments, samples), "collate")
-            output = await _without_grad(self._call(args, kwargs))
+            begun = time.perf_counter()
+            try:
+                output = await _without_grad(self._call(args, kwargs))
+            finally:
+                if trace.recorder is not None:
+                    trace.recorder.add("event loop", "awaiting", "model", begun, time.perf_counter())
             results = await self._on_lane(partial(self.steps.results, output, samples), "split")
         except BaseException as error:
             if ends_tasks(error) and is_cancelled():

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
 
-from .call import CallState, Request
+from .._runtime import trace
+from ..errors import BatcherClosedError, DeviceLostError, QueueFullError
+from .call import CallState, Outcomes, Request
+from .collate import Padding, padding_of
 
 _NUM_KEPT = 4096  # the latest durations, which percentiles are made of
+
+_logger = logging.getLogger("asyncdp")
+
+_REASONS = {QueueFullError: "queue_full", BatcherClosedError: "closed", DeviceLostError: "device_lost"}
+INVALID = "invalid"
+REASONS = (*_REASONS.values(), INVALID)
+"""Why a call may be refused."""
 
 
 @dataclass(frozen=True)
@@ -49,22 +63,66 @@ class BatcherStatistics:
     """Calls cancelled before their outcome was handed over."""
     num_timed_out: int
     num_refused: int
-    """Calls of `call_nowait` that found the queue full."""
+    """Calls that were not queued, see `refused`."""
     num_batches: int
+    """Batches taken from the queue; parts of one that run again are not counted."""
+    num_samples: int
+    """Samples of those batches."""
     num_retried: int
     """Batches that raised and were run again in parts."""
     num_lost_slots: int
     """Places for batches that are gone with their lanes; one that moved to a spare lane is not."""
     num_suspect: int
     """Places for batches whose lanes hang, by `hang_timeout`; others are used until they answer."""
+    num_hung: int
+    """Batches that have made their lane suspect."""
+    real_tokens: float
+    """Sum of the lengths of the samples, by `size_of`. Without it, elements of the tensors that the default
+    `collate` pads."""
+    padding_tokens: float
+    """What padding each sample to the longest one of its batch adds to those."""
     batch_fill: float
     """Mean samples of a batch over `max_batch_size`, from 0 to 1."""
     padding_waste: float
-    """Share of all batches that was padding, by `size_of`, from 0 to 1."""
+    """Share of all batches that was padding, from 0 to 1."""
+    failures: Mapping[str, int]
+    """Calls that got an exception, by its class."""
+    refused: Mapping[str, int]
+    """Calls that were not queued, by the reason: `queue_full` (of `call_nowait`), `closed`, `device_lost`, or
+    `invalid` arguments."""
     wait: Percentiles
     """From a call to the start of its batch."""
     run: Percentiles
     """From the start of a batch to its results."""
+
+
+class Run(NamedTuple):
+    """A batch, or a part of one that raised, that has run.
+
+    Attributes:
+        calls: of the batch; those with a result are told of it later.
+        started, ended: in seconds, by `time.perf_counter`.
+        place: where it ran.
+        is_retry: whether it was a part of a batch that raised.
+        error: what it raised.
+    """
+
+    calls: Sequence[Request]
+    started: float
+    ended: float
+    place: str
+    is_retry: bool
+    error: BaseException | None
+
+
+class Observer(Protocol):
+    """What is told of everything that one batcher does, on its event loop."""
+
+    def on_run(self, run: Run) -> None:
+        """Take note of a batch that has run."""
+
+    def on_closed(self) -> None:
+        """Take note that the batcher has ended."""
 
 
 @dataclass
@@ -72,43 +130,104 @@ class Recorder:
     """Collects what `BatcherStatistics` shows; its `num_x` are fields of those."""
 
     max_batch_size: int
-    num_refused: int = 0
+    name: str | None = None
+    padding: Padding | None = None
     num_batches: int = 0
+    num_samples: int = 0
     num_retried: int = 0
     num_lost_slots: int = 0
-    outcomes: Counter[CallState] = field(default_factory=Counter)
+    num_hung: int = 0
+    outcomes: Outcomes = field(default_factory=Outcomes)
+    refused: Counter[str] = field(default_factory=Counter)
     runs: deque[float] = field(default_factory=lambda: deque(maxlen=_NUM_KEPT))
+    observers: list[Observer] = field(default_factory=list)
     _waits: deque[float] = field(default_factory=lambda: deque(maxlen=_NUM_KEPT))
-    _num_samples: int = 0
     _total_size: float = 0.0
     _padded_size: float = 0.0
+
+    def on_refused(self, error: Exception, count: int = 1) -> None:
+        """Count calls that were not queued."""
+        self.refused[_REASONS.get(type(error), INVALID)] += count
 
     def on_batch(self, calls: Sequence[Request], now: float) -> None:
         """Count a batch whose calls have waited until now."""
         sizes = [call.size for call in calls]
         self._waits.extend([now - call.arrived for call in calls])
         self.num_batches += 1
-        self._num_samples += len(calls)
+        self.num_samples += len(calls)
         self._total_size += sum(sizes)
         self._padded_size += len(calls) * max(sizes)
 
-    def statistics(
-        self, num_queued: int, num_outside: int, num_running: int, num_suspect: int
-    ) -> BatcherStatistics:
-        """Return the statistics of this moment."""
-        capacity = self.num_batches * self.max_batch_size
-        return BatcherStatistics(
-            num_queued=num_queued,
-            num_outside=num_outside,
-            num_running=num_running,
-            num_suspect=num_suspect,
-            num_done=self.outcomes[CallState.DONE],
-            num_failed=self.outcomes[CallState.FAILED],
-            num_cancelled=self.outcomes[CallState.CANCELLED],
-            num_timed_out=self.outcomes[CallState.TIMED_OUT],
-            batch_fill=self._num_samples / capacity if capacity else 0.0,
-            padding_waste=1 - self._total_size / self._padded_size if self._padded_size else 0.0,
-            wait=Percentiles.of(self._waits),
-            run=Percentiles.of(self.runs),
+    def on_run(
+        self,
+        calls: Sequence[Request],
+        started: float,
+        place: str,
+        is_retry: bool,
+        error: BaseException | None,
+    ) -> None:
+        """Tell the observers of a batch that has run, before its calls get to know."""
+        run = Run(calls, started, time.perf_counter(), place, is_retry, error)
+        if trace.recorder is not None:
+            self._trace(trace.recorder, run)
+        for observer in self.observers:
+            try:
+                observer.on_run(run)
+            except Exception:
+                # What watches a service must not end it.
+                _logger.warning("a metric or span of a batch could not be recorded", exc_info=True)
+
+    def _trace(self, recorder: trace.TraceRecorder, run: Run) -> None:
+        row = "batcher" if self.name is None else f"batcher {self.name}"
+        size, padding = {"size": len(run.calls)}, self.padding_of(run)
+        if not run.is_retry:
+            arrived = min(call.arrived for call in run.calls)
+            recorder.add(row, "queued", "batch", arrived, run.started, size)
+        ran: dict[str, Any] = {**size, "place": run.place, "is_retry": run.is_retry}
+        if padding is not None:
+            ran["padding"] = padding
+        if run.error is not None:
+            ran["error"] = type(run.error).__name__
+        recorder.add(row, "batch", "batch", run.started, run.ended, ran)
+
+    def padding_of(self, run: Run) -> float | None:
+        """Return the `padding_tokens` of a batch; None if nobody knows them."""
+        if self.padding is None:
+            sizes = [call.size for call in run.calls]
+            longest = max(sizes)
+            return len(sizes) * longest - sum(sizes) if longest else None
+        return padding_of([call.sample for call in run.calls])
+
+    def on_closed(self) -> None:
+        """Tell the observers that the batcher has ended."""
+        observers, self.observers = self.observers, []
+        for observer in observers:
+            observer.on_closed()
+
+    def counts(self) -> dict[str, Any]:
+        """Return the fields of `BatcherStatistics` that need no computing; from any thread."""
+        padding, capacity = self.padding, self.num_batches * self.max_batch_size
+        if padding is None:
+            real, padded = self._total_size, self._padded_size
+        else:
+            real, padded = padding.totals()
+        return {
+            "num_done": self.outcomes[CallState.DONE],
+            "num_failed": self.outcomes[CallState.FAILED],
+            "num_cancelled": self.outcomes[CallState.CANCELLED],
+            "num_timed_out": self.outcomes[CallState.TIMED_OUT],
+            "num_refused": self.refused.total(),
+            "failures": MappingProxyType(dict(self.outcomes.failures)),
+            "refused": MappingProxyType(dict(self.refused)),
+            "real_tokens": real,
+            "padding_tokens": padded - real,
+            "padding_waste": 1 - real / padded if padded else 0.0,
+            "batch_fill": self.num_samples / capacity if capacity else 0.0,
             **{name: count for name, count in vars(self).items() if name.startswith("num_")},
+        }
+
+    def statistics(self, **counts: Any) -> BatcherStatistics:
+        """Return the statistics of this moment, with the counts of the dispatcher."""
+        return BatcherStatistics(
+            **self.counts(), **counts, wait=Percentiles.of(self._waits), run=Percentiles.of(self.runs)
         )

@@ -246,7 +246,8 @@ async def test_tasks_are_named_for_what_they_do(tmp_path: Path) -> None:
             pass
         await engine.runtime.warm_up()
     spans = await spans_of(path)
-    assert {span["name"] for span in spans} == {"apply", "run", "warm_up"}
+    batches = {"batch", "collate", "model", "split"}
+    assert {span["name"] for span in spans} == {"apply", "run", "warm_up"} | batches
 
 
 async def functional(num_lanes: int) -> None:
@@ -324,9 +325,9 @@ async def warm_up(_: object) -> None:
         (call_alone, None, {"run"}),
         (whole, None, {"run"}),
         (stream, None, {"run"}),
-        (batches_of_an_engine, None, {"run"}),
-        (batches_of_a_function, None, {"run"}),
-        (batches_of_an_async_function, None, {"collate", "split"}),
+        (batches_of_an_engine, None, {"run", "batch", "collate", "model", "split"}),
+        (batches_of_a_function, None, {"run", "batch", "collate", "model", "split"}),
+        (batches_of_an_async_function, None, {"batch", "collate", "model", "split"}),
         (train, "all", {"train", "reduce"}),
         (train, 1, {"train"}),
         (verbs, None, {"run", "backward"}),
