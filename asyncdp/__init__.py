@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import errors
+    from . import errors, infer
     from ._devices import parse_devices
     from ._engine.calls import EngineView
     from ._engine.data_parallel import DataParallel, DataParallelStatistics, data_parallel
@@ -65,6 +65,7 @@ __all__ = [
     "export_opentelemetry",
     "export_prometheus",
     "gather",
+    "infer",
     "parallel_apply",
     "parse_devices",
     "replicate",
@@ -94,6 +95,8 @@ _MODULES = (
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "infer":  # a room of its own, which nothing else here needs
+        return importlib.import_module(".infer", __name__)
     modules = [importlib.import_module(f".{each}", __name__) for each in _MODULES]
     if name not in globals():
         exported = {

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from ..errors import AsyncDPError
-from ..infer import InferOptions
-from .running import EXIT_INTERRUPTED, Abandoned, Interrupted, exit_code_of, run_infer
+from .infer_command import run_command, signature
+from .running import EXIT_INTERRUPTED, Abandoned, Interrupted, exit_code_of
 
 _WIDTH = 100
 
@@ -35,62 +34,14 @@ Exit codes: 0 all done, 1 failed, 2 usage, 3 done with bad records, 130 interrup
 after 1 and 130 the same command with --resume continues."""
 
 
-@app.command(epilog=_EXAMPLE)
-def infer(
-    inputs: Annotated[list[str], typer.Argument(help="Files, folders, patterns, - for stdin.")],
-    model: Annotated[str, typer.Option(help="module:factory, .pt2 or folder to embed.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the shards.")],
-    weights: Annotated[str | None, typer.Option(help="A .safetensors file for the factory's model.")] = None,
-    task: Annotated[str | None, typer.Option(help="embed: text to vectors, --model is a HF folder.")] = None,
-    input_format: Annotated[str | None, typer.Option(help="jsonl csv lines parquet npz images ...")] = None,
-    encoding: Annotated[str | None, typer.Option(help="Of text: cp1252, utf-16 ...; else UTF-8.")] = None,
-    delimiter: Annotated[str | None, typer.Option(help="Between the fields of CSV.")] = None,
-    quote: Annotated[str, typer.Option(help="Around fields of CSV.")] = '"',
-    allow_nan: Annotated[bool, typer.Option("--allow-nan", help="Read NaN and Infinity in JSON.")] = False,
-    first_frame: Annotated[
-        bool, typer.Option("--first-frame", help="Leave out an image's further frames or pages.")
-    ] = False,
-    output_format: Annotated[str, typer.Option(help="parquet jsonl npy safetensors")] = "parquet",
-    column: Annotated[list[str] | None, typer.Option(help="Column for the model; repeatable.")] = None,
-    id_column: Annotated[str | None, typer.Option(help="Column with the id; else the row index.")] = None,
-    keep: Annotated[list[str] | None, typer.Option(help="Column to copy to the output; repeatable.")] = None,
-    rename: Annotated[list[str] | None, typer.Option(help="Of the output: old=new; repeatable.")] = None,
-    devices: Annotated[str | None, typer.Option(help="cpu*4, cuda, cuda:0,cuda:1 ...; else all.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Most records per batch.")] = 32,
-    max_batch_cost: Annotated[int | None, typer.Option(help="Most records times longest.")] = None,
-    window: Annotated[int, typer.Option(help="Records sorted by length together.")] = 1024,
-    shard_size: Annotated[int, typer.Option(help="Records per shard.")] = 4096,
-    order: Annotated[str, typer.Option(help="Of rows: input or completion.")] = "input",
-    preprocess: Annotated[str | None, typer.Option(help="module:function, record to item.")] = None,
-    collate: Annotated[str | None, typer.Option(help="module:function, items to arguments.")] = None,
-    postprocess: Annotated[str | None, typer.Option(help="module:function, output to columns.")] = None,
-    workers: Annotated[int, typer.Option(help="Workers that preprocess.")] = 1,
-    worker_processes: Annotated[bool, typer.Option("--worker-processes", help="Use processes.")] = False,
-    input_dtype: Annotated[
-        str | None, typer.Option(help="Of the model's numbers: float32, or ids=int64,x=float32.")
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
-    autocast: Annotated[str | None, typer.Option(help="float16 or bfloat16.")] = None,
-    compile: Annotated[bool, typer.Option("--compile", help="Compile the model.")] = False,
-    on_error: Annotated[str, typer.Option(help="stop, skip or record bad ones.")] = "stop",
-    max_errors: Annotated[int | None, typer.Option(help="Give up after this many.")] = None,
-    shard: Annotated[str | None, typer.Option(help="i/n: do part i of n; see merge.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the job in --output.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, run one batch.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Picture of rate and load, .png or .svg.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Log and summary as JSON lines.")] = False,
-    allow_unsafe_pickle: Annotated[
-        bool, typer.Option("--allow-unsafe-pickle", help="Load weights from a pickle.")
-    ] = False,
-) -> None:
+def infer(context: typer.Context, **given: Any) -> None:
     """Run a model over all records of some files."""
-    given = {**locals(), "inputs": tuple(inputs), "columns": tuple(column or ())}
-    given |= {"keep": tuple(keep or ()), "rename": tuple(rename or ())}
-    with _exit_codes(as_json=as_json):
-        options = InferOptions(
-            **{field.name: given[field.name] for field in dataclasses.fields(InferOptions)}
-        )
-        raise typer.Exit(run_infer(options, dry_run=dry_run, plot=plot, as_json=as_json))
+    with _exit_codes(as_json=given["json"]):
+        raise typer.Exit(run_command(context, given))
+
+
+infer.__signature__ = signature()  # type: ignore[attr-defined]
+app.command(epilog=_EXAMPLE)(infer)
 
 
 @app.command()

@@ -56,8 +56,9 @@ def run_infer(options: InferOptions, *, dry_run: bool, plot: Path | None, as_jso
         print(format_plan(_run(job.plan, options, "nothing was written"), as_json=as_json))
         return 0
     monitor = Monitor()
-    run = functools.partial(job.run, make_reporter(as_json=as_json), monitor)
-    summary = _run(run, options, "the same command with --resume continues")
+    with make_reporter(as_json=as_json) as reporter:
+        run = functools.partial(job.run, reporter.report, monitor)
+        summary = _run(run, options, "the same command with --resume continues")
     print(format_summary(summary, as_json=as_json))
     if plot is not None:
         draw_plot(plot, monitor.samples)

@@ -26,9 +26,11 @@ from .output.writers import try_writer, write_shard
 from .pipeline import Pipeline
 from .readers import STDIN, open_inputs
 from .records import Failure
-from .report.memory import release_memory
+from .report.events import Report, ignore
+from .report.memory import release_memory, resident_memory
 from .report.monitor import Monitor
-from .report.summary import Plan, Reporter, SilentReporter, Summary, summarize
+from .report.summary import Plan, Summary
+from .report.watch import Watch
 from .setup import find_devices, make_steps
 from .task_groups import plain_task_group
 
@@ -72,26 +74,32 @@ class Job:
             self.inputs.check_fit()
         self.steps = make_steps(options, self.inputs.format_name, self.model)
 
-    async def run(self, reporter: Reporter | None = None, monitor: Monitor | None = None) -> Summary:
+    async def run(self, report: Report | None = None, monitor: Monitor | None = None) -> Summary:
         """Run the job to its end.
 
         Args:
-            reporter: shows how the job goes; None shows nothing.
+            report: gets every event but `Finished`; None for nobody.
             monitor: counts what happens; a new one if None.
 
         Raises:
             JobError: see its subclasses; all blocks finished before stay valid.
         """
-        reporter, monitor = reporter or SilentReporter(), monitor or Monitor()
+        monitor = monitor or Monitor()
+        watch = Watch(monitor, self._estimate, report or ignore)
         with await anyio.to_thread.run_sync(self._open_output) as output:
             monitor.num_earlier = sum(block.num_records for block in output.finished.values())
             monitor.num_earlier_bad = sum(block.num_bad for block in output.finished.values())
             monitor.warnings += self.inputs.warnings + output.warnings
             if not self._is_complete(output):
-                await self._run_engine(output, reporter, monitor)
+                await self._run_engine(output, watch)
+            watch.warn()
             files, error_files = output.count_files()
-            summary = summarize(monitor, output=str(output.path), files=files, error_files=error_files)
-            summary = dataclasses.replace(summary, passed_over=dict(self.inputs.passed_over))
+            summary = monitor.summary(
+                output=str(output.path),
+                files=files,
+                error_files=error_files,
+                passed_over=self.inputs.passed_over,
+            )
             text = json.dumps(dataclasses.asdict(summary), indent=1).encode()
             await anyio.to_thread.run_sync(write_whole, output.path / SUMMARY_NAME, text)
         return summary
@@ -148,33 +156,24 @@ class Job:
     def _engine(self) -> DataParallel:
         return DataParallel(self.model.module, self.devices, output_device="cpu")
 
-    async def _run_engine(self, output: OutputFolder, reporter: Reporter, monitor: Monitor) -> None:
+    async def _run_engine(self, output: OutputFolder, watch: Watch) -> None:
         async with self._engine() as engine, plain_task_group() as group:
-            monitor.restart(engine)
-            names = tuple(lane.name for lane in engine.runtime.lanes)
-            reporter.started(self._estimate(), monitor, names)
-            group.start_soon(self._tick, engine, reporter, monitor)
-            pipeline = Pipeline(engine, self.steps, self.options, output.write_block, monitor)
+            watch.start(engine)
+            group.start_soon(_tick, watch)
+            pipeline = Pipeline(
+                engine, self.steps, self.options, output.write_block, watch.monitor, watch.report
+            )
             try:
                 await pipeline.run(self._windows(output), abandon_reads=self._reads_stdin)
             except TooManyBadRecordsError:
                 await anyio.to_thread.run_sync(output.write_unfinished, pipeline.failures_left())
                 raise
             finally:
-                monitor.sample(engine)
-                reporter.progressed(self._estimate(), monitor)
-                reporter.finished()
+                watch.look()
             total = self.inputs.count_records()
             total = self.inputs.num_records_read if total is None else total
             await anyio.to_thread.run_sync(output.journal.finish_input, total)
             group.cancel_scope.cancel()
-
-    async def _tick(self, engine: Any, reporter: Reporter, monitor: Monitor) -> None:
-        while True:
-            await anyio.sleep(_TICK_SECONDS)
-            monitor.sample(engine)
-            reporter.progressed(self._estimate(), monitor)
-            await anyio.to_thread.run_sync(release_memory)
 
     def _windows(self, output: OutputFolder) -> Generator[Window, None, None]:
         size, total = self.options.shard_size, self.inputs.count_records()
@@ -210,6 +209,19 @@ class Job:
     def _count_own(self, num_records: int) -> int:
         size = self.options.shard_size
         return sum(min(size, num_records - block * size) for block in self._own_blocks(num_records))
+
+
+async def _tick(watch: Watch) -> None:
+    """Look at a job again and again, until cancelled."""
+    while True:
+        await anyio.sleep(_TICK_SECONDS)
+        watch.look()
+        watch.monitor.memory = await anyio.to_thread.run_sync(_tidy_memory)
+
+
+def _tidy_memory() -> int | None:
+    release_memory()
+    return resident_memory()
 
 
 def blocks_of_part(num_records: int, block_size: int, part: tuple[int, int], *, contiguous: bool) -> range:

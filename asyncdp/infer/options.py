@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from ..errors import JobUsageError
 from .dtypes import parse_dtypes
@@ -26,9 +27,25 @@ _ONE_OR_MORE = ("batch_size", "max_batch_cost", "window", "shard_size", "workers
 _LEAST = {"max_errors": 0, **dict.fromkeys(_ONE_OR_MORE, 1)}
 
 
+def _help(text: str, *, name: str | None = None) -> dict[str, str | None]:
+    """Return what the command line needs to know of an option.
+
+    Args:
+        text: what its help says.
+        name: that of the flag, in the singular where it may be repeated; None for the attribute's.
+    """
+    return {"help": text, "name": name}
+
+
+def _option(default: object, text: str, *, name: str | None = None) -> Any:
+    return dataclasses.field(default=default, metadata=_help(text, name=name))
+
+
 @dataclasses.dataclass(frozen=True)
 class InferOptions:
-    """Options of one inference job; the command line has one flag for each.
+    """Options of one inference job.
+
+    Each is also a flag of the command line, an entry of its configuration file, and a keyword of `run`.
 
     Attributes:
         inputs: paths, folders, patterns, or `-`.
@@ -44,42 +61,42 @@ class InferOptions:
         shard: part of the blocks to do, as `i/n` counting from 1.
     """
 
-    inputs: tuple[str, ...]
-    model: str
-    output: Path
-    weights: str | None = None
-    task: str | None = None
-    input_format: str | None = None
-    encoding: str | None = None
-    delimiter: str | None = None
-    quote: str = '"'
-    allow_nan: bool = False
-    first_frame: bool = False
-    output_format: str = "parquet"
-    columns: tuple[str, ...] = ()
-    id_column: str | None = None
-    keep: tuple[str, ...] = ()
-    rename: tuple[str, ...] = ()
-    devices: str | None = None
-    batch_size: int = 32
-    max_batch_cost: int | None = None
-    window: int = 1024
-    shard_size: int = 4096
-    order: str = "input"
-    preprocess: str | None = None
-    collate: str | None = None
-    postprocess: str | None = None
-    workers: int = 1
-    worker_processes: bool = False
-    input_dtype: str | None = None
-    dtype: str | None = None
-    autocast: str | None = None
-    compile: bool = False
-    on_error: str = "stop"
-    max_errors: int | None = None
-    shard: str | None = None
-    resume: bool = False
-    allow_unsafe_pickle: bool = False
+    inputs: tuple[str, ...] = dataclasses.field(metadata=_help("Files, folders, patterns, - for stdin."))
+    model: str = dataclasses.field(metadata=_help("module:factory, .pt2 or folder to embed."))
+    output: Path = dataclasses.field(metadata=_help("Folder for the shards."))
+    weights: str | None = _option(None, "A .safetensors file for the factory's model.")
+    task: str | None = _option(None, "embed: text to vectors, --model is a HF folder.")
+    input_format: str | None = _option(None, "jsonl csv lines parquet npz images ...")
+    encoding: str | None = _option(None, "Of text: cp1252, utf-16 ...; else UTF-8.")
+    delimiter: str | None = _option(None, "Between the fields of CSV.")
+    quote: str = _option('"', "Around fields of CSV.")
+    allow_nan: bool = _option(False, "Read NaN and Infinity in JSON.")
+    first_frame: bool = _option(False, "Leave out an image's further frames or pages.")
+    output_format: str = _option("parquet", "parquet jsonl npy safetensors")
+    columns: tuple[str, ...] = _option((), "Column for the model; repeatable.", name="column")
+    id_column: str | None = _option(None, "Column with the id; else the row index.")
+    keep: tuple[str, ...] = _option((), "Column to copy to the output; repeatable.")
+    rename: tuple[str, ...] = _option((), "Of the output: old=new; repeatable.")
+    devices: str | None = _option(None, "cpu*4, cuda, cuda:0,cuda:1 ...; else all.")
+    batch_size: int = _option(32, "Most records per batch.")
+    max_batch_cost: int | None = _option(None, "Most records times longest.")
+    window: int = _option(1024, "Records sorted by length together.")
+    shard_size: int = _option(4096, "Records per shard.")
+    order: str = _option("input", "Of rows: input or completion.")
+    preprocess: str | None = _option(None, "module:function, record to item.")
+    collate: str | None = _option(None, "module:function, items to arguments.")
+    postprocess: str | None = _option(None, "module:function, output to columns.")
+    workers: int = _option(1, "Workers that preprocess.")
+    worker_processes: bool = _option(False, "Use processes.")
+    input_dtype: str | None = _option(None, "Of the model's numbers: float32, or ids=int64,x=float32.")
+    dtype: str | None = _option(None, "float32, float16 or bfloat16.")
+    autocast: str | None = _option(None, "float16 or bfloat16.")
+    compile: bool = _option(False, "Compile the model.")
+    on_error: str = _option("stop", "stop, skip or record bad ones.")
+    max_errors: int | None = _option(None, "Give up after this many.")
+    shard: str | None = _option(None, "i/n: do part i of n; see merge.")
+    resume: bool = _option(False, "Continue the job in --output.")
+    allow_unsafe_pickle: bool = _option(False, "Load weights from a pickle.")
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():

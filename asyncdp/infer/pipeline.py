@@ -21,6 +21,7 @@ from .batching import Window, padding, plan_batches
 from .blocks import Batch, BlockRows, OpenBlock
 from .options import InferOptions
 from .records import Failure, Record
+from .report.events import Report, ShardFinished, ignore
 from .report.monitor import Monitor
 from .steps import Steps, arguments_of, check_texts, to_columns, with_kept
 from .task_groups import plain_task_group
@@ -54,16 +55,24 @@ class Pipeline:
         options: sizes of batches and blocks, workers, and what to do with refused records.
         write_block: called in a worker thread, one block at a time.
         monitor: counts what happens.
+        report: gets an event for every block that was written.
     """
 
     def __init__(
-        self, engine: Engine, steps: Steps, options: InferOptions, write_block: WriteBlock, monitor: Monitor
+        self,
+        engine: Engine,
+        steps: Steps,
+        options: InferOptions,
+        write_block: WriteBlock,
+        monitor: Monitor,
+        report: Report = ignore,
     ) -> None:
         self._engine = engine
         self._steps = steps
         self._options = options
         self._write_block = write_block
         self._monitor = monitor
+        self._report = report
         self._batch_size = options.batch_size
         self._open: dict[int, OpenBlock] = {}
 
@@ -256,6 +265,8 @@ class Pipeline:
         async with blocks:
             async for block in blocks:
                 await anyio.to_thread.run_sync(self._finish, block)
+                num_bad = block.num_done - len(block.rows)
+                self._report(ShardFinished(block.index, block.num_done, num_bad))
 
     def _finish(self, block: OpenBlock) -> None:
         with self._monitor.timed("write"):

@@ -22,6 +22,7 @@ def work(tmp_path, monkeypatch, encoder_folder):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "task.py").write_text(PYTHON[0])
+    (tmp_path / "job.toml").write_text(re.findall(r"``toml\n(.+?)``", TEXT, re.DOTALL)[0])
     (tmp_path / "rows.csv").write_text("a,b,c\n" + "1,2,3\n4,5,6\n" * 3)
     (tmp_path / "texts.jsonl").write_text('{"text": "one two"}\n{"text": "three"}\n')
     (tmp_path / "minilm").symlink_to(encoder_folder)
@@ -30,7 +31,7 @@ def work(tmp_path, monkeypatch, encoder_folder):
 
 def test_every_command_of_the_docs_runs(work):
     """All commands, in order, end with 0 and leave the shards they promise."""
-    assert len(COMMANDS) == 7
+    assert len(COMMANDS) == 9
     for command in COMMANDS:
         result = CliRunner().invoke(app, shlex.split(command))
         assert result.exit_code == 0, (command, result.output)
@@ -46,6 +47,8 @@ def test_the_python_of_the_docs_runs(work):
     names: dict[str, object] = {}
     exec(PYTHON[1], names)
     assert names["table"].num_rows == 6
+    exec(PYTHON[2], names)
+    assert len((work / "second" / "part-000000.jsonl").read_text().splitlines()) == 6
 
 
 def test_the_docs_know_the_exit_codes():

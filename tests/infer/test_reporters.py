@@ -11,14 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from asyncdp.infer import ShardFinished, Started, Warned
 from asyncdp.infer.report.monitor import Monitor, Sample
-from asyncdp.infer.report.reporters import JsonReporter, LineReporter, make_reporter, pace
+from asyncdp.infer.report.reporters import JsonReporter, LineReporter, make_reporter
 
 
 @pytest.fixture
 def monitor():
     """A job that did 50 of 110 records in ten seconds, after ten that were done earlier."""
-    monitor = Monitor(num_earlier=10, num_done=50, num_bad=2)
+    monitor = Monitor(num_earlier=10, num_done=50, num_bad=2, memory=300 << 20)
     monitor.samples = [Sample(0.0, 0, {"cpu:0": 1.0}), Sample(10.0, 50, {"cpu:0": 6.0})]
     monitor.started -= 10.0
     return monitor
@@ -26,32 +27,33 @@ def monitor():
 
 def test_pace_counts_this_run_only(monitor):
     """Records done earlier change neither rate nor time left."""
-    rate, left = pace(110, monitor)
-    assert rate == pytest.approx(5.0, rel=0.01)
-    assert left == pytest.approx(10.0, rel=0.01)
-    assert pace(None, monitor)[1] is None
+    progress = monitor.progress(110)
+    assert progress.rate == pytest.approx(5.0, rel=0.01)
+    assert progress.seconds_left == pytest.approx(10.0, rel=0.01)
+    assert monitor.progress(None).seconds_left is None
 
 
 def test_lane_load_is_a_part_of_the_time(monitor):
-    """A lane busy for five of ten seconds shows one half."""
+    """A lane busy for five of ten seconds shows one half; progress tells of the last seconds only."""
     assert monitor.busy_fractions() == {"cpu:0": pytest.approx(0.5)}
+    monitor.samples += [Sample(10.0 + second, 50, {"cpu:0": 6.0}) for second in range(1, 20)]
+    assert monitor.progress(110).lanes == {"cpu:0": 0.0}
 
 
 def test_lines_are_paced_and_warnings_are_not(monitor, monkeypatch):
-    """A log gets a line every few seconds, but each warning at once, and only once."""
+    """A log gets a line every few seconds, but each warning at once."""
     out = io.StringIO()
     reporter = LineReporter(out)
-    reporter.started(110, monitor, ("cpu:0",))
-    monitor.warn_once("out of memory")
-    monitor.warn_once("out of memory")
-    reporter.progressed(110, monitor)
+    reporter.report(Started(110, 10, ("cpu:0",)))
+    reporter.report(Warned("out of memory"))
+    reporter.report(monitor.progress(110))
     monkeypatch.setattr(reporter, "_last", -1e9)
-    reporter.progressed(110, monitor)
-    reporter.finished()
+    reporter.report(monitor.progress(110))
+    reporter.report(ShardFinished(0, 50, 2))
     assert out.getvalue().splitlines() == [
         "running 110 records on cpu:0, 10 done earlier",
         "warning: out of memory",
-        "60 of 110 records, 5.0/s, 0m10s left, 2 bad",
+        "60 of 110 records, 5.0/s, 0m10s left, 2 bad, lanes 50%, 300 MiB",
     ]
 
 
@@ -59,24 +61,19 @@ def test_json_events(monitor, monkeypatch):
     """A machine gets one object per line."""
     out = io.StringIO()
     reporter = JsonReporter(out)
-    reporter.started(None, monitor, ("cpu:0",))
-    monitor.warn_once("careful")
+    reporter.report(Started(None, 10, ("cpu:0",)))
+    reporter.report(Warned("careful"))
     monkeypatch.setattr(reporter, "_last", -1e9)
-    reporter.progressed(110, monitor)
+    reporter.report(monitor.progress(110))
     events = [json.loads(line) for line in out.getvalue().splitlines()]
     assert [event["event"] for event in events] == ["started", "warning", "progress"]
     assert (events[2]["done"], events[2]["num_bad"]) == (60, 2)
 
 
-def test_bad_records_of_earlier_runs_count(monitor, monkeypatch):
+def test_bad_records_of_earlier_runs_count(monitor):
     """Progress counts the bad records of earlier runs, as it counts their records."""
     monitor.num_earlier_bad = 3
-    lines, events = io.StringIO(), io.StringIO()
-    for reporter in (LineReporter(lines), JsonReporter(events)):
-        monkeypatch.setattr(reporter, "_last", -1e9)
-        reporter.progressed(110, monitor)
-    assert lines.getvalue().strip().endswith(" 5 bad")
-    assert json.loads(events.getvalue())["num_bad"] == 5
+    assert monitor.progress(110).num_bad == 5
 
 
 def test_a_pipe_gets_lines():

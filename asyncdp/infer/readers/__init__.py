@@ -150,7 +150,8 @@ class Inputs:
             return exact
         total = sum(file.num_bytes for file in self.files)
         done = sum(file.num_bytes_read for file in self.files)
-        return int(self.num_records_read * total / done) if done and total else None
+        read = self.num_records_read  # 0 while only headers have been read
+        return int(read * total / done) if done and read else None
 
     @property
     def warnings(self) -> list[str]:

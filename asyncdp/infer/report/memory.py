@@ -1,9 +1,11 @@
-"""Memory that was freed but still counts for the process."""
+"""The memory of the process, and what of it was freed but still counts."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
+from pathlib import Path
 
 
 def release_memory() -> None:
@@ -16,3 +18,11 @@ def release_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # only glibc has it
     if trim is not None:
         trim(0)
+
+
+def resident_memory() -> int | None:
+    """Return the bytes of memory that this process holds, None where the system does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_bytes().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError, AttributeError):
+        return None

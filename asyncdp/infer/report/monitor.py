@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from .events import Progress
+from .summary import Summary
+
 _STAGES = ("read", "preprocess", "collate", "lanes", "postprocess", "write")
+_LATELY = 5.0  # seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +39,7 @@ class Monitor:
     Attributes:
         num_earlier: records that an earlier run had finished.
         stages: seconds spent in each stage but the lanes, summed over its workers.
+        memory: bytes that the process holds, None where that is not known.
     """
 
     num_earlier: int = 0
@@ -46,6 +52,7 @@ class Monitor:
     stages: dict[str, float] = dataclasses.field(default_factory=dict)
     warnings: list[str] = dataclasses.field(default_factory=list)
     samples: list[Sample] = dataclasses.field(default_factory=list)
+    memory: int | None = None
     started: float = dataclasses.field(default_factory=time.perf_counter)
     _lock: Any = dataclasses.field(default_factory=threading.Lock, repr=False)
 
@@ -92,20 +99,63 @@ class Monitor:
         if text not in self.warnings:
             self.warnings.append(text)
 
-    def busy_fractions(self) -> dict[str, float]:
-        """Return the part of the time that each lane was busy, 0 to 1."""
+    def progress(self, num_records: int | None) -> Progress:
+        """Return how far the job is.
+
+        Args:
+            num_records: records to do in all, None where that is not known.
+        """
+        rate = self.num_done / max(self.seconds, 1e-9)
+        left = None if num_records is None else max(num_records - self.num_all_done, 0)
+        return Progress(
+            num_done=self.num_all_done,
+            num_records=num_records,
+            num_bad=self.num_all_bad,
+            seconds=self.seconds,
+            rate=rate,
+            seconds_left=left / rate if left is not None and rate else None,
+            lanes=self.busy_fractions(_LATELY),
+            memory=self.memory,
+        )
+
+    def busy_fractions(self, seconds: float = math.inf) -> dict[str, float]:
+        """Return the part of the last seconds that each lane was busy, 0 to 1; by default of all the time."""
         if len(self.samples) < 2:
             return {}
-        elapsed = max(self.samples[-1].seconds - self.samples[0].seconds, 1e-9)
-        return {name: min(1.0, busy / elapsed) for name, busy in self._busy_seconds().items()}
+        last = self.samples[-1]
+        first = next(sample for sample in self.samples if last.seconds - sample.seconds <= seconds)
+        if first is last:
+            first = self.samples[-2]
+        elapsed = max(last.seconds - first.seconds, 1e-9)
+        return {
+            name: min(1.0, (busy - first.lanes.get(name, 0.0)) / elapsed) for name, busy in last.lanes.items()
+        }
 
     def stage_seconds(self) -> dict[str, float]:
         """Return the seconds spent in each stage; on the lanes without waiting for them."""
         stages = dict(self.stages)
         if len(self.samples) > 1:
-            stages["lanes"] = sum(self._busy_seconds().values())
+            first, last = self.samples[0].lanes, self.samples[-1].lanes
+            stages["lanes"] = sum(last.values()) - sum(first.values())
         return {name: stages[name] for name in _STAGES if name in stages}
 
-    def _busy_seconds(self) -> dict[str, float]:
-        first, last = self.samples[0].lanes, self.samples[-1].lanes
-        return {name: busy - first.get(name, 0.0) for name, busy in last.items()}
+    def summary(
+        self, *, output: str, files: int, error_files: int, passed_over: Mapping[str, int]
+    ) -> Summary:
+        """Put together what was counted and what the output folder holds; see `Summary`."""
+        seconds = self.seconds
+        computed = self.cost + self.padding
+        return Summary(
+            num_records=self.num_all_done,
+            num_earlier=self.num_earlier,
+            num_bad=self.num_all_bad,
+            seconds=seconds,
+            rate=self.num_done / seconds if seconds else 0.0,
+            padding=self.padding / computed if computed else 0.0,
+            stages=self.stage_seconds(),
+            lanes=self.busy_fractions(),
+            files=files,
+            output=output,
+            error_files=error_files,
+            passed_over=dict(passed_over),
+        )

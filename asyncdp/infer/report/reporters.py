@@ -6,10 +6,10 @@ import dataclasses
 import json
 import sys
 import time
-from typing import Any, TextIO
+from typing import Any, Self, TextIO
 
-from .monitor import Monitor
-from .summary import Plan, Reporter, Summary
+from .events import Event, Progress, Started, Warned
+from .summary import Plan, Summary
 
 
 def make_reporter(*, as_json: bool, out: TextIO | None = None) -> Reporter:
@@ -20,87 +20,62 @@ def make_reporter(*, as_json: bool, out: TextIO | None = None) -> Reporter:
     return BarReporter() if out.isatty() else LineReporter(out)
 
 
-class _PacedReporter(Reporter):
-    """Passes progress on every `pause` seconds, and warnings at once."""
+class Reporter:
+    """Shows the events of a job to a person or a machine; progress only every `pause` seconds."""
 
-    pause = 30.0
+    pause = 5.0
 
     def __init__(self) -> None:
         self._last = time.monotonic()
-        self._num_warned = 0
 
-    def progressed(self, num_records: int | None, monitor: Monitor) -> None:
-        """Show new warnings, and the progress when it is time."""
-        self._show_warnings(monitor)
-        if (now := time.monotonic()) - self._last >= self.pause:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return
+
+    def report(self, event: Event) -> None:
+        """Show an event, unless it is progress and too soon."""
+        if isinstance(event, Progress):
+            if (now := time.monotonic()) - self._last < self.pause:
+                return
             self._last = now
-            self._show_progress(num_records, monitor)
+        self._show(event)
 
-    def _show_warnings(self, monitor: Monitor) -> None:
-        for text in monitor.warnings[self._num_warned :]:
-            self._warn(text)
-        self._num_warned = len(monitor.warnings)
-
-    def _warn(self, text: str) -> None:
-        raise NotImplementedError
-
-    def _show_progress(self, num_records: int | None, monitor: Monitor) -> None:
+    def _show(self, event: Event) -> None:
         raise NotImplementedError
 
 
-class LineReporter(_PacedReporter):
+class LineReporter(Reporter):
     """A plain line now and then: a log should not drown in them."""
 
     def __init__(self, out: TextIO) -> None:
         super().__init__()
         self._out = out
 
-    def started(self, num_records: int | None, monitor: Monitor, lanes: tuple[str, ...]) -> None:
-        """Show how much there is and what runs it."""
-        earlier = f", {monitor.num_earlier:,} done earlier" if monitor.num_earlier else ""
-        records = "" if num_records is None else f" {num_records:,} records"
-        self._print(f"running{records} on {', '.join(lanes)}{earlier}")
-        self._show_warnings(monitor)
-
-    def _show_progress(self, num_records: int | None, monitor: Monitor) -> None:
-        rate, eta = pace(num_records, monitor)
-        self._print(
-            f"{monitor.num_all_done:,} of {_count(num_records)} records, {rate:,.1f}/s, "
-            f"{_clock(eta)} left, {monitor.num_all_bad:,} bad"
-        )
-
-    def _warn(self, text: str) -> None:
-        self._print(f"warning: {text}")
-
-    def _print(self, text: str) -> None:
-        print(text, file=self._out, flush=True)
+    def _show(self, event: Event) -> None:
+        text = _line(event)
+        if text is not None:
+            print(text, file=self._out, flush=True)
 
 
-class JsonReporter(_PacedReporter):
+class JsonReporter(Reporter):
     """One JSON object per line."""
+
+    pause = 30.0
 
     def __init__(self, out: TextIO) -> None:
         super().__init__()
         self._out = out
 
-    def started(self, num_records: int | None, monitor: Monitor, lanes: tuple[str, ...]) -> None:
-        """Print the event `started`."""
-        self._print("started", num_records=num_records, num_earlier=monitor.num_earlier, lanes=lanes)
-
-    def _show_progress(self, num_records: int | None, monitor: Monitor) -> None:
-        rate, eta = pace(num_records, monitor)
-        done, bad = monitor.num_all_done, monitor.num_all_bad
-        self._print("progress", done=done, num_records=num_records, rate=rate, eta=eta, num_bad=bad)
-
-    def _warn(self, text: str) -> None:
-        self._print("warning", text=text)
-
-    def _print(self, event: str, **fields: Any) -> None:
-        print(json.dumps({"event": event, "time": time.time(), **fields}), file=self._out, flush=True)
+    def _show(self, event: Event) -> None:
+        fields = _json_fields(event)
+        if fields is not None:
+            print(json.dumps({**fields, "time": time.time()}), file=self._out, flush=True)
 
 
-class BarReporter(_PacedReporter):
-    """A bar with rate, time left, bad records and the load of every lane."""
+class BarReporter(Reporter):
+    """A bar with rate, time left, bad records, memory and the load of every lane."""
 
     pause = 0.0
 
@@ -119,32 +94,56 @@ class BarReporter(_PacedReporter):
         )
         self._task = self._progress.add_task("loading", total=None, text="")
 
-    def started(self, num_records: int | None, monitor: Monitor, lanes: tuple[str, ...]) -> None:
-        """Show the bar."""
-        self._progress.start()
-        self._progress.update(
-            self._task, description="records", total=num_records, completed=monitor.num_earlier
-        )
-
-    def finished(self) -> None:
-        """Leave the bar as it is."""
+    def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def _show_progress(self, num_records: int | None, monitor: Monitor) -> None:
-        rate, _ = pace(num_records, monitor)
-        load = " ".join(f"{busy:.0%}" for busy in monitor.busy_fractions().values())
-        text = f"{rate:,.1f}/s  lanes {load}  bad {monitor.num_all_bad:,}"
-        self._progress.update(self._task, total=num_records, completed=monitor.num_all_done, text=text)
+    def _show(self, event: Event) -> None:
+        if isinstance(event, Started):
+            self._progress.start()
+            self._progress.update(
+                self._task, description="records", total=event.num_records, completed=event.num_earlier
+            )
+        elif isinstance(event, Progress):
+            text = f"{event.rate:,.1f}/s  {_state(event)}"
+            self._progress.update(self._task, total=event.num_records, completed=event.num_done, text=text)
+        elif isinstance(event, Warned):
+            self._progress.console.print("[yellow]warning:[/] ", end="")
+            self._progress.console.print(event.text, markup=False)
 
-    def _warn(self, text: str) -> None:
-        self._progress.console.print(f"[yellow]warning:[/] {text}")
+
+def _line(event: Event) -> str | None:
+    """Return what a log says of an event."""
+    if isinstance(event, Started):
+        earlier = f", {event.num_earlier:,} done earlier" if event.num_earlier else ""
+        records = "" if event.num_records is None else f" {event.num_records:,} records"
+        return f"running{records} on {', '.join(event.lanes)}{earlier}"
+    if isinstance(event, Progress):
+        return (
+            f"{event.num_done:,} of {_count(event.num_records)} records, {event.rate:,.1f}/s, "
+            f"{_clock(event.seconds_left)} left, {_state(event)}"
+        )
+    return f"warning: {event.text}" if isinstance(event, Warned) else None
 
 
-def pace(num_records: int | None, monitor: Monitor) -> tuple[float, float | None]:
-    """Return records per second of this run, and the seconds left where they can be estimated."""
-    rate = monitor.num_done / max(monitor.seconds, 1e-9)
-    left = None if num_records is None else num_records - monitor.num_all_done
-    return rate, (max(left, 0) / rate if left is not None and rate else None)
+def _state(event: Progress) -> str:
+    load = " ".join(f"{busy:.0%}" for busy in event.lanes.values())
+    memory = "" if event.memory is None else f", {event.memory >> 20:,} MiB"
+    return f"{event.num_bad:,} bad, lanes {load or 'idle'}{memory}"
+
+
+def _json_fields(event: Event) -> dict[str, Any] | None:
+    """Return what a line of JSON holds of an event."""
+    if isinstance(event, Started):
+        return {"event": "started", **dataclasses.asdict(event)}
+    if isinstance(event, Progress):
+        fields = dataclasses.asdict(event)
+        return {
+            "event": "progress",
+            "done": fields.pop("num_done"),
+            "eta": fields.pop("seconds_left"),
+            **fields,
+        }
+    return {"event": "warning", "text": event.text} if isinstance(event, Warned) else None
 
 
 def format_summary(summary: Summary, *, as_json: bool) -> str:

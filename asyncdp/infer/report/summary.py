@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
-
-from .monitor import Monitor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,42 +56,3 @@ class Plan:
     columns: dict[str, str]
     num_tried: int
     num_earlier: int = 0
-
-
-class Reporter(Protocol):
-    """Shows a person or a machine how the job goes; called on the event loop."""
-
-    def started(self, num_records: int | None, monitor: Monitor, lanes: tuple[str, ...]) -> None:
-        """Report that the model is loaded and the lanes are up."""
-        return
-
-    def progressed(self, num_records: int | None, monitor: Monitor) -> None:
-        """Report how far the job is; called twice a second."""
-        return
-
-    def finished(self) -> None:
-        """Report that the job has ended, well or not."""
-        return
-
-
-class SilentReporter(Reporter):
-    """Shows nothing."""
-
-
-def summarize(monitor: Monitor, *, output: str, files: int, error_files: int) -> Summary:
-    """Put together what a job counted and what its folder holds."""
-    seconds = monitor.seconds
-    computed = monitor.cost + monitor.padding
-    return Summary(
-        num_records=monitor.num_all_done,
-        num_earlier=monitor.num_earlier,
-        num_bad=monitor.num_all_bad,
-        seconds=seconds,
-        rate=monitor.num_done / seconds if seconds else 0.0,
-        padding=monitor.padding / computed if computed else 0.0,
-        stages=monitor.stage_seconds(),
-        lanes=monitor.busy_fractions(),
-        files=files,
-        output=output,
-        error_files=error_files,
-    )
