@@ -58,9 +58,8 @@ def storage_address(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def has_hooks(tensor: Tensor) -> bool:
-    """Return whether anyone has registered a hook for the gradient of a leaf."""
-    return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
+hooks_of = attrgetter("_backward_hooks", "_post_accumulate_grad_hooks")
+"""Return the two dictionaries of hooks for the gradient of a leaf; None, or empty, where there are none."""
 
 
 def flat_weights(module: nn.RNNBase) -> list[Tensor | None]:

@@ -40,7 +40,7 @@ class Adaptive:
 
     async def call(self, batch: Batch) -> Any:
         """Run one batch."""
-        if batch.is_whole(self._num_lanes):
+        if batch.rows_over(self._num_lanes) is None:
             return await self._route.run_whole_with_all_threads(batch)
         workload = self._workload("call", batch, self._route.parts())
         is_trial = workload.is_learning

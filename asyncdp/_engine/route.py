@@ -81,7 +81,7 @@ class Route:
         All shards get the weights of one moment: no training step runs meanwhile. Only views are made on the
         calling thread; everything else happens on lanes.
         """
-        if batch.is_whole(num_lanes):
+        if batch.rows_over(num_lanes) is None:
             return await self.run_whole(batch)
         split_inputs = SplitInputs()
         suspects = self.scheduler.schedule.suspects
@@ -191,8 +191,9 @@ class Route:
 
     def gather(self, outputs: Sequence[Any], batch: Batch, split_inputs: SplitInputs) -> Any:
         """Gather the outputs of a batch's shards, and end its forward."""
-        if batch.num_rows is not None:
-            check_rows(outputs, split_sizes(batch.num_rows, len(outputs)))
+        num_rows = batch.num_rows
+        if num_rows is not None:
+            check_rows(outputs, split_sizes(num_rows, len(outputs)))
         output = gather_to(outputs, self.output, self.dim)
         split_inputs.end_forward(output)
         return output

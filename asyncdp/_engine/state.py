@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._replicas.order import Use
-from .._replicas.reading import in_turn
+from .._replicas.order import Use, in_turn
 from .._replicas.snapshot import ModuleSnapshot
 
 

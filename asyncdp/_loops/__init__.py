@@ -6,7 +6,7 @@ import sys
 from asyncio import CancelledError, get_running_loop
 
 from .base import Completion, Finishable, Loop, Waiter, wake
-from .on_asyncio import loop_of
+from .on_asyncio import AsyncioLoop, known
 
 __all__ = [
     "Completion",
@@ -31,7 +31,8 @@ def current() -> Loop:
     # Asked before asyncio, which may host trio as a guest on the same thread.
     if trio is not None and (trio.lowlevel.in_trio_task() or trio.lowlevel.in_trio_run()):
         return _on_trio()
-    return loop_of(get_running_loop())
+    loop = get_running_loop()
+    return known.get(loop) or known.setdefault(loop, AsyncioLoop(loop))
 
 
 def is_running() -> bool:

@@ -53,15 +53,28 @@ class AsyncioLoop:
         return task is None or task.cancelling() > 0
 
 
-_loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncioLoop] = weakref.WeakKeyDictionary()
+known: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncioLoop] = weakref.WeakKeyDictionary()
+"""The one object of each event loop; only the loop's own thread ever asks for it."""
 
 
-def loop_of(loop: asyncio.AbstractEventLoop) -> AsyncioLoop:
-    """Return the one object for `loop`; only its own thread ever asks."""
-    return _loops.get(loop) or _loops.setdefault(loop, AsyncioLoop(loop))
+class _Letter:
+    """What travels to an event loop once it is finished, from any thread."""
+
+    __slots__ = ()
+    _mailbox: _Mailbox
+
+    def finish(self) -> None:
+        mailbox = self._mailbox
+        mailbox.letters.append(self)
+        if not mailbox.is_signalled:
+            mailbox.signal()
+
+    def deliver(self) -> None:
+        """Do what is due; on the loop."""
+        raise NotImplementedError
 
 
-class _Completion(asyncio.Future[None]):
+class _Completion(_Letter, asyncio.Future[None]):
     """A future whose cancellation takes effect when it is finished, not before."""
 
     __slots__ = ("_is_cancelled", "_mailbox", "_message", "_on_cancel")
@@ -72,9 +85,6 @@ class _Completion(asyncio.Future[None]):
         self._on_cancel: Callable[[], object] | None = on_cancel
         self._is_cancelled = False
         self._message: Any = None
-
-    def finish(self) -> None:
-        self._mailbox.put(self)
 
     def cancel(self, msg: Any = None) -> bool:
         if self.done():
@@ -95,15 +105,12 @@ class _Completion(asyncio.Future[None]):
             self.set_result(None)
 
 
-class _Callback:
+class _Callback(_Letter):
     __slots__ = ("_function", "_mailbox")
 
     def __init__(self, mailbox: _Mailbox, function: Callable[[], object]) -> None:
         self._mailbox = mailbox
         self._function: Callable[[], object] | None = function
-
-    def finish(self) -> None:
-        self._mailbox.put(self)
 
     def deliver(self) -> None:
         """Call the function."""
@@ -117,12 +124,16 @@ class _Mailbox:
 
     An `eventfd` costs less per wake-up than `call_soon_threadsafe`, which is used where the loop or the
     system has none. Many letters may travel on one wake-up.
+
+    Attributes:
+        letters: what the loop has to deliver.
+        is_signalled: whether the loop is about to look.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = weakref.ref(loop)
-        self._letters: deque[_Completion | _Callback] = deque()
-        self._is_signalled = False
+        self.letters: deque[_Letter] = deque()
+        self.is_signalled = False
         self._lock = threading.Lock()
         self._fd = _open_eventfd()
         if self._fd is not None:
@@ -138,14 +149,9 @@ class _Mailbox:
         if fd is not None:
             os.close(fd)
 
-    def put(self, letter: _Completion | _Callback) -> None:
-        """Have the loop deliver one more; from any thread."""
-        self._letters.append(letter)
-        if not self._is_signalled:
-            self._is_signalled = True
-            self._signal()
-
-    def _signal(self) -> None:
+    def signal(self) -> None:
+        """Have the loop look for letters; from any thread."""
+        self.is_signalled = True
         with self._lock:
             if self._fd is not None:
                 os.eventfd_write(self._fd, 1)
@@ -161,16 +167,15 @@ class _Mailbox:
 
     def _deliver_all(self) -> None:
         # Cleared first: a letter that is put during the loop below signals again.
-        self._is_signalled = False
+        self.is_signalled = False
         try:
             # Only those of now: what comes to an end meanwhile follows all else that is due on the loop.
-            for _ in range(len(self._letters)):
-                self._letters.popleft().deliver()
+            for _ in range(len(self.letters)):
+                self.letters.popleft().deliver()
         finally:
             # A KeyboardInterrupt may end the loop here; the others are delivered when it runs again.
-            if self._letters and not self._is_signalled:
-                self._is_signalled = True
-                self._signal()
+            if self.letters and not self.is_signalled:
+                self.signal()
 
 
 def _open_eventfd() -> int | None:

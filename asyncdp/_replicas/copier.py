@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._torch_private import COMPILED_CALL
-from .snapshot import CACHE_ATTRIBUTE, PLAIN, ModuleSnapshot
-from .state import ATOMS, MUTABLE, OF_ALL_MODULES, REGISTRIES, empty_like
+from .snapshot import PLAIN, ModuleSnapshot
+from .state import ATOMS, CACHE_ATTRIBUTE, MUTABLE, OF_ALL_MODULES, REGISTRIES, empty_like
 
 
 def bare_copy(module: nn.Module, namespace: Mapping[str, Any]) -> nn.Module:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .._torch_private import version_of
+from .replica import Substitutions, substitutions
 
 DEFAULT_BUCKET_BYTES = 25 * 2**20
 
@@ -131,3 +132,42 @@ def wait_issued(devices: Iterable[torch.device]) -> None:
     for device in devices:
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()
+
+
+class Copies:
+    """One lane's copies of tensors that live on another device.
+
+    Args:
+        originals: the tensors.
+        device: the lane's.
+        checksum: whether to read all values to find out which have changed.
+    """
+
+    def __init__(self, originals: Sequence[Tensor], device: torch.device, checksum: bool) -> None:
+        self._originals = originals
+        self._device = device
+        self._checksum = checksum
+        self._tags: dict[int, VersionTag | None] = {}
+        self._storage_refs = storage_refs(())
+        self._copies: Substitutions = {}
+
+    def forget(self) -> None:
+        """Copy everything anew the next time."""
+        self._tags = {}
+
+    def up_to_date(self, tensors: Substitutions) -> Substitutions:
+        """Return `tensors` and copies of all that they lack; copy anew only what changed."""
+        before = self._tags
+        tags = {id(tensor): VersionTag.of(tensor, checksum=self._checksum) for tensor in self._originals}
+        changed = [
+            tensor
+            for tensor in self._originals
+            if tags[id(tensor)] is None or before.get(id(tensor)) != tags[id(tensor)]
+        ]
+        if changed:
+            refs = storage_refs(self._originals)
+            fresh = copies_on(changed, self._device)
+            self._copies = {**self._copies, **substitutions(changed, fresh)}
+            if self._tags is before:  # and was not forgotten meanwhile
+                self._tags, self._storage_refs = tags, refs
+        return {**self._copies, **tensors} if tensors else self._copies

@@ -15,7 +15,7 @@ from ..errors import LazyModuleError
 from .copier import Copier, bare_copy, substitute
 from .refusals import warn_if_compiled
 from .snapshot import AttributeMap, ModuleSnapshot, is_plain
-from .state import HOOKS, OF_ALL_MODULES, is_same, refill, shallow, watch
+from .state import HOOKS, OF_ALL_MODULES, Watch, is_same, refill, shallow
 from .survivors import Survivors
 
 Substitutions = Mapping[int, Tensor]
@@ -72,7 +72,7 @@ class Replica:
         # Restored from these, but for tensors, which are bound again.
         self._saved_namespaces = [*map(dict, self._namespaces)]
         self._saved = [shallow(each) if each else None for each in self._holders]
-        self._watch = watch(self._namespaces, copier.containers)
+        self._watch = Watch(self._modules, copier.containers)
         self._containers = copier.containers
 
     def bind(self, tensors: Substitutions, changes: AttributeMap, training: Sequence[bool] = ()) -> None:
@@ -85,7 +85,7 @@ class Replica:
         """
         if self._may_differ:
             self._may_differ = False
-            if self._differs():
+            if not self._watch.holds(self._modules):
                 self._restore()
         is_new = tensors is not self._bound
         if is_new:
@@ -102,28 +102,29 @@ class Replica:
             self._set_modes(training)
         if self._is_reshaped:
             self._is_reshaped = False
-            self._watch = watch(self._namespaces, self._containers)
+            self._watch = Watch(self._modules, self._containers)
         elif is_new:
-            self._watch.renew(self._namespaces)
+            self._watch.renew(self._modules)
 
-    def end(self, *, is_recorded: bool) -> None:
+    def end(self, *, is_recorded: bool, looks_anew: bool = False) -> None:
         """Undo what a forward has left on the replica.
 
         Args:
             is_recorded: whether a backward may come, which may run parts of the forward again: then it is
                 undone when the replica is bound the next time.
+            looks_anew: whether more than the forward has run since `survivors` looked.
         """
-        differs, self._differed = self._differed, None
+        differs, self._differed = None if looks_anew else self._differed, None
         self._may_differ = is_recorded
-        if not is_recorded and (self._differs() if differs is None else differs):
+        if is_recorded or differs is False:
+            return
+        if differs or not self._watch.holds(self._modules):
             self._restore()
-
-    def forget_difference(self) -> None:
-        """Look anew for what is left: more than the forward has run since."""
-        self._differed = None
 
     def versions(self) -> dict[int, int]:
         """Return the version of all but parameters by its `id`, to give to `survivors` after a forward."""
+        if not self._non_parameters:
+            return {}
         tensors = [holder[name] for holder, name, _ in self._non_parameters]
         return {id(tensor): version_of(tensor) for tensor in tensors if not tensor.is_inference()}
 
@@ -140,7 +141,7 @@ class Replica:
             LazyModuleError: the forward made submodules or parameters.
         """
         assert self._bound is not None, "a forward has run"
-        differs = self._differed = self._differs()
+        differs = self._differed = not self._watch.holds(self._modules)
         if differs:
             self._check_additions()
         if snapshot is None or versions is None or not (differs or snapshot.buffer_owners or snapshot.loose):
@@ -212,9 +213,6 @@ class Replica:
         """Return what every container held, by its `id`."""
         return {id(each): saved or {} for each, saved in zip(self._holders, self._saved, strict=True)}
 
-    def _differs(self) -> bool:
-        return not self._watch.holds(self._namespaces) or [*map(type, self._modules)] != self._types
-
     def _check_additions(self) -> None:
         known = {id(each) for each in self._modules}
         content = self._saved_content()
@@ -243,7 +241,7 @@ class Replica:
             elif not is_same(holder, content):
                 refill(holder, content)
         self._bound = None  # registries hold what they held when the replica was made
-        self._watch = watch(self._namespaces, self._containers)
+        self._watch = Watch(self._modules, self._containers)
 
     def _bind_changes(self, changes: AttributeMap) -> None:
         # Passes do not always come in the order of their calls: one of before a change may come after it.

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .._autograd import Broadcast
 from .copies import (
     DEFAULT_BUCKET_BYTES,
+    Copies,
     VersionTag,
     buckets,
     copies_in_place,
@@ -30,15 +31,10 @@ from .copies import (
     storages,
     wait_issued,
 )
-from .reading import Reader
+from .order import Reader
 from .replica import Replica, ReplicaCache, Substitutions, substitutions
-from .snapshot import (
-    CACHE_ATTRIBUTE,
-    AttributeMap,
-    LatestSnapshot,
-    ModuleSnapshot,
-    check_module,
-)
+from .snapshot import AttributeMap, LatestSnapshot, ModuleSnapshot, check_module
+from .state import CACHE_ATTRIBUTE
 
 # Preparing more than this costs more than a detour over a lane, and would hold up the event loop.
 _MAX_QUICK_MODULES = 256
@@ -80,7 +76,10 @@ class _Link:
 
 
 class ModuleState(NamedTuple):
-    """All of a module that a caller may change between two calls, as of one call."""
+    """All of a module that a caller may change between two calls, as of one call.
+
+    Calls between which nothing changed have the very same one.
+    """
 
     snapshot: ModuleSnapshot
     training: list[bool]
@@ -106,7 +105,7 @@ class LaneModule:
     tensors: Substitutions
     changes: AttributeMap
     state: ModuleState
-    source: _Copies | None
+    source: Copies | None
     writes_back_to: ModuleSnapshot | None
     """Where updates of buffers survive, on lane 0."""
     carried: CarriedValues
@@ -116,53 +115,22 @@ class LaneModule:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the replica's forward; only ever on the lane's own thread."""
         tensors = self.tensors if self.source is None else self.source.up_to_date(self.tensors)
-        tensors = _as_of_the_call(self.state, tensors)
-        self.replica.bind(tensors, self.changes, self.state.training)
-        snapshot = self.writes_back_to
+        if self.state.requires is not None:
+            tensors = _as_of_the_call(self.state.snapshot, self.state.requires, tensors)
+        replica, snapshot = self.replica, self.writes_back_to
+        replica.bind(tensors, self.changes, self.state.training)
         is_recorded = torch.is_grad_enabled()
         try:
-            versions = None if snapshot is None else self.replica.versions()
-            output = self.replica.module(*args, **kwargs)
-            survivors = self.replica.survivors(snapshot, versions)
+            versions = None if snapshot is None else replica.versions()
+            output = replica.module(*args, **kwargs)
+            survivors = replica.survivors(snapshot, versions)
             if survivors is not None:
                 survivors.apply()
                 if survivors.values:
                     self.carried.add(survivors.values)
         finally:
-            self.replica.end(is_recorded=is_recorded)
+            replica.end(is_recorded=is_recorded)
         return output
-
-
-class _Copies:
-    """One lane's copies of tensors that live on another device."""
-
-    def __init__(self, originals: Sequence[Tensor], device: torch.device, checksum: bool) -> None:
-        self._originals = originals
-        self._device = device
-        self._checksum = checksum
-        self._tags: dict[int, VersionTag | None] = {}
-        self._storage_refs = storage_refs(())
-        self._copies: Substitutions = {}
-
-    def forget(self) -> None:
-        self._tags = {}
-
-    def up_to_date(self, tensors: Substitutions) -> Substitutions:
-        """Return `tensors` and copies of all that they lack; copy anew only what changed."""
-        before = self._tags
-        tags = {id(tensor): VersionTag.of(tensor, checksum=self._checksum) for tensor in self._originals}
-        changed = [
-            tensor
-            for tensor in self._originals
-            if tags[id(tensor)] is None or before.get(id(tensor)) != tags[id(tensor)]
-        ]
-        if changed:
-            refs = storage_refs(self._originals)
-            fresh = copies_on(changed, self._device)
-            self._copies = {**self._copies, **substitutions(changed, fresh)}
-            if self._tags is before:  # and was not forgotten meanwhile
-                self._tags, self._storage_refs = tags, refs
-        return {**self._copies, **tensors} if tensors else self._copies
 
 
 class ReplicaSet:
@@ -196,7 +164,8 @@ class ReplicaSet:
         self.readers = [Reader(module, self.snapshots, device) for device in self._devices]
         self.carried = CarriedValues()
         self._cache = ReplicaCache(len(self._devices))
-        self._copies: list[_Copies | None] = []
+        self._copies: list[Copies | None] = []
+        self._states: dict[Hashable, ModuleState] = {}  # the latest of each kind, of one snapshot
         self._ready: dict[Hashable, list[LaneModule]] = {}  # what later passes may use too
         self._buffer_tags: list[VersionTag | None] = []  # empty if buffers may change uncounted
         self._storage_refs = storage_refs(())
@@ -221,7 +190,19 @@ class ReplicaSet:
         snapshot = self.snapshots.current(module)
         records = torch.is_grad_enabled() if records is None else records
         requires = [*map(_requires_grad, snapshot.tensors)] if records else None
-        return ModuleState(snapshot, snapshot.modes(training), requires, self.carried.latest)
+        latest = self._states.get((training, records))
+        if (
+            latest is not None
+            and latest.snapshot is snapshot
+            and latest.requires == requires
+            and latest.carried is self.carried.latest
+        ):
+            return latest
+        state = ModuleState(snapshot, snapshot.modes(training), requires, self.carried.latest)
+        # Of other snapshots none is kept: they hold tensors that the module may have no more.
+        alike = {kind: each for kind, each in self._states.items() if each.snapshot is snapshot}
+        self._states = {**alike, (training, records): state}
+        return state
 
     def prepare_nowait(self, state: ModuleState, lanes: Sequence[int]) -> list[LaneModule] | None:
         """Do what `prepare` does if that takes microseconds, else return None: then prepare on a lane.
@@ -232,7 +213,10 @@ class ReplicaSet:
         if not self._lock.acquire(blocking=False):
             return None
         try:
-            return self._assemble(state, lanes) if self._is_quick(state, len(lanes)) else None
+            ready = self._find_ready(state, lanes)
+            if ready is None and self._is_quick(state, len(lanes)):
+                return self._assemble(state, lanes)
+            return ready
         finally:
             self._lock.release()
 
@@ -251,6 +235,9 @@ class ReplicaSet:
         """
         with self._lock:
             state = self.capture(module) if state is None else self.with_parts(module, state)
+            ready = self._find_ready(state, lanes)
+            if ready is not None:
+                return ready
             if not self._follow(state.snapshot):
                 self._build(state.snapshot)
             if not self._are_buffers_current(state.snapshot):
@@ -268,6 +255,13 @@ class ReplicaSet:
         if len(now.training) == len(state.training):
             now = now._replace(training=state.training)
         return now
+
+    def _find_ready(self, state: ModuleState, lanes: Sequence[int]) -> list[LaneModule] | None:
+        """Return what an earlier pass over these lanes was given, if it is right for this one too."""
+        ready = self._ready.get((*lanes, id(state.training)))
+        if ready is None or ready[0].state is not state or state.snapshot is not self._cache.snapshot:
+            return None
+        return ready if self._are_buffers_current(state.snapshot) else None
 
     def _is_quick(self, state: ModuleState, num_lanes: int) -> bool:
         snapshot = state.snapshot
@@ -302,10 +296,6 @@ class ReplicaSet:
             self._buffer_tags = []
         aliases = self._aliases(state, lanes)
         carried = state.carried.since() if state.carried.next is not None else {}
-        key = (*lanes, id(state.training), None if state.requires is None else tuple(state.requires))
-        is_like_others = aliases is None and not carried
-        if is_like_others and key in self._ready:
-            return self._ready[key]
         made = [
             LaneModule(
                 self._cache.replicas[lane],
@@ -319,15 +309,15 @@ class ReplicaSet:
             )
             for lane, own in zip(lanes, aliases or [{}] * len(lanes), strict=True)
         ]
-        if is_like_others:
-            self._ready[key] = made
+        if not carried and True not in (state.requires or ()):
+            self._ready[*lanes, id(state.training)] = made
         return made
 
-    def _copies_for(self, lane: int, snapshot: ModuleSnapshot) -> _Copies | None:
+    def _copies_for(self, lane: int, snapshot: ModuleSnapshot) -> Copies | None:
         device = self._devices[lane]
         needed = snapshot.tensors if lane == 0 else snapshot.parameters
         foreign = [tensor for tensor in needed if tensor.device != device]
-        return _Copies(foreign, device, self._checksum) if foreign else None
+        return Copies(foreign, device, self._checksum) if foreign else None
 
     def _own(self, lane: int, tensors: Sequence[Tensor]) -> Substitutions:
         """Return those of the module's tensors that a lane uses itself."""
@@ -384,10 +374,11 @@ class ReplicaSet:
         return list(aliases)
 
 
-def _as_of_the_call(state: ModuleState, tensors: Substitutions) -> Substitutions:
+def _as_of_the_call(
+    snapshot: ModuleSnapshot, requires: Sequence[bool], tensors: Substitutions
+) -> Substitutions:
     """Return substitutions where those that required gradients at the call do so, and no others."""
-    snapshot, requires = state.snapshot, state.requires
-    if requires is None or [*map(_requires_grad, snapshot.tensors)] == requires:
+    if [*map(_requires_grad, snapshot.tensors)] == requires:
         return tensors
     flipped = [
         (each, required)

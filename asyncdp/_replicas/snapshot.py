@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from operator import attrgetter, is_
 from types import FunctionType, MethodType
@@ -26,16 +26,14 @@ from .state import (
     HOOKS,
     OWN_OF_ALL,
     REGISTRIES,
+    Watch,
     attributes_of,
     containers_in,
     is_same,
     loose_tensors,
+    namespaces_of,
     shallow,
-    watch,
 )
-
-CACHE_ATTRIBUTE = "_asyncdp_replicas"
-"""The attribute of a module that holds its replicas; no snapshot and no replica has it."""
 
 AttributeMap = Mapping[tuple[int, str], Any]
 """The position of a module in `ModuleSnapshot.modules` and the name of an attribute -> its value."""
@@ -47,7 +45,6 @@ PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.d
 # everything but values, so values of all other types are compared by identity.
 _EQUALITY_SUFFICES = frozenset({str, type(None), set, torch.dtype, FunctionType, MethodType})
 
-_namespace = attrgetter("__dict__")  # quicker than `vars`
 _training = attrgetter("training")
 _device = attrgetter("device")
 
@@ -110,7 +107,7 @@ class ModuleSnapshot:
     def __init__(self, module: nn.Module) -> None:
         check_module(module)
         modules = _modules_of(module)
-        namespaces = _namespaces_of(modules)
+        namespaces = namespaces_of(modules)
         self._root = weakref.ref(module)
         self._below = modules[1:]
         self._types = [*map(type, modules)]
@@ -134,7 +131,7 @@ class ModuleSnapshot:
         self._empty_registries = [each for each in registries if not each]
         self._parts = [*chain.from_iterable(self._live_parts)]
         self._names = [*chain.from_iterable(self._live_names)]
-        self._watch = watch(namespaces, [*containers.values()])
+        self._watch = Watch(modules, [*containers.values()])
         self.parameters = _distinct(each["_parameters"] for each in namespaces)
         self.buffers = _distinct(each["_buffers"] for each in namespaces)
         self.tensors = self.parameters + self.buffers
@@ -166,14 +163,9 @@ class ModuleSnapshot:
     def is_current(self) -> bool:
         """Return whether nothing at all was replaced, added, removed, renamed or reordered since."""
         root = self._root()
-        if root is None:
+        if root is None or not self._watch.holds([root, *self._below]):
             return False
-        modules = [root, *self._below]
-        return (
-            self._watch.holds(_namespaces_of(modules))
-            and [*map(type, modules)] == self._types
-            and [*chain.from_iterable(self._live_names)] == self._names
-        )
+        return [*chain.from_iterable(self._live_names)] == self._names
 
     def in_mode(self, training: bool) -> ModuleSnapshot:
         """Return a snapshot of the module as if each module in it were in train mode, or in eval mode."""
@@ -268,6 +260,8 @@ class LatestSnapshot:
 
     def current(self, module: nn.Module) -> ModuleSnapshot:
         """Return a snapshot of the module as it is."""
+        if self._latest and self._latest[0].is_current():
+            return self._latest[0]
         return self._first(ModuleSnapshot.is_current) or self._capture(module)
 
     def parts(self, module: nn.Module) -> ModuleSnapshot:
@@ -303,14 +297,6 @@ def _modules_of(module: nn.Module) -> list[nn.Module]:
             found[id(each)] = each
             waiting += [child for child in reversed(each._modules.values()) if child is not None]
     return [*found.values()]
-
-
-def _namespaces_of(modules: Sequence[nn.Module]) -> list[dict[str, Any]]:
-    """Return the attributes of modules; of the first one without its replicas."""
-    namespaces = [*map(_namespace, modules)]
-    if CACHE_ATTRIBUTE in namespaces[0]:
-        namespaces[0] = {name: value for name, value in namespaces[0].items() if name != CACHE_ATTRIBUTE}
-    return namespaces
 
 
 def _distinct(registries: Iterator[dict[str, Tensor | None]]) -> list[Tensor]:

@@ -10,7 +10,7 @@ import gc
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator, Sequence
 from itertools import chain
-from operator import is_, itemgetter
+from operator import attrgetter, is_, itemgetter
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -27,6 +27,11 @@ OWN_OF_ALL = tuple(
 )
 """The hook dictionaries and other containers that every module has."""
 
+CACHE_ATTRIBUTE = "_asyncdp_replicas"
+"""The attribute of a module that holds its replicas; no snapshot and no replica has it."""
+
+_namespace = attrgetter("__dict__")  # quicker than `vars`
+
 MUTABLE = frozenset({list, dict, OrderedDict, defaultdict, Counter, set, deque})
 """Types of containers that a forward may change; each replica has its own."""
 
@@ -40,20 +45,20 @@ _EQUALITY_SUFFICES = frozenset({str, bytes, torch.device, FunctionType, MethodTy
 
 
 class Watch:
-    """Tells whether namespaces and containers hold the very values that they held.
+    """Tells whether modules, their parameters, buffers, submodules and hooks, and containers are the same.
 
     Args:
-        namespaces: the `__dict__` of modules.
-        holders: further containers that hold something.
-        empty: further containers that hold nothing.
+        modules: which modules; not kept.
+        containers: what else their attributes hold.
     """
 
-    def __init__(
-        self, namespaces: Sequence[dict[str, Any]], holders: Sequence[Any], empty: Sequence[Any]
-    ) -> None:
-        self._holders = holders
-        self._empty = empty
-        self._found = gc.get_referents(*namespaces, *holders)
+    def __init__(self, modules: Sequence[nn.Module], containers: Sequence[Any]) -> None:
+        namespaces = namespaces_of(modules)
+        held = [namespace[name] for namespace in namespaces for name in REGISTRIES + HOOKS]
+        self._holders = [each for each in (*held, *containers) if each]
+        self._empty = [each for each in (*held, *containers) if not each]
+        self._types = [*map(type, modules)]
+        self._found = gc.get_referents(*namespaces, *self._holders)
         # Dictionaries of torch's own are followed by what they hold.
         followed = {
             id(value)
@@ -69,8 +74,11 @@ class Watch:
         self._pick = itemgetter(*places, *places[:1]) if places else (lambda _: ())
         self._picked = self._pick(self._found)
 
-    def holds(self, namespaces: Sequence[dict[str, Any]]) -> bool:
+    def holds(self, modules: Sequence[nn.Module]) -> bool:
         """Return whether nothing was replaced, added, removed or reordered since."""
+        namespaces = [*map(_namespace, modules)]
+        if CACHE_ATTRIBUTE in namespaces[0]:
+            namespaces = namespaces_of(modules)
         # `get_referents` gives all values at once; identities first, lest different tensors are compared.
         found = gc.get_referents(*namespaces, *self._holders)
         try:
@@ -79,13 +87,14 @@ class Watch:
                 and all(map(is_, self._pick(found), self._picked))
                 and found == self._found
                 and not any(self._empty)
+                and [*map(type, modules)] == self._types
             )
         except Exception:  # a new value cannot be compared
             return False
 
-    def renew(self, namespaces: Sequence[dict[str, Any]]) -> None:
+    def renew(self, modules: Sequence[nn.Module]) -> None:
         """Take the values that are held now, in the same places, for those to be held."""
-        self._found = gc.get_referents(*namespaces, *self._holders)
+        self._found = gc.get_referents(*namespaces_of(modules), *self._holders)
         self._picked = self._pick(self._found)
 
 
@@ -94,11 +103,12 @@ def _is_compared_by_identity(value: Any) -> bool:
     return kind not in _EQUALITY_SUFFICES and kind.__eq__ is not object.__eq__
 
 
-def watch(namespaces: Sequence[dict[str, Any]], containers: Sequence[Any]) -> Watch:
-    """Return a watch over modules, their parameters, buffers, submodules, hooks, and over `containers`."""
-    held = [namespace[name] for namespace in namespaces for name in REGISTRIES + HOOKS]
-    holders = [each for each in (*held, *containers) if each]
-    return Watch(namespaces, holders, [each for each in (*held, *containers) if not each])
+def namespaces_of(modules: Sequence[nn.Module]) -> list[dict[str, Any]]:
+    """Return the attributes of modules; of the first one without its replicas."""
+    namespaces = [*map(_namespace, modules)]
+    if CACHE_ATTRIBUTE in namespaces[0]:
+        namespaces[0] = {name: value for name, value in namespaces[0].items() if name != CACHE_ATTRIBUTE}
+    return namespaces
 
 
 def entries(container: Any) -> Any:

@@ -26,7 +26,7 @@ class LaneThread:
         on_ended: called with each task that has ended, under the lock.
         on_lost: called with the error that keeps the device from being opened, without the lock.
         wake: called without the lock after what may have given others something to do.
-        wake_later: takes a function for `wake` to call; under the lock.
+        to_wake: functions for `wake` to call; appended to under the lock.
 
     Attributes:
         started: the tasks that have begun and not ended, the oldest first, and when each began.
@@ -41,7 +41,7 @@ class LaneThread:
         on_ended: Callable[[Task], None],
         on_lost: Callable[[Lane, BaseException], None],
         wake: Callable[[], None],
-        wake_later: Callable[[Callable[[], None]], None],
+        to_wake: deque[Callable[[], None]],
     ) -> None:
         self._lane = lane
         self._driver = lane._driver
@@ -50,7 +50,7 @@ class LaneThread:
         self._on_ended = on_ended
         self._on_lost = on_lost
         self._wake = wake
-        self._wake_later = wake_later
+        self._to_wake = to_wake
         self._modes = LaneModes()
         self._num_threads = 0
         self._queue: deque[Task] = deque()
@@ -113,7 +113,7 @@ class LaneThread:
     def _rouse(self) -> None:
         self._is_sleeping = False
         # Not at once: the thread takes the lock first of all, and would have to wait for it.
-        self._wake_later(self._signal.release)
+        self._to_wake.append(self._signal.release)
 
     def _run(self) -> None:
         this_thread.lane = self._lane
@@ -132,7 +132,8 @@ class LaneThread:
                 if task is not None:
                     self.started[task] = time.perf_counter()
                 sleeps = self._is_sleeping = task is None and not self._is_stopping
-            self._wake()
+            if self._to_wake:
+                self._wake()
             if task is not None:
                 ended = task if self._perform(task) else None
                 task = None  # nothing of an ended pass may stay referenced here

@@ -135,6 +135,8 @@ class Schedule:
         num_running: passes admitted and not yet ended.
         counts: passes ended, by their last state.
         suspects: the lanes that hang.
+        states: the state of each lane.
+        loads: how many tasks are admitted to each lane and have not ended.
     """
 
     def __init__(self, max_queue: int) -> None:
@@ -143,8 +145,8 @@ class Schedule:
         self.num_running = 0
         self.counts: Counter[PassState] = Counter()
         self.suspects: set[int] = set()
-        self._states: list[LaneState] = []
-        self._loads: list[int] = []  # tasks admitted to each lane and not yet ended
+        self.states: list[LaneState] = []
+        self.loads: list[int] = []
         self._waiting: dict[Progress, None] = {}
 
     @property
@@ -152,19 +154,11 @@ class Schedule:
         """Passes that wait for room."""
         return len(self._waiting)
 
-    def state(self, lane: int) -> LaneState:
-        """Return the state of one lane."""
-        return self._states[lane]
-
-    def load(self, lane: int) -> int:
-        """Return how many tasks are admitted to one lane and have not ended."""
-        return self._loads[lane]
-
     def add_lane(self) -> int:
         """Add an open lane and return its number."""
-        self._states.append(LaneState.OPEN)
-        self._loads.append(0)
-        return len(self._states) - 1
+        self.states.append(LaneState.OPEN)
+        self.loads.append(0)
+        return len(self.states) - 1
 
     def pick(self, candidates: Iterable[int], count: int) -> list[int]:
         """Return the `count` least busy open lanes among `candidates`, in the candidates' order.
@@ -172,12 +166,12 @@ class Schedule:
         Of any lanes if too few are open.
         """
         order = list(candidates)
-        usable = [lane for lane in order if self._states[lane] is LaneState.OPEN]
+        usable = [lane for lane in order if self.states[lane] is LaneState.OPEN]
         if len(usable) < count:
             usable = order
         if count == 1:
-            return [min(usable, key=self._loads.__getitem__)]
-        chosen = set(sorted(usable, key=self._loads.__getitem__)[:count])
+            return [min(usable, key=self.loads.__getitem__)]
+        chosen = set(sorted(usable, key=self.loads.__getitem__)[:count])
         return [lane for lane in usable if lane in chosen]
 
     def submit(self, pass_: Progress) -> list[Action]:
@@ -185,7 +179,7 @@ class Schedule:
         if self.is_closed:
             return self._reject(pass_, None)
         for lane in pass_.lanes:
-            if self._states[lane] in (LaneState.CLOSED, LaneState.LOST):
+            if self.states[lane] in (LaneState.CLOSED, LaneState.LOST):
                 return self._reject(pass_, lane)
         if (self._waiting and self._is_behind_waiting(pass_)) or not self._take_if_room(pass_.lanes):
             pass_.state = PassState.WAITING
@@ -195,8 +189,8 @@ class Schedule:
 
     def on_task_done(self, pass_: Progress, lane: int, *, failed: bool) -> list[Action]:
         """Take note of a task that has ended, or was discarded."""
-        assert self._loads[lane] > 0
-        self._loads[lane] -= 1
+        assert self.loads[lane] > 0
+        self.loads[lane] -= 1
         pass_.num_tasks_left -= 1
         pass_.has_failed |= failed
         actions = self._admit_waiting() if self._waiting else []
@@ -209,10 +203,10 @@ class Schedule:
         pass_.lanes = lanes
         pass_.num_stages_left -= 1
         for lane in lanes:
-            if self._states[lane] is LaneState.LOST:
+            if self.states[lane] is LaneState.LOST:
                 return self._end(pass_, PassState.FAILED, Reject(pass_, lane))
         for lane in lanes:
-            self._loads[lane] += 1
+            self.loads[lane] += 1
         return self._begin_stage(pass_, first=True)
 
     def on_stage_failed(self, pass_: Progress) -> list[Action]:
@@ -233,9 +227,9 @@ class Schedule:
 
     def mark_lost(self, lane: int) -> list[Action]:
         """Take note that the device under `lane` is lost: nothing runs there any more."""
-        if self._states[lane] is LaneState.LOST:
+        if self.states[lane] is LaneState.LOST:
             return []
-        self._states[lane] = LaneState.LOST
+        self.states[lane] = LaneState.LOST
         self.suspects.discard(lane)
         actions = [
             action
@@ -250,9 +244,9 @@ class Schedule:
         before, after = LaneState.OPEN, LaneState.SUSPECT
         if not suspect:
             before, after = after, before
-        if self._states[lane] is not before:
+        if self.states[lane] is not before:
             return False
-        self._states[lane] = after
+        self.states[lane] = after
         self.suspects ^= {lane}
         return True
 
@@ -262,7 +256,7 @@ class Schedule:
             return []
         self.is_closed = True
         self.suspects.clear()
-        self._states = [state if state is LaneState.LOST else LaneState.CLOSED for state in self._states]
+        self.states = [state if state is LaneState.LOST else LaneState.CLOSED for state in self.states]
         actions = [action for pass_ in list(self._waiting) for action in self._reject(pass_, None)]
         return actions if self.num_running else [*actions, Stop()]
 
@@ -305,19 +299,19 @@ class Schedule:
         """Take a place on each lane, or on none; a lane may be named more than once."""
         limit = self.max_queue + 1
         for position, lane in enumerate(lanes):
-            if self._loads[lane] >= limit:
+            if self.loads[lane] >= limit:
                 for taken in lanes[:position]:
-                    self._loads[taken] -= 1
+                    self.loads[taken] -= 1
                 return self._take_if_idle(lanes)
-            self._loads[lane] += 1
+            self.loads[lane] += 1
         return True
 
     def _take_if_idle(self, lanes: Sequence[int]) -> bool:
         """Take the places if no lane has anything to do: however many they are, more room never comes."""
-        if any(self._loads[lane] for lane in lanes):
+        if any(self.loads[lane] for lane in lanes):
             return False
         for lane in lanes:
-            self._loads[lane] += 1
+            self.loads[lane] += 1
         return True
 
     def _admit_waiting(self) -> list[Action]:
@@ -329,6 +323,6 @@ class Schedule:
                 actions += self._admit(pass_)
             else:
                 passed_over.update(pass_.lanes)
-                if len(passed_over) == len(self._states):
+                if len(passed_over) == len(self.states):
                     break
         return actions

@@ -65,7 +65,7 @@ class Scheduler(HangWatch):
             on_ended=self._on_ended,
             on_lost=self._on_lost,
             wake=self._wake,
-            wake_later=self._to_wake.append,
+            to_wake=self._to_wake,
         )
         lane._started = thread.started
         self.lanes.append(lane)

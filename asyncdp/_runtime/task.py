@@ -57,13 +57,13 @@ class Lane:
         self._last_seconds = math.inf
 
     def __repr__(self) -> str:
-        num_queued = self._schedule.load(self._index)
+        num_queued = self._schedule.loads[self._index]
         return f"<Lane {self.name}: {self.state.value}, {num_queued} queued, {self._num_done} done>"
 
     @property
     def state(self) -> LaneState:
         """Whether the lane takes tasks."""
-        return self._schedule.state(self._index)
+        return self._schedule.states[self._index]
 
     def statistics(self) -> LaneStatistics:
         """Return the lane's counts as of now."""
@@ -78,7 +78,7 @@ class Lane:
             name=self.name,
             device=self.device,
             state=self.state,
-            num_queued=self._schedule.load(self._index),
+            num_queued=self._schedule.loads[self._index],
             num_done=self._num_done,
             busy_seconds=seconds,
             task_label=label,

@@ -186,7 +186,9 @@ class Batcher:
             BatcherClosedError, DeviceLostError: as an awaited call.
         """
         if isinstance(samples, (str, bytes, Mapping)):
-            raise TypeError(f"expected a list of samples, but got a {type(samples).__name__}. Put it in a list.")
+            raise TypeError(
+                f"expected a list of samples, but got a {type(samples).__name__}. Put it in a list."
+            )
         queue, count = self._dispatcher.queue, len(samples)
         if count > queue.max_queue:
             raise ValueError(

@@ -7,16 +7,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from operator import is_
+from itertools import chain
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._devices.threads import set_intra_op_threads
-from .._torch_private import has_hooks
+from .._torch_private import hooks_of
 from ..errors import ClosureOptimizerError, LossReductionError, NotAnOptimizerError
 from .reducer import Gradients, add_up
+
+_is_leaf = attrgetter("is_leaf")
+_gradient = attrgetter("grad")
+_parameters = itemgetter("params")
 
 
 @dataclass(slots=True)
@@ -107,9 +112,9 @@ class SavedGradients:
     """
 
     def __init__(self, trainable: Sequence[Tensor], optimizer: Any) -> None:
-        own = [tensor for tensor in trainable if tensor.is_leaf]
+        own = [*filter(_is_leaf, trainable)]
         groups = getattr(optimizer, "param_groups", ())
-        others = [tensor for group in groups for tensor in group["params"]]
+        others = [*chain.from_iterable(map(_parameters, groups))]
         if len(others) == len(own) and all(map(is_, others, own)):
             others = []  # by far the most frequent case, spared the search
         self.outsiders: list[Tensor] = []
@@ -117,7 +122,7 @@ class SavedGradients:
             known = set(map(id, own))
             self.outsiders = [tensor for tensor in others if id(tensor) not in known]
         self.tensors = own + self.outsiders
-        self.gradients = [tensor.grad for tensor in self.tensors]
+        self.gradients = [*map(_gradient, self.tensors)]
         self.is_empty = self.gradients.count(None) == len(self.gradients)
         if not self.is_empty:
             clear(self.tensors)
@@ -129,7 +134,7 @@ class SavedGradients:
 
     def direct(self) -> Gradients:
         """Return what the step's backwards have added to the tensors themselves."""
-        return [tensor.grad for tensor in self.tensors]
+        return [*map(_gradient, self.tensors)]
 
 
 def clear(tensors: Sequence[Tensor]) -> None:
@@ -158,7 +163,7 @@ def deliver(
     devices = [tensor.device for tensor in saved.tensors]
     fresh = [[own.get(id(tensor)), tensor.grad] for tensor in saved.tensors]
     for place, tensor in enumerate(saved.tensors):
-        if has_hooks(tensor) and id(tensor) in own:
+        if id(tensor) in own and any(hooks_of(tensor)):
             fresh[place] = [_hooked(tensor, fresh[place])]
     earlier: list[Gradients] = [[gradient] for gradient in saved.gradients]
     first_outsider = len(earlier) - len(saved.outsiders)

@@ -118,8 +118,7 @@ class TrainingLane:
     def collect(self) -> Gradients:
         """Take the gradients that were not reported; after a failure too, or the next step has them."""
         self._report = None  # it refers to the step's reducer, and so to all its sums
-        self._replica.forget_difference()
-        self._replica.end(is_recorded=False)
+        self._replica.end(is_recorded=False, looks_anew=True)
         gradients = [leaf.grad for leaf in self._leaves]
         for leaf in self._leaves:
             leaf.grad = None
@@ -200,20 +199,19 @@ class TrainingLanes:
         self, snapshot: ModuleSnapshot, training: Sequence[bool], carried: AttributeMap
     ) -> Replica:
         """Return the first lane's replica, which then has the parameters of the module itself."""
-        if not self._follow(snapshot) or snapshot is not self._in_place_for:
+        if snapshot is not self._cache.snapshot or snapshot is not self._in_place_for:
+            self._follow(snapshot)
             self._in_place_for, self._in_place = snapshot, substitutions(snapshot.tensors, snapshot.tensors)
         changes = self._cache.changes
         replica = self._cache.replicas[0]
         replica.bind(self._in_place, {**changes, **carried} if carried else changes, training)
         return replica
 
-    def _follow(self, snapshot: ModuleSnapshot) -> bool:
-        """Return whether the replicas could follow a change of the module; else they are built anew."""
-        if self._cache.follow(snapshot):
-            return True
-        self._cache.build(snapshot)
-        self._key = []
-        return False
+    def _follow(self, snapshot: ModuleSnapshot) -> None:
+        """Have the replicas follow a change of the module, or build them anew if they cannot."""
+        if not self._cache.follow(snapshot):
+            self._cache.build(snapshot)
+            self._key = []
 
     def _lane(self, position: int, snapshot: ModuleSnapshot) -> TrainingLane:
         lane = self._lanes[position]

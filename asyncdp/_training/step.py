@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from itertools import chain
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -13,12 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from .._replicas.copies import wait_issued
-from .._replicas.order import Use
-from .._replicas.reading import in_turn
+from .._replicas.order import Use, in_turn
 from .._replicas.replica_set import ModuleState, ReplicaSet
 from .._replicas.snapshot import ModuleSnapshot
 from .._runtime import Lane
-from .._torch_private import has_hooks
+from .._torch_private import hooks_of
 from .._verbs.batch import positional
 from ..errors import LossNotScalarError
 from .commit import AccumulatedGradients, SavedGradients, StepOptions, commit, deliver, threads
@@ -157,8 +157,7 @@ class Step:
             scale = self._scale(trainable)
             _backward(loss if scale is None else loss * scale.to(loss.device))
         finally:
-            replica.forget_difference()
-            replica.end(is_recorded=False)
+            replica.end(is_recorded=False, looks_anew=True)
         self._in_place = trainable
         return loss.detach()
 
@@ -284,7 +283,8 @@ def _trains_in_place(snapshot: ModuleSnapshot, device: torch.device) -> bool:
     # A hook is to get the whole gradient, accumulated ones included, and only if all is well.
     if snapshot.buffer_owners or snapshot.loose or not snapshot.is_on(device):
         return False
-    return not any(map(has_hooks, snapshot.parameters)) and all(map(_is_leaf, snapshot.parameters))
+    parameters = snapshot.parameters
+    return not any(chain.from_iterable(map(hooks_of, parameters))) and all(map(_is_leaf, parameters))
 
 
 def _checked(loss: Any) -> Tensor:

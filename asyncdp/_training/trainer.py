@@ -152,7 +152,7 @@ class Trainer:
 def _divide(batch: Batch, num_lanes: int, loss_reduction: str) -> tuple[list[list[Any]], list[float]]:
     """Return the shards of a batch, and the weight of each one's loss."""
     # With nothing to split, every lane would do the whole step.
-    num_rows = None if batch.is_whole(num_lanes) else batch.num_rows
+    num_rows = batch.rows_over(num_lanes)
     if num_rows is None or num_lanes == 1:
         return [batch.leaves], [1.0]
     shards = batch.split(num_lanes)

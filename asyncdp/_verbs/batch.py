@@ -86,10 +86,12 @@ class Batch:
         The backwards of several lanes would race for the gradients of shared inputs.
         """
         batch = cls((inputs, targets), {}, dim, ("inputs", "targets"))
-        has_holders = any(isinstance(leaf, _HOLDERS) for leaf in batch.leaves)
-        if has_holders or any(map(_REQUIRES_GRAD, batch.tensors)):
+        tensors = batch.tensors
+        has_others = len(tensors) < len(batch.leaves)
+        has_holders = has_others and any(isinstance(leaf, _HOLDERS) for leaf in batch.leaves)
+        if has_holders or any(map(_REQUIRES_GRAD, tensors)):
             batch.leaves = [rows.detached(leaf) for leaf in batch.leaves]
-        batch.is_whole(num_lanes)  # raises errors before anything runs
+        batch.rows_over(num_lanes)  # raises errors before anything runs
         return batch
 
     @property
@@ -122,24 +124,24 @@ class Batch:
         """The shapes of all tensors, and the lengths of all `PerRow`."""
         return tuple(leaf.shape if isinstance(leaf, Tensor) else len(leaf) for leaf in self.shaped)
 
-    def is_whole(self, num_lanes: int) -> bool:
-        """Return whether the batch runs as it is on one of the lanes: nothing in it has rows.
+    def rows_over(self, num_lanes: int) -> int | None:
+        """Return how many rows are split over the lanes; None if nothing has rows, and one lane runs it all.
 
-        So does one that has values which cannot be split, if one lane is all it may take.
+        So does a lone lane what has values that cannot be split.
 
         Raises:
             AmbiguousSequenceError: a list or tuple may or may not hold one entry per row.
             LengthMismatchError, UnsplittableError: as `num_rows`.
         """
         try:
-            num_rows = self.num_rows
+            num_rows, _ = self._rows or self._splittable()
         except (AmbiguousSequenceError, UnsplittableError):
             if num_lanes == 1:
-                return True
+                return None
             raise
         if num_rows is not None and num_lanes > 1:
             self._check_sequences(num_rows)
-        return num_rows is None
+        return num_rows
 
     def _check_sequences(self, num_rows: int, *, of_tensors: bool = True) -> None:
         if num_rows < 2:
@@ -167,7 +169,7 @@ class Batch:
         Raises:
             LengthMismatchError, UnsplittableError: as `num_rows`.
         """
-        num_rows, to_split = self._splittable()
+        num_rows, to_split = self._rows or self._splittable()
         if num_rows is None:
             return [self.leaves] * (num_lanes if self._specs else 1)
         sizes = split_sizes(num_rows, num_lanes)

@@ -15,9 +15,17 @@ from .._tree import PerRow, Whole
 from ..errors import MetaTensorError
 
 
-def move(tree: Any, device: torch.device) -> Any:
-    """Move every tensor of a tree to `device`; a tree that is there already is returned as it is."""
-    return _moved_tree(tree, device, objects=False)
+def move(tree: Any, device: torch.device, *, objects: bool = False) -> Any:
+    """Move every tensor of a tree to `device`; a tree that is there already is returned as it is.
+
+    Args:
+        tree: nested at will.
+        device: where to.
+        objects: as `moved_leaves`.
+    """
+    leaves, spec = _tree.flatten(tree)
+    moved = moved_leaves(leaves, device, objects=objects)
+    return tree if moved is leaves else _tree.unflatten(spec, moved)
 
 
 def moved_leaves(leaves: list[Any], device: torch.device, *, objects: bool = True) -> list[Any]:
@@ -30,17 +38,13 @@ def moved_leaves(leaves: list[Any], device: torch.device, *, objects: bool = Tru
     """
     moved = leaves
     for position, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor) and leaf.device == device:
+            continue
         there = _moved(leaf, device, objects)
         if there is not leaf:
             moved = list(leaves) if moved is leaves else moved
             moved[position] = there
     return moved
-
-
-def _moved_tree(tree: Any, device: torch.device, *, objects: bool) -> Any:
-    leaves, spec = _tree.flatten(tree)
-    moved = moved_leaves(leaves, device, objects=objects)
-    return tree if moved is leaves else _tree.unflatten(spec, moved)
 
 
 def _moved(leaf: Any, device: torch.device, objects: bool) -> Any:
@@ -53,10 +57,10 @@ def _moved(leaf: Any, device: torch.device, objects: bool) -> Any:
         return leaf.to(device, non_blocking=device.type == "cuda")
     if isinstance(leaf, PerRow):
         entries = list(leaf)
-        there = _moved_tree(entries, device, objects=objects)
+        there = move(entries, device, objects=objects)
         return leaf if there is entries else PerRow(there)
     if isinstance(leaf, Whole):
-        return _moved_tree(leaf.value, device, objects=objects)
+        return move(leaf.value, device, objects=objects)
     cls: Any = type(leaf)
     if objects and _moves_itself(cls) and getattr(leaf, "device", None) != device:
         # A copy: some move in place, and several lanes may have the same object.

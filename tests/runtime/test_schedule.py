@@ -75,9 +75,9 @@ def test_room_is_all_or_nothing() -> None:
     schedule = make(2, max_queue=0)
     first = admitted(schedule, [0])
     both = waiting(schedule, [0, 1])
-    assert schedule.load(1) == 0
+    assert schedule.loads[1] == 0
     assert end_task(schedule, first, 0) == [Enqueue(both), Complete(first)]
-    assert (schedule.load(0), schedule.load(1)) == (1, 1)
+    assert (schedule.loads[0], schedule.loads[1]) == (1, 1)
 
 
 def test_a_repeated_lane_needs_a_place_for_each_task() -> None:
@@ -85,7 +85,7 @@ def test_a_repeated_lane_needs_a_place_for_each_task() -> None:
     schedule = make(1, max_queue=1)
     admitted(schedule, [0, 0])
     waiting(schedule, [0])
-    assert schedule.load(0) == 2
+    assert schedule.loads[0] == 2
 
 
 def test_a_pass_larger_than_a_lane_is_admitted_to_idle_lanes() -> None:
@@ -95,7 +95,7 @@ def test_a_pass_larger_than_a_lane_is_admitted_to_idle_lanes() -> None:
     large = waiting(schedule, [0, 0, 1])
     late = waiting(schedule, [0])
     assert end_task(schedule, running, 1) == [Enqueue(large), Complete(running)]
-    assert (schedule.load(0), schedule.load(1)) == (2, 1)
+    assert (schedule.loads[0], schedule.loads[1]) == (2, 1)
     assert end_task(schedule, large, 0) == []
     assert end_task(schedule, large, 0) == [Enqueue(late)]
     admitted(make(1, max_queue=0), [0, 0])
@@ -159,12 +159,12 @@ def test_a_lost_lane_rejects_and_frees_those_behind() -> None:
     behind = waiting(schedule, [1])
     assert schedule.mark_lost(0) == [Reject(wide, 0), Enqueue(behind), Clear(0)]
     assert schedule.mark_lost(0) == []
-    assert schedule.state(0) is LaneState.LOST
+    assert schedule.states[0] is LaneState.LOST
     late = Progress([1, 0])
     assert schedule.submit(late) == [Reject(late, 0)]
     assert end_task(schedule, running, 0) == [Advance(running, 0)]
     assert schedule.on_stage_made(running, [1, 0]) == [Reject(running, 0)]
-    assert schedule.load(1) == 1, "a rejected stage takes no places"
+    assert schedule.loads[1] == 1, "a rejected stage takes no places"
 
 
 def test_closing_rejects_what_waits_and_keeps_what_runs() -> None:
@@ -216,7 +216,7 @@ class ScheduleMachine(RuleBasedStateMachine):
                 case Enqueue(pass_, first):
                     assert pass_ not in self.ended
                     for lane in pass_.lanes:
-                        assert self.schedule.state(lane) is not LaneState.LOST
+                        assert self.schedule.states[lane] is not LaneState.LOST
                         self.queued[lane].insert(0 if first else len(self.queued[lane]), pass_)
                 case Advance(pass_, _):
                     assert not pass_.has_failed
@@ -284,7 +284,7 @@ class ScheduleMachine(RuleBasedStateMachine):
     def loads_are_what_is_queued_and_runs(self) -> None:
         for lane in range(3):
             passes = [*self.queued[lane], *([self.running[lane]] if self.running[lane] else [])]
-            assert self.schedule.load(lane) == len(passes)
+            assert self.schedule.loads[lane] == len(passes)
 
     @invariant()
     def every_pass_is_somewhere(self) -> None:
@@ -301,7 +301,7 @@ class ScheduleMachine(RuleBasedStateMachine):
         ahead: set[int] = set()
         for pass_ in self.submitted:
             if pass_.state is PassState.WAITING:
-                loads = {lane: self.schedule.load(lane) for lane in pass_.lanes}
+                loads = {lane: self.schedule.loads[lane] for lane in pass_.lanes}
                 fits = all(load + list(pass_.lanes).count(lane) <= 2 for lane, load in loads.items())
                 assert not (fits or not any(loads.values())) or not ahead.isdisjoint(pass_.lanes)
                 ahead.update(pass_.lanes)

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations
 
 import asyncdp
 from asyncdp._replicas.replica import Replica
-from asyncdp._replicas.snapshot import CACHE_ATTRIBUTE
+from asyncdp._replicas.state import CACHE_ATTRIBUTE
 
 from .conftest import Passes
 from .models import Fn, Hooked, Tied, rows
