@@ -1,16 +1,20 @@
-"""The example service does what its page says."""
+"""The digits service does what its page says."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
+import torch
+
+from tests.examples.browser import open_browser
+from tests.examples.server import Server
+from tests.runtime.helpers import Latch, wait_until
 
 pytest.importorskip("torch._dynamo")  # optimizers import it at first use, and the loop must not read files
 pytest.importorskip("starlette")
@@ -19,20 +23,7 @@ pytest.importorskip("sklearn.datasets")
 
 pytestmark = pytest.mark.anyio
 
-EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "digits_service.py"
-
-
-def load_example() -> Any:
-    """Import the example as the program it is."""
-    spec = importlib.util.spec_from_file_location("digits_service", EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-example = load_example()
+example: Any = importlib.import_module("digits_service")
 
 
 @asynccontextmanager
@@ -44,6 +35,12 @@ async def client() -> AsyncIterator[Any]:
         httpx.AsyncClient(transport=transport, base_url="http://test") as one,
     ):
         yield one
+
+
+@pytest.fixture(name="one")
+async def of_one() -> AsyncIterator[Any]:
+    async with client() as opened:
+        yield opened
 
 
 def events_of(text: str) -> list[dict[str, Any]]:
@@ -107,9 +104,111 @@ async def test_leaving_ends_a_training() -> None:
     assert "closed" in repr(service.engine.runtime)
 
 
-async def test_mistakes_are_told() -> None:
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("{", "no JSON"),
+        ("[" * 200_000, "nested too deeply"),
+        ('{"pictures": []}', "64 numbers"),
+        ('{"images": "\\ud800"}', "64 numbers"),
+        ('{"images": [5]}', "64 numbers"),
+        ('{"images": []}', "1 to 512 images"),
+        (json.dumps({"images": [[0]] * 513}), "but got 513"),
+        (json.dumps({"images": [[0] * 64, [0] * 65]}), "image 1 does not consist of 64 numbers from 0 to 16"),
+        (json.dumps({"images": [[17] + [0] * 63]}), "from 0 to 16"),
+        (json.dumps({"images": [[float("nan")] * 64]}), "from 0 to 16"),
+        (json.dumps({"images": [[10**400] * 64]}), "from 0 to 16"),
+        (json.dumps({"images": [[True] * 64]}), "64 numbers"),
+        (json.dumps({"images": [[None] * 64]}), "64 numbers"),
+        (json.dumps({"images": [[[0]] * 64]}), "64 numbers"),
+    ],
+)
+async def test_mistakes_are_told(one: Any, body: str, reason: str) -> None:
     """A request without images gets an answer that says what was expected."""
-    async with client() as one:
-        answer = await one.post("/predict", json={"pictures": []})
-        assert answer.status_code == 400
-        assert "64 numbers" in answer.json()["error"]
+    answer = await one.post("/predict", content=body)
+    assert answer.status_code == 400
+    assert reason in answer.json()["error"]
+
+
+async def test_a_long_body_is_refused(one: Any) -> None:
+    """More than a MiB is not read as JSON."""
+    assert (await one.post("/predict", content=b" " * (1 << 21))).status_code == 413
+
+
+async def test_load_beyond_the_queue_is_shed(one: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While too many predictions wait, others get 429 and the time to come back, and training its turn."""
+    service = example.app.state.service
+    latch = Latch()
+    monkeypatch.setattr(service.module, "forward", lambda x: latch.hold() or torch.zeros(len(x), 10))
+    answers: list[int] = []
+
+    async def ask() -> None:
+        answers.append((await one.post("/predict", json={"images": [[0] * 64]})).status_code)
+
+    num_slots = len(service.engine.lanes)
+    async with anyio.create_task_group() as group:
+        for _ in range(num_slots):
+            group.start_soon(ask)
+        await wait_until(lambda: service.batcher.statistics().num_running == num_slots)
+        for _ in range(example.MAX_QUEUE):
+            group.start_soon(ask)
+        await wait_until(lambda: service.batcher.statistics().num_queued == example.MAX_QUEUE)
+        refused = await one.post("/predict", json={"images": [[0] * 64]})
+        assert refused.status_code == 429
+        assert int(refused.headers["Retry-After"]) >= 1
+        assert (await one.get("/readyz")).status_code == 503
+        group.start_soon(service.test)
+        await wait_until(lambda: service.batcher.statistics().num_outside == 1)
+        latch.open()
+    assert answers == [200] * (num_slots + example.MAX_QUEUE)
+    assert (await one.get("/readyz")).status_code == 200
+    assert (await one.get("/healthz")).json()["healthy"]
+
+
+async def test_a_training_that_fails_is_told(one: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Followers hear of it, predictions go on, and the next training may begin."""
+
+    async def fail() -> float:
+        raise RuntimeError("no memory")
+
+    for _ in range(2):
+        monkeypatch.setattr(example.app.state.service, "train_epoch", fail)
+        assert (await one.post("/train")).status_code == 202
+        events = events_of((await one.get("/progress")).text)
+        assert [event["state"] for event in events] == ["failed"]
+        assert (await one.post("/predict", json={"images": [[0] * 64]})).status_code == 200
+    assert events_of((await one.get("/progress")).text) == events
+
+
+async def test_progress_is_limited(one: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without any training the stream ends at once; with too many followers there is none."""
+    assert (await one.get("/progress")).text == ""
+    monkeypatch.setattr(example, "MAX_FOLLOWERS", 0)
+    assert (await one.get("/progress")).status_code == 503
+
+
+def test_the_page_shows_the_training_live() -> None:
+    """In a browser: the curve grows while it trains, a drawn digit is classified, and it stops."""
+    pytest.importorskip("uvicorn")
+    server = Server(example.app)
+    try:
+        with open_browser() as page:
+            page.open(server.url)
+            page.wait("find('state').textContent.startsWith('idle')")
+            page.run("find('train').click()")
+            page.wait("find('loss').points.numberOfItems >= 2")
+            assert "accuracy" in page.text("#latest")
+            assert page.wait("find('train').disabled && !find('stop').disabled")
+            page.run("for (let y = 1; y < 7; y++) paint(find('grid').children[8 * y + 3])")
+            assert page.run("pixels.filter(value => value === 16).length") == 6
+            page.run("find('grid').dispatchEvent(new PointerEvent('pointerup'))")
+            assert page.wait("find('digit').textContent") in set("0123456789")
+            page.run("find('stop').click()")
+            page.wait("find('state').textContent.startsWith('idle')")
+            num_epochs = page.run("epochs.length")
+            page.open(server.url)  # somebody who comes later sees it, too
+            page.wait(f"find('accuracy').points.numberOfItems === {num_epochs}")
+            assert page.problems == []
+            assert all(url.startswith((server.url, "data:")) for url in page.urls)
+    finally:
+        server.stop()

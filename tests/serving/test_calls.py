@@ -362,7 +362,10 @@ async def test_a_large_request_leaves_room_for_small_ones() -> None:
 
 async def test_a_request_with_a_mistake_queues_nothing() -> None:
     """A sample that cannot be measured, too many of them or no list of samples: nothing was queued."""
-    async with Runtime("cpu") as runtime, Batcher(double, max_queue=2, size_of=len, runtime=runtime) as batcher:
+    async with (
+        Runtime("cpu") as runtime,
+        Batcher(double, max_queue=2, size_of=len, runtime=runtime) as batcher,
+    ):
         with pytest.raises(TypeError):
             batcher.call_many_nowait([torch.zeros(2), ONE])
         with pytest.raises(ValueError, match="never fit"):
