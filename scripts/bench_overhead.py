@@ -127,6 +127,65 @@ async def pass_overhead(rounds: int) -> dict[str, float]:
         )
 
 
+def in_bare_threads(module: nn.Module, batches: list[torch.Tensor], num_threads: int) -> list[torch.Tensor]:
+    """Run a stream of batches as one would write it by hand, without anything that `map` promises."""
+    results = [torch.empty(0)] * len(batches)
+    numbered, lock = iter(enumerate(batches)), threading.Lock()
+
+    def work() -> None:
+        torch.set_num_threads(1)
+        with torch.no_grad():
+            while True:
+                with lock:
+                    index, batch = next(numbered, (-1, None))
+                if batch is None:
+                    return
+                results[index] = module(batch)
+
+    threads = [threading.Thread(target=work) for _ in range(num_threads)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+async def stream_cost(rounds: int, num_batches: int = 1000) -> dict[str, dict[str, float]]:
+    """Return the microseconds of a batch in a stream of small ones, through `map` and by hand, by module.
+
+    Every lane and thread has one intra-op thread.
+    """
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    mlp = nn.Sequential(*(nn.Linear(256, 256) for _ in range(8))).eval()
+    found: dict[str, dict[str, float]] = {}
+
+    async def mapped(engine: asyncdp.DataParallel, batches: list[torch.Tensor]) -> None:
+        with torch.no_grad():
+            results = engine.map(batches)
+        assert len([result async for result in results]) == len(batches)
+
+    for name, module, shape in (("nothing", nn.Identity(), (8, 8)), ("8 x Linear(256)", mlp, (32, 256))):
+        batches = list(torch.randn(num_batches, *shape))
+        times: dict[str, list[float]] = {"map, one lane": [], "map, two lanes": [], "two bare threads": []}
+        async with (
+            asyncdp.DataParallel(module, "cpu") as one,
+            asyncdp.DataParallel(module, "cpu*2") as two,
+        ):
+            for number in range(rounds + 1):
+                for candidate in random.sample([*times], len(times)):
+                    started = time.perf_counter()
+                    if candidate == "two bare threads":
+                        in_bare_threads(module, batches, 2)
+                    else:
+                        await mapped(one if candidate == "map, one lane" else two, batches)
+                    if number > 0:  # the first round warms up
+                        times[candidate].append((time.perf_counter() - started) / num_batches * 1e6)
+        found[name] = {candidate: statistics.median(values) for candidate, values in times.items()}
+    torch.set_num_threads(num_threads)
+    return found
+
+
 async def tracing_cost(rounds: int) -> dict[str, float]:
     """Return the microseconds of an awaited call without and with a recorder."""
     times: dict[bool, list[float]] = {False: [], True: []}
@@ -224,6 +283,13 @@ def report(result: dict[str, Any]) -> str:
             result["pass_us"],
         ),
         "",
+        f"| a stream of 1,000 batches, us per batch | {' | '.join(result['stream_us'])} |",
+        "|---|" + "---|" * len(result["stream_us"]),
+        *(
+            f"| {name} | {' | '.join(f'{times[name]:.0f}' for times in result['stream_us'].values())} |"
+            for name in result["stream_us"]["nothing"]
+        ),
+        "",
         "| one awaited call | us |",
         "|---|---|",
         *(f"| {name} | {us:.2f} |" for name, us in result["tracing_us"].items()),
@@ -259,6 +325,7 @@ def main() -> None:
         "rounds": options.rounds,
         "call_us": call_us,
         "pass_us": pass_us,
+        "stream_us": asyncio.run(stream_cost(max(3, options.rounds // 20))),
         "tracing_us": asyncio.run(tracing_cost(options.rounds)),
         "stall_ms": asyncio.run(loop_stalls(options.seconds)),
         "import_s": import_cost(),

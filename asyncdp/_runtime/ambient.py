@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextvars
-import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
@@ -90,7 +89,10 @@ class Ambient:
 
     def copy(self) -> Ambient:
         """Return the same for another pass, whose tasks have context variables of their own."""
-        other = copy.copy(self)
+        other = Ambient.__new__(Ambient)
+        other.modes = self.modes
+        other._default_device = self._default_device
+        other._saved_hooks = self._saved_hooks
         other._contexts = [self._contexts[0].copy()]
         return other
 

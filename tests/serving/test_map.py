@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import gc
 import weakref
 from collections import OrderedDict
@@ -234,3 +235,61 @@ async def test_every_way_of_running_a_batch_counts_as_a_pass() -> None:
         with pytest.raises(ValueError, match="negative"):
             await engine(-torch.ones(4))
         assert engine.statistics().num_passes == 6
+
+
+async def test_other_modes_and_context_are_those_of_the_call_too() -> None:
+    """Autocast and context variables are noted when `map` is called; what one batch sets is not for the next."""
+    variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="unset")
+    found: list[tuple[str, bool]] = []
+
+    class Noting(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            found.append((variable.get(), torch.is_autocast_enabled("cpu")))
+            variable.set("set by a batch")
+            return x
+
+    async with DataParallel(Noting(), "cpu") as engine:
+        variable.set("at the call")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            results = engine.map(numbers(2))
+        variable.set("later")
+        assert len([result async for result in results]) == 2
+    assert found == [("at the call", True)] * 2
+
+
+async def test_many_batches_at_once_leave_the_loop_its_turns() -> None:
+    """However many batches may be in flight, other tasks run while they are started."""
+    num_turns = 0
+    read_in: list[int] = []
+
+    class Watched(list[torch.Tensor]):
+        def __iter__(self) -> Iterator[torch.Tensor]:
+            for value in super().__iter__():
+                read_in.append(num_turns)
+                yield value
+
+    async def turn() -> None:
+        nonlocal num_turns
+        while True:
+            await anyio.lowlevel.checkpoint()
+            num_turns += 1
+
+    async with DataParallel(Double(), "cpu") as engine, anyio.create_task_group() as group:
+        group.start_soon(turn)
+        results = [result.item() async for result in engine.map(Watched(numbers(1000)), max_in_flight=1000)]
+        group.cancel_scope.cancel()
+    assert results == [2.0 * n for n in range(1000)]
+    assert len(set(read_in)) > 10
+
+
+@pytest.mark.parametrize(("device", "most"), [(FakeDevice, 2), ("cpu", 8)])
+async def test_quick_batches_are_read_further_ahead(device: Any, most: int) -> None:
+    """Two batches per lane are in flight, and eight once they are known to take less than a millisecond."""
+    ahead: list[int] = []
+    source = Source(numbers(300))
+    devices = device if isinstance(device, str) else [device()]  # which never says how long its tasks take
+    async with Runtime(devices) as runtime, DataParallel(Double(), runtime=runtime) as engine:
+        async for _ in engine.map(source.asynchronous()):
+            ahead.append(source.num_read - len(ahead))
+    assert max(ahead) <= most
+    assert (max(ahead) > 2) == (most > 2)
