@@ -7,7 +7,6 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from .._runtime import trace
@@ -217,8 +216,8 @@ class Recorder:
             "num_cancelled": self.outcomes[CallState.CANCELLED],
             "num_timed_out": self.outcomes[CallState.TIMED_OUT],
             "num_refused": self.refused.total(),
-            "failures": MappingProxyType(dict(self.outcomes.failures)),
-            "refused": MappingProxyType(dict(self.refused)),
+            "failures": dict(self.outcomes.failures),
+            "refused": dict(self.refused),
             "real_tokens": real,
             "padding_tokens": padded - real,
             "padding_waste": 1 - real / padded if padded else 0.0,

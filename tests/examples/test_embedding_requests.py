@@ -326,3 +326,14 @@ async def test_both_batchers_are_exported() -> None:
     counts = [line for line in text.splitlines() if "done_total" in line and not line.startswith("#")]
     assert [line.split()[-1] for line in counts] == ["3.0", "3.0"]
     assert any("tokenizer" in line for line in counts)
+
+
+async def test_statistics_are_json() -> None:
+    """What the page shows comes as JSON: load and durations of both batchers, and the lanes."""
+    async with serve() as client:
+        await embed(client, "a", POISON)
+        told = (await client.get("/statistics")).json()
+    assert told["tokenizer"]["num_done"] == 2
+    assert told["batcher"]["failures"] == {"ValueError": 1}
+    assert told["batcher"]["run"]["p99"] > 0
+    assert [lane["state"] for lane in told["lanes"]] == ["open"]
