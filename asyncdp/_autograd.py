@@ -102,19 +102,22 @@ class Broadcast(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, devices: Sequence[torch.device], copy: bool, *tensors: Tensor
+        ctx: Any, devices: Sequence[torch.device], copy: bool | Sequence[bool], *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         """Return `len(devices) * len(tensors)` tensors, those of the first device first.
 
         Args:
             ctx: torch's context.
             devices: one per lane.
-            copy: whether a tensor that is on the lane's device already gets storage of its own.
+            copy: whether a tensor that is on a lane's device already gets storage of its own there; for all
+                lanes, or for each.
             *tensors: what to give to every device.
         """
         ctx.sources = [tensor.device for tensor in tensors]
         ctx.set_materialize_grads(False)
-        outputs = [_own(tensor, device, copy) for device in devices for tensor in tensors]
+        copies = [copy] * len(devices) if isinstance(copy, bool) else copy
+        lanes = [*zip(devices, copies, strict=True)]
+        outputs = [_own(tensor, device, copied) for device, copied in lanes for tensor in tensors]
         # Without this, one trainable parameter would make frozen ones and buffers require gradients too.
         trainable = ctx.needs_input_grad[2:] * len(devices)
         ctx.mark_non_differentiable(

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._replicas.lane_module import LaneModule, ModuleState
 from .._replicas.order import Use, passes, wait_turn
-from .._replicas.replica_set import LaneModule, ModuleState, ReplicaSet
+from .._replicas.replica_set import ReplicaSet
 from .._replicas.snapshot import ModuleSnapshot
 from .._runtime import Lane, Runtime, Scheduler, Task
 from .._runtime.ambient import Ambient
@@ -156,7 +157,7 @@ class Route:
         count ever changes.
         """
         first = self.lanes[0]
-        if self.scheduler.least_busy(self.lanes)[0] is not first and not self.parts().updates_buffers:
+        if self.scheduler.least_busy(self.lanes)[0] is not first and not self._needs_first_lane():
             return await self.run_whole(batch)
 
         state = self.capture()
@@ -174,7 +175,7 @@ class Route:
 
     def pick(self) -> int:
         """Return the position of the lane for a whole batch: the least busy, or 0 if buffers change."""
-        if len(self.lanes) == 1 or self.parts().updates_buffers:
+        if len(self.lanes) == 1 or self._needs_first_lane():
             return 0
         return self.lanes.index(self.scheduler.least_busy(self.lanes)[0])
 
@@ -200,9 +201,13 @@ class Route:
 
     def _positions(self, count: int) -> list[int]:
         """Return the lanes for `count` shards. If buffers change, lane 0 must run: its own survive."""
-        if count == len(self.lanes) or self.parts().updates_buffers:
+        if count == len(self.lanes) or self._needs_first_lane():
             return list(range(count))
         return [self.lanes.index(lane) for lane in self.scheduler.least_busy(self.lanes, count)]
+
+    def _needs_first_lane(self) -> bool:
+        """Return whether forwards are likely to change what survives, which is lane 0's."""
+        return self.parts().updates_buffers or bool(self.replicas.written)
 
     def _gather_lane(self, last: Lane) -> Lane:
         """Return a lane on the output device: the one that ended last, if it is there."""

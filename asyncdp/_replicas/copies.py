@@ -62,7 +62,7 @@ class VersionTag(NamedTuple):
             version_of(tensor),
             tensor.untyped_storage()._cdata,
             tensor.data_ptr(),
-            _checksum(tensor) if checksum else 0,
+            checksum_of(tensor) if checksum else 0,
         )
 
 
@@ -122,7 +122,7 @@ def _transfers(tensors: Sequence[Tensor], device: torch.device) -> list[list[Ten
     return [bucket for group in groups.values() for bucket in buckets(group)]
 
 
-def _checksum(tensor: Tensor) -> int:
+def checksum_of(tensor: Tensor) -> int:
     values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return zlib.crc32(values.numpy().data)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._torch_private import flat_weights, mark_as_parameter, version_of
+from .._torch_private import flat_weights, mark_as_parameter, storage_address, version_of
 from ..errors import LazyModuleError
 from .copier import Copier, bare_copy, substitute
 from .refusals import warn_if_compiled
@@ -129,13 +129,17 @@ class Replica:
         return {id(tensor): version_of(tensor) for tensor in tensors if not tensor.is_inference()}
 
     def survivors(
-        self, snapshot: ModuleSnapshot | None, versions: Mapping[int, int] | None
+        self,
+        snapshot: ModuleSnapshot | None,
+        versions: Mapping[int, int] | None,
+        written: Sequence[int] = (),
     ) -> Survivors | None:
         """Return what of a forward's changes the original gets, if it gets any.
 
         Args:
             snapshot: of the original; None if the replica's changes are not to survive.
             versions: the versions of the buffers before.
+            written: the positions of the parameters that the forward wrote.
 
         Raises:
             LazyModuleError: the forward made submodules or parameters.
@@ -144,13 +148,21 @@ class Replica:
         differs = self._differed = not self._watch.holds(self._modules)
         if differs:
             self._check_additions()
-        if snapshot is None or versions is None or not (differs or snapshot.buffer_owners or snapshot.loose):
+        if snapshot is None or versions is None:
+            return None
+        if not (differs or written or snapshot.buffer_owners or snapshot.loose):
             return None
         found = Survivors(snapshot)
         owners = range(len(self._modules)) if differs else snapshot.buffer_owners
         for position in owners:
-            if self._buffers_changed(position, found, versions) and differs:
+            # Flags about parameters may be anywhere: one device would have them all.
+            if (self._buffers_changed(position, found, versions) or written) and differs:
                 self._collect_values(position, found)
+        for position in written:
+            original = snapshot.parameters[position]
+            own = self._bound[id(original)]
+            if storage_address(own) != storage_address(original):
+                found.loose.append((original, own))
         for original in snapshot.loose:
             own = self._bound[id(original)]
             if own is not original and (own.is_inference() or versions.get(id(own)) != version_of(own)):
@@ -198,10 +210,11 @@ class Replica:
                 continue
             if _is_scalar(value):
                 found.values[position, name] = value
-            elif is_plain(value) and (type(before) is not type(value) or before != value):
-                # A flag set beside hooks says that they are there, and they do not survive.
-                if not isinstance(value, bool) or not self._has_new_hooks(self._modules[position]):
-                    found.values[position, name] = value
+                continue
+            # A flag set beside hooks says that they are there, and they do not survive.
+            is_flag = isinstance(value, bool) and self._has_new_hooks(self._modules[position])
+            if is_plain(value) and not is_flag and (type(before) is not type(value) or before != value):
+                found.values[position, name] = value
 
     def _has_new_hooks(self, module: nn.Module) -> bool:
         """Return whether the forward registered hooks on a module of the replica, or on one below it."""

@@ -10,11 +10,9 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
-from itertools import compress
+from collections.abc import Hashable, Sequence, Set
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,106 +29,18 @@ from .copies import (
     storages,
     wait_issued,
 )
+from .lane_module import CarriedValues, LaneModule, ModuleState
 from .order import Reader
-from .replica import Replica, ReplicaCache, Substitutions, substitutions
-from .snapshot import AttributeMap, LatestSnapshot, ModuleSnapshot, check_module
+from .replica import ReplicaCache, Substitutions, substitutions
+from .snapshot import LatestSnapshot, ModuleSnapshot, check_module
 from .state import CACHE_ATTRIBUTE
+from .writes import WrittenParameters
 
 # Preparing more than this costs more than a detour over a lane, and would hold up the event loop.
 _MAX_QUICK_MODULES = 256
 _MAX_QUICK_ALIASES = 32
 
 _requires_grad = attrgetter("requires_grad")
-
-
-class CarriedValues:
-    """Plain values that forwards set in the module beside buffers, in the order in which they did.
-
-    A pass whose state was captured before gets them all the same, as it gets the buffers. Each state refers
-    to the latest link of a chain at its time; links that no state refers to go.
-    """
-
-    def __init__(self) -> None:
-        self.latest = _Link()
-
-    def add(self, values: AttributeMap) -> None:
-        """Add the values that one forward set."""
-        link = _Link()
-        self.latest.values, self.latest.next = values, link
-        self.latest = link
-
-
-@dataclass(slots=True)
-class _Link:
-    values: AttributeMap = field(default_factory=dict)
-    next: _Link | None = None
-
-    def since(self) -> AttributeMap:
-        """Return what was added since this link was the latest."""
-        found: dict[tuple[int, str], Any] = {}
-        link = self
-        while link.next is not None:
-            found |= link.values
-            link = link.next
-        return found
-
-
-class ModuleState(NamedTuple):
-    """All of a module that a caller may change between two calls, as of one call.
-
-    Calls between which nothing changed have the very same one.
-    """
-
-    snapshot: ModuleSnapshot
-    training: list[bool]
-    """The mode of every module of the snapshot."""
-    requires: list[bool] | None
-    """Which of the snapshot's tensors require gradients; None if none are to be recorded."""
-    carried: _Link
-
-    def trainable(self) -> list[Tensor]:
-        """Return the tensors that required gradients."""
-        return [*compress(self.snapshot.tensors, self.requires or ())]
-
-    def equals(self, other: ModuleState) -> bool:
-        """Return whether a pass gives the same in both."""
-        return self.snapshot is other.snapshot and self.training is other.training
-
-
-@dataclass(slots=True)
-class LaneModule:
-    """A module as one lane runs it in one pass."""
-
-    replica: Replica
-    tensors: Substitutions
-    changes: AttributeMap
-    state: ModuleState
-    source: Copies | None
-    writes_back_to: ModuleSnapshot | None
-    """Where updates of buffers survive, on lane 0."""
-    carried: CarriedValues
-    memory: Sequence[torch.UntypedStorage] = ()
-    """Of `tensors` at first: a forward may give them other memory before a device has read this."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the replica's forward; only ever on the lane's own thread."""
-        tensors = self.tensors if self.source is None else self.source.up_to_date(self.tensors)
-        if self.state.requires is not None:
-            tensors = _as_of_the_call(self.state.snapshot, self.state.requires, tensors)
-        replica, snapshot = self.replica, self.writes_back_to
-        replica.bind(tensors, self.changes, self.state.training)
-        is_recorded = torch.is_grad_enabled()
-        try:
-            versions = None if snapshot is None else replica.versions()
-            output = replica.module(*args, **kwargs)
-            survivors = replica.survivors(snapshot, versions)
-            if survivors is not None:
-                survivors.apply()
-                if survivors.values:
-                    self.carried.add(survivors.values)
-        finally:
-            replica.end(is_recorded=is_recorded)
-        return output
 
 
 class ReplicaSet:
@@ -146,6 +56,7 @@ class ReplicaSet:
         snapshots: answer what the module consists of.
         readers: each lane's right to read the module.
         carried: values that forwards have set in the module.
+        written: the parameters that they have written.
     """
 
     def __init__(
@@ -163,6 +74,7 @@ class ReplicaSet:
         self.snapshots = LatestSnapshot()
         self.readers = [Reader(module, self.snapshots, device) for device in self._devices]
         self.carried = CarriedValues()
+        self.written = WrittenParameters(self._devices)
         self._cache = ReplicaCache(len(self._devices))
         self._copies: list[Copies | None] = []
         self._states: dict[Hashable, ModuleState] = {}  # the latest of each kind, of one snapshot
@@ -271,6 +183,8 @@ class ReplicaSet:
             return False
         if not self._follow(snapshot) or not self._are_buffers_current(snapshot):
             return False
+        if self.written.needs_close_look(state.kind):
+            return False
         return not any(state.requires or ()) or len(snapshot.parameters) * num_lanes <= _MAX_QUICK_ALIASES
 
     def _follow(self, snapshot: ModuleSnapshot) -> bool:
@@ -294,24 +208,48 @@ class ReplicaSet:
         snapshot = state.snapshot
         if snapshot.updates_buffers or (state.training is not snapshot.training and any(state.training)):
             self._buffer_tags = []
-        aliases = self._aliases(state, lanes)
+        own = self.written.own(snapshot, state.kind, lanes)
+        looks_closely = self.written.needs_close_look(state.kind)
+        aliases = self._aliases(state, lanes, own)
         carried = state.carried.since() if state.carried.next is not None else {}
+        mine = [
+            self._with_own(lane, tensors, own)
+            for lane, tensors in zip(lanes, aliases or [{}] * len(lanes), strict=True)
+        ]
         made = [
             LaneModule(
                 self._cache.replicas[lane],
-                {**self._shared[lane], **own} if own else self._shared[lane],
+                {**self._shared[lane], **tensors} if tensors else self._shared[lane],
                 {**self._cache.changes, **carried} if carried else self._cache.changes,
                 state,
                 self._copies[lane],
                 snapshot if lane == 0 else None,
                 self.carried,
-                storages(own.values()) if self._devices[lane].type != "cpu" else (),
+                lane,
+                self.written,
+                own,
+                looks_closely,
+                storages(tensors.values()) if self._devices[lane].type != "cpu" else (),
             )
-            for lane, own in zip(lanes, aliases or [{}] * len(lanes), strict=True)
+            for lane, tensors in zip(lanes, mine, strict=True)
         ]
-        if not carried and True not in (state.requires or ()):
+        if not (carried or looks_closely) and True not in (state.requires or ()):
             self._ready[*lanes, id(state.training)] = made
         return made
+
+    def _with_own(self, lane: int, tensors: Substitutions, own: Set[int]) -> Substitutions:
+        """Add copies of what a lane would share with others, but may not; the first has the module's own."""
+        if lane == 0 or not own:
+            return tensors
+        device = self._devices[lane]
+        shared = [
+            each
+            for each in self.written.parameters
+            if id(each) in own and id(each) not in tensors and each.device == device
+        ]
+        copies = copies_in_place(shared)
+        wait_issued({device})
+        return {**tensors, **substitutions(shared, copies)}
 
     def _copies_for(self, lane: int, snapshot: ModuleSnapshot) -> Copies | None:
         device = self._devices[lane]
@@ -356,38 +294,34 @@ class ReplicaSet:
             self._buffer_tags = self._current_tags(snapshot)
             self._storage_refs = storage_refs([*buffers, *snapshot.loose])
 
-    def _aliases(self, state: ModuleState, lanes: Sequence[int]) -> list[Substitutions] | None:
-        """Return each lane's own parameters for a pass that records gradients; None for any other."""
+    def _aliases(self, state: ModuleState, lanes: Sequence[int], own: Set[int]) -> list[Substitutions] | None:
+        """Return each lane's own parameters for a pass that records gradients; None for any other.
+
+        Of those in `own` all lanes but the first get copies.
+        """
         if state.requires is None or not torch.is_grad_enabled():
             return None
         devices = [self._devices[lane] for lane in lanes]
         trainable = [tensor for tensor in state.trainable() if tensor.requires_grad]
         # A single lane on the module's device needs no sum: it has the module's own parameters.
-        if not trainable or (len(lanes) == 1 and all(each.device == devices[0] for each in trainable)):
+        needs_no_sum = len(lanes) == 1 and all(each.device == devices[0] for each in trainable)
+        if not trainable or (needs_no_sum and (lanes[0] == 0 or not own)):
             return None
         aliases: list[dict[int, Tensor]] = [{} for _ in lanes]
-        for bucket in buckets(trainable, self._bucket_bytes):
-            outputs = Broadcast.apply(devices, False, *bucket)
-            for position, own in enumerate(aliases):
+        # The first lane shares the memory and the version of all: what it writes survives, and a backward
+        # finds out what has been written since the forward.
+        copied = [lane > 0 for lane in lanes]
+        shared = [each for each in trainable if id(each) not in own]
+        apart = [each for each in trainable if id(each) in own]
+        groups: list[tuple[list[Tensor], bool | list[bool]]] = []
+        groups += [(each, False) for each in buckets(shared, self._bucket_bytes)]
+        groups += [(each, copied) for each in buckets(apart, self._bucket_bytes)]
+        for bucket, copy in groups:
+            outputs = Broadcast.apply(devices, copy, *bucket)
+            for position, mine in enumerate(aliases):
                 share = outputs[position * len(bucket) : (position + 1) * len(bucket)]
-                own.update(substitutions(bucket, share))
+                mine.update(substitutions(bucket, share))
         return list(aliases)
-
-
-def _as_of_the_call(
-    snapshot: ModuleSnapshot, requires: Sequence[bool], tensors: Substitutions
-) -> Substitutions:
-    """Return substitutions where those that required gradients at the call do so, and no others."""
-    if [*map(_requires_grad, snapshot.tensors)] == requires:
-        return tensors
-    flipped = [
-        (each, required)
-        for each, required in zip(snapshot.tensors, requires, strict=True)
-        if each.requires_grad != required and tensors[id(each)] is each
-    ]
-    # Nothing takes the gradients of a leaf whose owner has frozen it meanwhile.
-    alike = [each.detach().requires_grad_(required) for each, required in flipped]
-    return {**tensors, **substitutions([each for each, _ in flipped], alike)}
 
 
 class ReplicaSets(dict[tuple[torch.device, ...], ReplicaSet]):

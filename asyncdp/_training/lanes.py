@@ -8,7 +8,7 @@ so that nothing of the module changes before the step is known to succeed.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from .._replicas.copies import copies_in_place, storages
 from .._replicas.replica import Replica, ReplicaCache, Substitutions, substitutions
 from .._replicas.snapshot import AttributeMap, ModuleSnapshot
 from .._replicas.survivors import Survivors
+from .._replicas.writes import ParameterWatch
 from .._torch_private import foreach_copy_
 from .reducer import Gradients, bucket_positions
 
@@ -36,6 +37,7 @@ class TrainingLane:
         trainable: the module's tensors that require gradients.
         frozen: its other parameters and buffers.
         loose: its tensors that are neither.
+        own: the `id` of each parameter of which each lane has a copy, but the first.
     """
 
     def __init__(
@@ -46,12 +48,16 @@ class TrainingLane:
         trainable: Sequence[Tensor],
         frozen: Sequence[Tensor],
         loose: Sequence[Tensor],
+        own: Set[int],
     ) -> None:
         self._cache = cache
         self._replica = cache.replicas[position]
         with torch.inference_mode(False), torch.no_grad():
-            self._leaves = [tensor.detach().to(device).requires_grad_() for tensor in trainable]
-            others = [_frozen_on(device, tensor) for tensor in frozen]
+            own = own if position else frozenset()
+            self._leaves = [
+                tensor.detach().to(device, copy=id(tensor) in own).requires_grad_() for tensor in trainable
+            ]
+            others = [_frozen_on(device, tensor, own) for tensor in frozen]
         others += copies_in_place(loose)
         frozen = [*frozen, *loose]
         self._tensors: Substitutions = {
@@ -63,38 +69,65 @@ class TrainingLane:
         copied = [(own, source) for own, source in pairs if own.data_ptr() != source.data_ptr()]
         self._copies = [own for own, _ in copied]
         self._sources = [source for _, source in copied]
+        self._is_fresh = False
         self._memory: list[torch.UntypedStorage] = []
+        assert cache.snapshot is not None, "the replicas are built"
+        self._parameters = [self._tensors[id(each)] for each in cache.snapshot.parameters]
+        self._watch: ParameterWatch | None = None
         self._versions: dict[int, int] = {}
         self._survivors: Survivors | None = None
         self._report: Report | None = None
         self._hooks: list[RemovableHandle] = []
 
-    def module(self, report: Report | None, training: Sequence[bool], carried: AttributeMap) -> nn.Module:
+    def module(
+        self,
+        report: Report | None,
+        training: Sequence[bool],
+        carried: AttributeMap,
+        *,
+        looks_closely: bool = False,
+    ) -> nn.Module:
         """Return the replica, ready for one forward and backward.
 
         Args:
             report: gets every gradient as soon as it is complete; None to `collect` them later.
             training: the mode of every module.
             carried: values that earlier forwards have set beside buffers.
+            looks_closely: as of a `ParameterWatch`.
         """
         self._report_to(report)
+        if not self._is_fresh:
+            self.refresh()
+        self._is_fresh = False
+        changes = self._cache.changes
+        self._replica.bind(self._tensors, {**changes, **carried} if carried else changes, training)
+        self._versions = self._replica.versions()
+        self._watch = ParameterWatch(self._parameters, closely=looks_closely)
+        return self._replica.module
+
+    def refresh(self) -> None:
+        """Copy what the lane does not share, for the forward that comes next."""
+        self._is_fresh = True
         if self._copies:
             # Always: no version tells of changes through `.data`, nor of batch norm's to its buffers.
             with torch.inference_mode(False), torch.no_grad():
                 foreach_copy_(self._copies, self._sources)
             self._memory = storages(self._copies)  # until the next step
-        changes = self._cache.changes
-        self._replica.bind(self._tensors, {**changes, **carried} if carried else changes, training)
-        self._versions = self._replica.versions()
-        return self._replica.module
 
-    def end_forward(self) -> None:
+    def end_forward(self) -> list[int]:
         """Find what the forward did to buffers, before its backward.
+
+        Returns:
+            The positions of the parameters that it wrote.
 
         Raises:
             LazyModuleError: the forward made submodules or parameters.
         """
-        self._survivors = self._replica.survivors(self._cache.snapshot, self._versions)
+        assert self._watch is not None, "the forward has begun"
+        written = self._watch.written()
+        self._watch = None
+        self._survivors = self._replica.survivors(self._cache.snapshot, self._versions, written)
+        return written
 
     def report(self, position: int, leaf: Tensor) -> None:
         """Pass a leaf's gradient on; called by its hook during a backward."""
@@ -144,9 +177,9 @@ def _hook(lane: weakref.ref[TrainingLane], position: int) -> Callable[[Tensor], 
     return report
 
 
-def _frozen_on(device: torch.device, tensor: Tensor) -> Tensor:
+def _frozen_on(device: torch.device, tensor: Tensor, own: Set[int]) -> Tensor:
     """Return a frozen parameter itself where it is on the device; a copy of any other tensor."""
-    if isinstance(tensor, nn.Parameter) and tensor.device == device:
+    if isinstance(tensor, nn.Parameter) and tensor.device == device and id(tensor) not in own:
         return tensor
     return tensor.detach().to(device, copy=True)
 
@@ -168,6 +201,7 @@ class TrainingLanes:
         self._cache = ReplicaCache(len(self._devices))
         self._lanes: list[TrainingLane | None] = []
         self._key: list[Any] = []
+        self._own: Set[int] = frozenset()
         self._in_place_for: ModuleSnapshot | None = None
         self._in_place: Substitutions = {}
         self.trainable: list[Tensor] = []
@@ -175,7 +209,7 @@ class TrainingLanes:
         self.num_elements = 0
 
     def prepare(
-        self, snapshot: ModuleSnapshot, trainable: Sequence[Tensor], num_lanes: int
+        self, snapshot: ModuleSnapshot, trainable: Sequence[Tensor], num_lanes: int, own: Set[int]
     ) -> list[TrainingLane]:
         """Make the first `num_lanes` lanes ready for one step.
 
@@ -183,13 +217,16 @@ class TrainingLanes:
             snapshot: what the module consists of.
             trainable: those of its tensors that are trained.
             num_lanes: how many lanes compute.
+            own: as of a `TrainingLane`.
         """
         self._follow(snapshot)
         required = set(map(id, trainable))
-        key = [(_identity(each), id(each) in required) for each in [*snapshot.tensors, *snapshot.loose]]
+        tensors = [*snapshot.tensors, *snapshot.loose]
+        key = [(_identity(each), id(each) in required, id(each) in own) for each in tensors]
         if key != self._key:
             self._key = key
             self._lanes = [None] * len(self._devices)
+            self._own = own
             self.trainable = list(trainable)
             self.buckets = bucket_positions(self.trainable)
             self.num_elements = sum(tensor.numel() for tensor in self.trainable)
@@ -219,7 +256,9 @@ class TrainingLanes:
             known = set(map(id, self.trainable))
             frozen = [tensor for tensor in snapshot.tensors if id(tensor) not in known]
             device = self._devices[position]
-            lane = TrainingLane(self._cache, position, device, self.trainable, frozen, snapshot.loose)
+            lane = TrainingLane(
+                self._cache, position, device, self.trainable, frozen, snapshot.loose, self._own
+            )
             self._lanes[position] = lane
         return lane
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import chain
@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from .._replicas.copies import wait_issued
+from .._replicas.lane_module import ModuleState
 from .._replicas.order import Use, in_turn
-from .._replicas.replica_set import ModuleState, ReplicaSet
+from .._replicas.replica_set import ReplicaSet
 from .._replicas.snapshot import ModuleSnapshot
+from .._replicas.writes import ParameterWatch
 from .._runtime import Lane
 from .._torch_private import hooks_of
 from .._verbs.batch import positional
@@ -107,6 +109,7 @@ class Step:
         self._prepared: _Prepared | None = None
         self._in_place: list[Tensor] | None = None  # what is trainable, if the module itself was trained
         self._saved: SavedGradients | None = None
+        self._own: Set[int] = frozenset()
         self._lock = threading.Lock()
         self._own_gradients: Gradients = []
         self._is_done = False
@@ -122,9 +125,11 @@ class Step:
         lane = lanes[index]
         try:
             report = None if reducer is None else partial(reducer.report, index)
-            module = lane.module(report, self._state.training, self._state.carried.since())
+            carried = self._state.carried.since()
+            looks_closely = self._modules.written.needs_close_look(self._kind)
+            module = lane.module(report, self._state.training, carried, looks_closely=looks_closely)
             share = self._loss_of(index, module)
-            lane.end_forward()
+            self._note_writes(lane.end_forward())
             _backward(share if scale is None else share * scale.to(share.device))
         finally:
             gradients = lane.collect()
@@ -152,8 +157,16 @@ class Step:
         self._saved = SavedGradients(trainable, self.options.optimizer)
         replica = self._replicas.bind_in_place(state.snapshot, state.training, state.carried.since())
         try:
+            written = self._modules.written
+            written.own(state.snapshot, self._kind, [0])
+            watch = ParameterWatch(state.snapshot.parameters, closely=written.needs_close_look(self._kind))
             loss = self._loss_of(0, replica.module)
-            replica.survivors(None, None)
+            found = watch.written()
+            self._note_writes(found)
+            survivors = replica.survivors(state.snapshot if found else None, {}, found)
+            if survivors is not None:  # at once, as what was written
+                survivors.apply()
+                self._modules.carried.add(survivors.values)
             scale = self._scale(trainable)
             _backward(loss if scale is None else loss * scale.to(loss.device))
         finally:
@@ -252,13 +265,34 @@ class Step:
                 self._prepared = self._prepare_lanes()
             return self._prepared
 
+    @property
+    def _kind(self) -> Hashable:
+        """What steps have in common that are likely to write the same parameters."""
+        return "step", self._state.training[0]
+
+    def _note_writes(self, positions: Sequence[int]) -> None:
+        """Have later steps and passes know which parameters a forward wrote.
+
+        Raises:
+            ParameterWrittenError: other lanes may have read or written the same memory.
+        """
+        written = self._modules.written
+        written.add(self._kind, positions)
+        if len(self._lanes) > 1:
+            written.check_apart(positions, self._own, self._state.snapshot)
+
     def _note_changes(self) -> None:
         """Take the module as it is now if parts of it were replaced since the call."""
         self._state = self._modules.with_parts(self._module, self._state)
 
     def _prepare_lanes(self) -> _Prepared:
         num_lanes = len(self._lanes)
-        lanes = self._replicas.prepare(self._state.snapshot, self._state.trainable(), num_lanes)
+        snapshot = self._state.snapshot
+        self._own = self._modules.written.own(snapshot, self._kind, range(num_lanes))
+        lanes = self._replicas.prepare(snapshot, self._state.trainable(), num_lanes, self._own)
+        if self._own and num_lanes > 1:
+            for lane in lanes:
+                lane.refresh()  # before the first lane's forward may write into what they copy
         trainable = self._replicas.trainable
         reducer = None
         if num_lanes > 1:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import _loops
+from .._replicas.lane_module import ModuleState
 from .._replicas.order import Use, passes, wait_turn
-from .._replicas.replica_set import ModuleState, ReplicaSet
+from .._replicas.replica_set import ReplicaSet
 from .._runtime import Lane, Scheduler, Task
 from .._runtime.passes import NextStage, Stage
 from .._runtime.schedule import split_sizes

@@ -101,6 +101,17 @@ class LazyModuleError(AsyncDPError, ValueError):
         super().__init__(f"{cause} {name!r}, which would differ from lane to lane. {remedy}.")
 
 
+class ParameterWrittenError(AsyncDPError, RuntimeError):
+    """A forward wrote into a parameter whose memory other lanes were using."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"forward wrote its parameter {name!r} in place on lanes that share its memory, so that neither "
+            "results nor weights are to be trusted. Load the weights again, and run one batch through the "
+            "module itself first if it writes only once. Else keep what changes in a buffer, or use one lane."
+        )
+
+
 class CountMismatchError(AsyncDPError, ValueError):
     """The lists of `parallel_apply` differ in length."""
 

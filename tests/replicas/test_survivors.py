@@ -83,7 +83,7 @@ class Recorder(nn.Module):
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("counts", [False, True])
 async def test_a_flag_goes_with_the_hooks_that_it_is_about(name: str, training: bool, counts: bool) -> None:
-    """No pass finds a flag for hooks that are gone; numbers beside a buffer that changed survive all the same."""
+    """No pass finds a flag for hooks that are gone; numbers beside a changed buffer survive."""
     module = Recorder(counts).train(training)
     async with way(name, module) as run:
         for _ in range(3):
@@ -116,7 +116,7 @@ class Cached(nn.Module):
 @every_way
 @pytest.mark.parametrize("training", [False, True])
 async def test_nothing_survives_beside_a_buffer_that_stays(name: str, training: bool) -> None:
-    """A buffer that might have changed, but did not, carries nothing: not the length of a table that is gone."""
+    """A buffer that might have changed, but did not, carries nothing, not the length of a table."""
     module = Cached().train(training)
     async with way(name, module) as run:
         for length in (3, 5, 2):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import asyncdp
-from asyncdp._replicas.copies import VersionTag, copies_on, flat_copies
-from asyncdp._replicas.replica_set import ReplicaSet, _Copies
+from asyncdp._replicas.copies import Copies, VersionTag, copies_on, flat_copies
+from asyncdp._replicas.replica_set import ReplicaSet
 from asyncdp.testing import fake_devices
 
 CPU = torch.device("cpu")
@@ -51,7 +51,7 @@ def test_everything_is_copied_to_another_device() -> None:
 def test_what_a_copy_notices(checksum: bool) -> None:
     """Only what changed is copied anew; a change through .data is seen by its checksum, or after forget."""
     weight, bias = torch.ones(3), torch.ones(2)
-    copies = _Copies([weight, bias], CPU, checksum)
+    copies = Copies([weight, bias], CPU, checksum)
     first = copies.up_to_date({})
     assert copies.up_to_date({})[id(weight)] is first[id(weight)]
     weight.add_(1)
@@ -129,7 +129,7 @@ async def test_a_failed_copy_is_made_again(num_passes: int, monkeypatch: pytest.
             raise torch.OutOfMemoryError
         return copies_on(tensors, device)
 
-    monkeypatch.setattr("asyncdp._replicas.replica_set.copies_on", copy)
+    monkeypatch.setattr("asyncdp._replicas.copies.copies_on", copy)
     module, x = nn.Linear(3, 2), torch.ones(4, 3)
     async with (
         asyncdp.Runtime(fake_devices(2)) as runtime,
@@ -149,7 +149,7 @@ async def test_a_failed_copy_is_made_again(num_passes: int, monkeypatch: pytest.
 def test_a_refresh_while_copies_are_made_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is forgotten in the midst of copying is copied anew by the next pass."""
     weight = torch.ones(3)
-    copies = _Copies([weight], CPU, False)
+    copies = Copies([weight], CPU, False)
 
     def copy(tensors: Any, device: torch.device) -> list[Tensor]:
         made = copies_on(tensors, device)
@@ -158,7 +158,7 @@ def test_a_refresh_while_copies_are_made_counts(monkeypatch: pytest.MonkeyPatch)
         return made
 
     with monkeypatch.context() as patch:
-        patch.setattr("asyncdp._replicas.replica_set.copies_on", copy)
+        patch.setattr("asyncdp._replicas.copies.copies_on", copy)
         copies.up_to_date({})
     assert torch.equal(copies.up_to_date({})[id(weight)], weight)
 
@@ -176,6 +176,6 @@ def test_a_refresh_while_buffers_are_copied_counts(monkeypatch: pytest.MonkeyPat
         return made
 
     with monkeypatch.context() as patch:
-        patch.setattr("asyncdp._replicas.replica_set.copies_on", copy)
+        patch.setattr("asyncdp._replicas.copies.copies_on", copy)
         replicas.prepare(module, [0, 1])
     assert torch.equal(replicas.prepare(module, [0, 1])[1].tensors[id(mean)], mean)

@@ -1,0 +1,154 @@
+"""A module as one lane runs it in one pass, in the state that it had at the call."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence, Set
+from dataclasses import dataclass, field
+from itertools import compress
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .copies import Copies
+from .replica import Replica, Substitutions, substitutions
+from .snapshot import AttributeMap, ModuleSnapshot
+from .writes import ParameterWatch, WrittenParameters
+
+_requires_grad = attrgetter("requires_grad")
+
+
+class CarriedValues:
+    """Plain values that forwards set in the module beside buffers, in the order in which they did.
+
+    A pass whose state was captured before gets them all the same, as it gets the buffers. Each state refers
+    to the latest link of a chain at its time; links that no state refers to go.
+    """
+
+    def __init__(self) -> None:
+        self.latest = _Link()
+
+    def add(self, values: AttributeMap) -> None:
+        """Add the values that one forward set."""
+        link = _Link()
+        self.latest.values, self.latest.next = values, link
+        self.latest = link
+
+
+@dataclass(slots=True)
+class _Link:
+    values: AttributeMap = field(default_factory=dict)
+    next: _Link | None = None
+
+    def since(self) -> AttributeMap:
+        """Return what was added since this link was the latest."""
+        found: dict[tuple[int, str], Any] = {}
+        link = self
+        while link.next is not None:
+            found |= link.values
+            link = link.next
+        return found
+
+
+class ModuleState(NamedTuple):
+    """All of a module that a caller may change between two calls, as of one call.
+
+    Calls between which nothing changed have the very same one.
+    """
+
+    snapshot: ModuleSnapshot
+    training: list[bool]
+    """The mode of every module of the snapshot."""
+    requires: list[bool] | None
+    """Which of the snapshot's tensors require gradients; None if none are to be recorded."""
+    carried: _Link
+
+    @property
+    def kind(self) -> Hashable:
+        """What passes have in common that are likely to write the same parameters."""
+        return self.training[0], self.requires is not None
+
+    def trainable(self) -> list[Tensor]:
+        """Return the tensors that required gradients."""
+        return [*compress(self.snapshot.tensors, self.requires or ())]
+
+    def equals(self, other: ModuleState) -> bool:
+        """Return whether a pass gives the same in both."""
+        return self.snapshot is other.snapshot and self.training is other.training
+
+
+@dataclass(slots=True)
+class LaneModule:
+    """A module as one lane runs it in one pass."""
+
+    replica: Replica
+    tensors: Substitutions
+    changes: AttributeMap
+    state: ModuleState
+    source: Copies | None
+    writes_back_to: ModuleSnapshot | None
+    """Where updates of buffers survive, on lane 0."""
+    carried: CarriedValues
+    lane: int
+    written: WrittenParameters
+    own: Set[int]
+    """The `id` of each parameter whose memory no other lane has."""
+    looks_closely: bool
+    """Whether none of this kind was looked at before, or some have written into parameters."""
+    memory: Sequence[torch.UntypedStorage] = ()
+    """Of `tensors` at first: a forward may give them other memory before a device has read this."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the replica's forward; only ever on the lane's own thread."""
+        tensors = self.tensors if self.source is None else self.source.up_to_date(self.tensors)
+        if self.state.requires is not None:
+            tensors = _as_of_the_call(self.state.snapshot, self.state.requires, tensors)
+        replica, snapshot = self.replica, self.writes_back_to
+        replica.bind(tensors, self.changes, self.state.training)
+        is_recorded = torch.is_grad_enabled()
+        parameters = self.state.snapshot.parameters
+        if self.looks_closely or self.source is not None:
+            parameters = [tensors[id(each)] for each in parameters]
+        watch = ParameterWatch(parameters, closely=self.looks_closely)
+        try:
+            versions = None if snapshot is None else replica.versions()
+            output = replica.module(*args, **kwargs)
+            written = watch.written()
+            survivors = replica.survivors(snapshot, versions, written)
+            if written or self.looks_closely:
+                self._note(written)
+            if survivors is not None:
+                survivors.apply()
+                if survivors.values:
+                    self.carried.add(survivors.values)
+        finally:
+            replica.end(is_recorded=is_recorded)
+        return output
+
+    def _note(self, positions: Sequence[int]) -> None:
+        """Have later passes know which parameters the forward wrote.
+
+        Raises:
+            ParameterWrittenError: other lanes may have read or written the same memory.
+        """
+        self.written.add(self.state.kind, positions)
+        if positions and self.source is not None and self.lane > 0:
+            self.source.forget()
+        self.written.check_apart(positions, self.own, self.state.snapshot)
+
+
+def _as_of_the_call(
+    snapshot: ModuleSnapshot, requires: Sequence[bool], tensors: Substitutions
+) -> Substitutions:
+    """Return substitutions where those that required gradients at the call do so, and no others."""
+    if [*map(_requires_grad, snapshot.tensors)] == requires:
+        return tensors
+    flipped = [
+        (each, required)
+        for each, required in zip(snapshot.tensors, requires, strict=True)
+        if each.requires_grad != required and tensors[id(each)] is each
+    ]
+    # Nothing takes the gradients of a leaf whose owner has frozen it meanwhile.
+    alike = [each.detach().requires_grad_(required) for each, required in flipped]
+    return {**tensors, **substitutions([each for each, _ in flipped], alike)}
