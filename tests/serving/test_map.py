@@ -238,7 +238,7 @@ async def test_every_way_of_running_a_batch_counts_as_a_pass() -> None:
 
 
 async def test_other_modes_and_context_are_those_of_the_call_too() -> None:
-    """Autocast and context variables are noted when `map` is called; what one batch sets is not for the next."""
+    """Autocast and context variables are those of the call of `map`; a batch sets nothing for the next."""
     variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="unset")
     found: list[tuple[str, bool]] = []
 
