@@ -28,6 +28,7 @@ FROZEN = {
         workers=1 worker-processes=False input-dtype dtype autocast compile=False on-error=stop max-errors
         shard resume=False allow-unsafe-pickle=False config print-config=False dry-run=False plot json=False
     """,
+    "report": "output picture html",
     "merge": "parts output/o",
     "devices": "spec",
     "trace summary": "file",

@@ -45,6 +45,19 @@ app.command(epilog=_EXAMPLE)(infer)
 
 
 @app.command()
+def report(
+    output: Annotated[Path, typer.Argument(help="Output folder of a job, running or not.")],
+    picture: Annotated[Path | None, typer.Option(help="Draw rate and load, .png or .svg.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write all as one HTML page.")] = None,
+) -> None:
+    """Show how a job goes or went."""
+    with _exit_codes():
+        from .report import show_report
+
+        print(show_report(output, picture, html))
+
+
+@app.command()
 def merge(
     parts: Annotated[list[Path], typer.Argument(help="Output folders of all parts of one job.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the whole.")],

@@ -27,7 +27,7 @@ from .pipeline import Pipeline
 from .readers import STDIN, open_inputs
 from .records import Failure
 from .report.events import Report, ignore
-from .report.memory import release_memory, resident_memory
+from .report.memory import release_memory
 from .report.monitor import Monitor
 from .report.summary import Plan, Summary
 from .report.watch import Watch
@@ -157,7 +157,7 @@ class Job:
         return DataParallel(self.model.module, self.devices, output_device="cpu")
 
     async def _run_engine(self, output: OutputFolder, watch: Watch) -> None:
-        async with self._engine() as engine, plain_task_group() as group:
+        async with watch.noted_in(output.path), self._engine() as engine, plain_task_group() as group:
             watch.start(engine)
             group.start_soon(_tick, watch)
             pipeline = Pipeline(
@@ -216,12 +216,12 @@ async def _tick(watch: Watch) -> None:
     while True:
         await anyio.sleep(_TICK_SECONDS)
         watch.look()
-        watch.monitor.memory = await anyio.to_thread.run_sync(_tidy_memory)
+        await anyio.to_thread.run_sync(_tidy, watch)
 
 
-def _tidy_memory() -> int | None:
+def _tidy(watch: Watch) -> None:
     release_memory()
-    return resident_memory()
+    watch.note()
 
 
 def blocks_of_part(num_records: int, block_size: int, part: tuple[int, int], *, contiguous: bool) -> range:

@@ -7,6 +7,7 @@ input.
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, Protocol
 
@@ -22,7 +23,7 @@ from .blocks import Batch, BlockRows, OpenBlock
 from .options import InferOptions
 from .records import Failure, Record
 from .report.events import Report, ShardFinished, ignore
-from .report.monitor import Monitor
+from .report.monitor import Monitor, SlowBatch
 from .steps import Steps, arguments_of, check_texts, to_columns, with_kept
 from .task_groups import plain_task_group
 
@@ -200,7 +201,9 @@ class Pipeline:
         """Run and count a batch; a failure is recorded, and freed, before anything else runs."""
         try:
             args, kwargs = await anyio.to_thread.run_sync(self._collate, batch.items)
+            start = time.perf_counter()
             output = await self._engine.on_one_lane(*args, **kwargs)
+            seconds = time.perf_counter() - start
             await anyio.to_thread.run_sync(self._store, output, batch)
         except AsyncDPError:
             raise  # no record is at fault: a lane is lost, or the outputs are no rows
@@ -211,7 +214,7 @@ class Pipeline:
                 self._adapt(len(batch.items), error)
             drop_tracebacks(error)
             return False
-        self._count(batch)
+        self._count(batch, seconds)
         return True
 
     def _adapt(self, size: int, error: Exception) -> None:
@@ -235,13 +238,13 @@ class Pipeline:
             check_texts(columns)
             self._open[batch.block].rows.add(batch.records, columns)
 
-    def _count(self, batch: Batch) -> None:
+    def _count(self, batch: Batch, seconds: float) -> None:
         self._open[batch.block].num_done += len(batch.records)
-        monitor = self._monitor
-        monitor.num_done += len(batch.records)
-        monitor.num_batches += 1
-        monitor.cost += sum(batch.costs)
-        monitor.padding += padding(batch.costs) if self._steps.pads else 0
+        longest = max(batch.costs)
+        where = batch.records[batch.costs.index(longest)].where
+        added = padding(batch.costs) if self._steps.pads else 0
+        counted = SlowBatch(seconds, len(batch.records), longest, where)
+        self._monitor.count_batch(counted, sum(batch.costs), added)
 
     def _refuse(self, block: OpenBlock, record: Record, error: Exception) -> None:
         if self._options.on_error == "stop":

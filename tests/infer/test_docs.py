@@ -31,7 +31,7 @@ def work(tmp_path, monkeypatch, encoder_folder):
 
 def test_every_command_of_the_docs_runs(work):
     """All commands, in order, end with 0 and leave the shards they promise."""
-    assert len(COMMANDS) == 9
+    assert len(COMMANDS) == 11
     for command in COMMANDS:
         result = CliRunner().invoke(app, shlex.split(command))
         assert result.exit_code == 0, (command, result.output)

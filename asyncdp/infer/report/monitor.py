@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import heapq
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,6 +17,7 @@ from .summary import Summary
 
 _STAGES = ("read", "preprocess", "collate", "lanes", "postprocess", "write")
 _LATELY = 5.0  # seconds
+_NUM_SLOWEST = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +35,23 @@ class Sample:
     lanes: dict[str, float]
 
 
+@dataclasses.dataclass(frozen=True, order=True)
+class SlowBatch:
+    """A batch that took long.
+
+    Attributes:
+        seconds: from the moment it was handed to the lanes; it may have waited for the one before.
+        num_records: its records.
+        cost: length of the longest of them.
+        where: file and line or row of that one.
+    """
+
+    seconds: float
+    num_records: int
+    cost: int
+    where: str
+
+
 @dataclasses.dataclass
 class Monitor:
     """Counters of one job; written from the loop and its workers, read by the reporter.
@@ -40,6 +60,8 @@ class Monitor:
         num_earlier: records that an earlier run had finished.
         stages: seconds spent in each stage but the lanes, summed over its workers.
         memory: bytes that the process holds, None where that is not known.
+        sizes: batches by number of records, rounded up to a power of two.
+        slowest: a heap of the slowest batches.
     """
 
     num_earlier: int = 0
@@ -53,6 +75,8 @@ class Monitor:
     warnings: list[str] = dataclasses.field(default_factory=list)
     samples: list[Sample] = dataclasses.field(default_factory=list)
     memory: int | None = None
+    sizes: Counter[int] = dataclasses.field(default_factory=Counter)
+    slowest: list[SlowBatch] = dataclasses.field(default_factory=list)
     started: float = dataclasses.field(default_factory=time.perf_counter)
     _lock: Any = dataclasses.field(default_factory=threading.Lock, repr=False)
 
@@ -82,6 +106,28 @@ class Monitor:
         self.samples.append(Sample(self.seconds, self.num_done, busy))
         if len(self.samples) > 2000:
             del self.samples[1::2]
+
+    def count_batch(self, batch: SlowBatch, cost: int, padding: int) -> None:
+        """Count a batch that has its outputs.
+
+        Args:
+            batch: what it is.
+            cost: entries of its records.
+            padding: entries that were added to them.
+        """
+        self.num_done += batch.num_records
+        self.num_batches += 1
+        self.cost += cost
+        self.padding += padding
+        self.sizes[1 << (batch.num_records - 1).bit_length()] += 1
+        if len(self.slowest) < _NUM_SLOWEST:
+            heapq.heappush(self.slowest, batch)
+        elif batch > self.slowest[0]:
+            heapq.heapreplace(self.slowest, batch)
+
+    def slowest_batches(self) -> list[SlowBatch]:
+        """Return the slowest batches, the slowest first."""
+        return sorted(self.slowest, reverse=True)
 
     @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -135,9 +181,15 @@ class Monitor:
         """Return the seconds spent in each stage; on the lanes without waiting for them."""
         stages = dict(self.stages)
         if len(self.samples) > 1:
-            first, last = self.samples[0].lanes, self.samples[-1].lanes
-            stages["lanes"] = sum(last.values()) - sum(first.values())
+            stages["lanes"] = sum(self.lane_seconds().values())
         return {name: stages[name] for name in _STAGES if name in stages}
+
+    def lane_seconds(self) -> dict[str, float]:
+        """Return the seconds that each lane was busy."""
+        if not self.samples:
+            return {}
+        first, last = self.samples[0].lanes, self.samples[-1].lanes
+        return {name: busy - first.get(name, 0.0) for name, busy in last.items()}
 
     def summary(
         self, *, output: str, files: int, error_files: int, passed_over: Mapping[str, int]

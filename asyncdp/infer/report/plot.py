@@ -14,7 +14,7 @@ from ..files import whole_file
 from .monitor import Sample
 
 
-def check_plot(path: Path) -> None:
+def check_plot(path: Path, flag: str = "--plot") -> None:
     """Fail before the job starts when its picture could not be drawn at the end.
 
     Raises:
@@ -22,13 +22,22 @@ def check_plot(path: Path) -> None:
         MissingExtraError: matplotlib is not installed.
     """
     if path.suffix not in (".png", ".svg"):
-        raise JobUsageError(f"--plot {path} has no known suffix", "Name a .png or .svg file.")
-    if not path.parent.is_dir():
-        raise JobUsageError(f"--plot {path}: there is no folder {path.parent}", "Make it first.")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise JobUsageError(f"--plot {path}: {path.parent} is not writable", "Name a file elsewhere.")
+        raise JobUsageError(f"{flag} {path} has no known suffix", "Name a .png or .svg file.")
+    check_folder_of(path, flag)
     if importlib.util.find_spec("matplotlib") is None:
-        raise MissingExtraError("--plot", "matplotlib", "cli")
+        raise MissingExtraError(flag, "matplotlib", "cli")
+
+
+def check_folder_of(path: Path, flag: str) -> None:
+    """Fail early when a file could not be written.
+
+    Raises:
+        JobUsageError: its folder is missing or read-only.
+    """
+    if not path.parent.is_dir():
+        raise JobUsageError(f"{flag} {path}: there is no folder {path.parent}", "Make it first.")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise JobUsageError(f"{flag} {path}: {path.parent} is not writable", "Name a file elsewhere.")
 
 
 def draw_plot(path: Path, samples: list[Sample]) -> None:

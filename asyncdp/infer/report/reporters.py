@@ -119,8 +119,8 @@ def _line(event: Event) -> str | None:
         return f"running{records} on {', '.join(event.lanes)}{earlier}"
     if isinstance(event, Progress):
         return (
-            f"{event.num_done:,} of {_count(event.num_records)} records, {event.rate:,.1f}/s, "
-            f"{_clock(event.seconds_left)} left, {_state(event)}"
+            f"{event.num_done:,} of {format_count(event.num_records)} records, {event.rate:,.1f}/s, "
+            f"{format_clock(event.seconds_left)} left, {_state(event)}"
         )
     return f"warning: {event.text}" if isinstance(event, Warned) else None
 
@@ -171,7 +171,7 @@ def format_plan(plan: Plan, *, as_json: bool) -> str:
         return json.dumps({"event": "plan", **dataclasses.asdict(plan)})
     columns = ", ".join(f"{name} {kind}" for name, kind in plan.columns.items()) or "none, the input is empty"
     earlier = f"; {plan.num_earlier:,} done earlier" if plan.num_earlier else ""
-    records = f"{_count(plan.num_records)} records in {plan.num_files} {plan.input_format} files"
+    records = f"{format_count(plan.num_records)} records in {plan.num_files} {plan.input_format} files"
     return f"""\
 dry run: everything loads and the first batch runs; nothing was written
   input    {records}; the first {plan.num_tried} ran{earlier}
@@ -179,11 +179,13 @@ dry run: everything loads and the first batch runs; nothing was written
   output   id, {columns}"""
 
 
-def _count(number: int | None) -> str:
+def format_count(number: int | None) -> str:
+    """Return a number of records in words."""
     return "an unknown number of" if number is None else f"{number:,}"
 
 
-def _clock(seconds: float | None) -> str:
+def format_clock(seconds: float | None) -> str:
+    """Return a duration in words."""
     if seconds is None:
         return "unknown time"
     minutes, rest = divmod(round(seconds), 60)

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
+import anyio
+import anyio.to_thread
+
 from .events import Report, Started, Warned
+from .history import RUNNING, ProgressLog
+from .memory import resident_memory
 from .monitor import Monitor
+
+_LONGEST_STATE = 200
 
 
 class Watch:
@@ -23,7 +32,30 @@ class Watch:
         self.report = report
         self._estimate = estimate
         self._engine: Any = None
+        self._log: ProgressLog | None = None
         self._num_warned = 0
+
+    @contextlib.asynccontextmanager
+    async def noted_in(self, folder: Path) -> AsyncIterator[None]:
+        """Note in the output folder how a block of code, the whole run, goes and ends."""
+        self._log = ProgressLog(folder)
+        state = "stopped"
+        try:
+            await anyio.to_thread.run_sync(self.note)
+            yield
+            state = "done"
+        except Exception as error:
+            state = f"{type(error).__name__}: {error}".splitlines()[0][:_LONGEST_STATE]
+            raise
+        finally:
+            with anyio.CancelScope(shield=True):
+                await anyio.to_thread.run_sync(self.note, state)
+
+    def note(self, state: str = RUNNING) -> None:
+        """Measure memory, and note in the output folder how far the job is; in a worker thread."""
+        self.monitor.memory = resident_memory()
+        if self._log is not None:
+            self._log.note(self.monitor, self._estimate(), state)
 
     def start(self, engine: Any) -> None:
         """Begin, with the lanes of an engine."""
