@@ -1,9 +1,7 @@
-"""Export of a batcher's statistics to Prometheus and OpenTelemetry, through their own client libraries."""
+"""Export of a batcher's metrics and spans, through the client libraries of Prometheus and OpenTelemetry."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MissingExtraError
@@ -11,108 +9,68 @@ from ..errors import MissingExtraError
 if TYPE_CHECKING:
     from .batcher import Batcher
 
-_COUNTS = {
-    "done": "calls answered",
-    "failed": "calls that got an exception",
-    "cancelled": "calls cancelled by their callers",
-    "timed_out": "calls not answered in time",
-    "refused": "calls refused because the queue was full",
-    "batches": "batches run",
-    "retried": "batches that raised and were run again in parts",
-    "lost_slots": "places for batches whose lane was lost",
-}
-_GAUGES = {
-    "num_queued": "calls in the queue",
-    "num_outside": "calls that wait for room in the queue",
-    "num_running": "calls in running batches",
-    "num_suspect": "places for batches whose lanes hang",
-    "batch_fill": "mean samples of a batch over its limit",
-    "padding_waste": "share of all batches that was padding",
-}
-_DURATIONS = {
-    "wait": "seconds from a call to the start of its batch",
-    "run": "seconds from the start of a batch to its results",
-}
-_QUANTILES = ("p50", "p90", "p99")
 
-
-def export_prometheus(batcher: Batcher, registry: Any = None, *, prefix: str = "asyncdp_batcher") -> Any:
-    """Register a collector of `batcher.statistics()` with a Prometheus registry.
+def export_prometheus(
+    batcher: Batcher, registry: Any = None, *, prefix: str = "asyncdp_batcher", name: str | None = None
+) -> Any:
+    """Register the metrics of a batcher with a Prometheus registry, until it is closed.
 
     Args:
-        batcher: read at each scrape.
-        registry: a `prometheus_client.CollectorRegistry`; the client's default one if None.
+        batcher: read at each scrape; its histograms begin now.
+        registry: a `prometheus_client.CollectorRegistry`; the client's default one if None. It may hold any
+            number of batchers.
         prefix: of every metric's name.
+        name: the label `batcher` of all its series; the batcher's own name if None, else "batcher",
+            "batcher-2" and so on.
 
     Returns:
-        The registered collector, for `registry.unregister`.
+        The registered collector, for `registry.unregister`; closing the batcher does that, too.
 
     Raises:
         MissingExtraError: `prometheus_client` is not installed.
+        DuplicateNameError: another batcher there has this name.
+        BatcherClosedError: the batcher is closed.
     """
     try:
         import prometheus_client
     except ImportError as error:
         raise MissingExtraError("export to Prometheus", "prometheus_client", "metrics") from error
-    registry = prometheus_client.REGISTRY if registry is None else registry
-    collector = _Collector(batcher, prefix)
-    registry.register(collector)
-    return collector
+    from .prometheus import Collector
+
+    return Collector(batcher, prometheus_client.REGISTRY if registry is None else registry, prefix, name)
 
 
-class _Collector:
-    def __init__(self, batcher: Batcher, prefix: str) -> None:
-        self._batcher = batcher
-        self._prefix = prefix
+def export_opentelemetry(
+    batcher: Batcher,
+    meter: Any = None,
+    *,
+    prefix: str = "asyncdp.batcher",
+    name: str | None = None,
+    tracer: Any = None,
+) -> None:
+    """Make instruments of a batcher's metrics and spans of its calls and batches, until it is closed.
 
-    def collect(self) -> Iterator[Any]:
-        """Yield the metrics of one scrape."""
-        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-
-        stats = self._batcher.statistics()
-        for name, text in _COUNTS.items():
-            yield CounterMetricFamily(f"{self._prefix}_{name}", text, value=getattr(stats, f"num_{name}"))
-        for name, text in _GAUGES.items():
-            yield GaugeMetricFamily(f"{self._prefix}_{name}", text, value=getattr(stats, name))
-        for name, text in _DURATIONS.items():
-            family = GaugeMetricFamily(f"{self._prefix}_{name}_seconds", text, labels=["quantile"])
-            for quantile in _QUANTILES:
-                family.add_metric([quantile], getattr(getattr(stats, name), quantile))
-            yield family
-
-
-def export_opentelemetry(batcher: Batcher, meter: Any = None, *, prefix: str = "asyncdp.batcher") -> None:
-    """Make observable instruments that read `batcher.statistics()`.
+    A span of a call is a child of its caller's, and linked with the span of each batch that ran it. Without
+    an SDK all of this does nothing.
 
     Args:
-        batcher: read at each collection.
-        meter: an `opentelemetry.metrics.Meter`; the global provider's if None.
-        prefix: of every instrument's name.
+        batcher: read at each collection; its histograms begin now.
+        meter: an `opentelemetry.metrics.Meter`; the global provider's if None. It may hold any number of
+            batchers.
+        prefix: of every instrument's and span's name.
+        name: the attribute `batcher` of all of them; the batcher's own name if None, else "batcher",
+            "batcher-2" and so on.
+        tracer: an `opentelemetry.trace.Tracer`; the global provider's if None. `NoOpTracer()` makes no spans.
 
     Raises:
         MissingExtraError: `opentelemetry` is not installed.
+        DuplicateNameError: another batcher there has this name.
+        BatcherClosedError: the batcher is closed.
     """
     try:
-        from opentelemetry import metrics
+        import opentelemetry.metrics  # noqa: F401
     except ImportError as error:
         raise MissingExtraError("export to OpenTelemetry", "opentelemetry-api", "metrics") from error
-    meter = metrics.get_meter("asyncdp") if meter is None else meter
+    from .opentelemetry import Export
 
-    def value(name: str, _options: object) -> Iterable[Any]:
-        return [metrics.Observation(getattr(batcher.statistics(), name))]
-
-    def quantiles(name: str, _options: object) -> Iterable[Any]:
-        percentiles = getattr(batcher.statistics(), name)
-        return [
-            metrics.Observation(getattr(percentiles, quantile), {"quantile": quantile})
-            for quantile in _QUANTILES
-        ]
-
-    for name, text in _COUNTS.items():
-        read = partial(value, f"num_{name}")
-        meter.create_observable_counter(f"{prefix}.{name}", [read], description=text)
-    for name, text in _GAUGES.items():
-        meter.create_observable_gauge(f"{prefix}.{name}", [partial(value, name)], description=text)
-    for name, text in _DURATIONS.items():
-        read = partial(quantiles, name)
-        meter.create_observable_gauge(f"{prefix}.{name}", [read], unit="s", description=text)
+    Export(batcher, meter, prefix, name, tracer)

@@ -19,6 +19,7 @@ from .serving import BatcherClosedError as BatcherClosedError
 from .serving import CallCancelledError as CallCancelledError
 from .serving import CallTimeoutError as CallTimeoutError
 from .serving import CollateError as CollateError
+from .serving import DuplicateNameError as DuplicateNameError
 from .serving import EngineCancelledError as EngineCancelledError
 from .serving import NestedCallError as NestedCallError
 from .serving import NotServableError as NotServableError

@@ -89,3 +89,13 @@ class NotServableError(AsyncDPError, TypeError):
             f"expected a DataParallel engine or something to call, but got {type(got).__qualname__}. "
             "Wrap a module in DataParallel, or pass a function of one batch."
         )
+
+
+class DuplicateNameError(AsyncDPError, ValueError):
+    """Metrics of two batchers would have the same name and labels."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"the metrics of a batcher named {name!r} are exported there already. "
+            "Pass another name=, to the Batcher or to this export."
+        )

@@ -103,13 +103,10 @@ class Service:
         ):
             app.state.engine, app.state.batcher = self.engine, self.batcher
             app.state.tokenizer = self.tokenizer
-            collectors = [
-                export_prometheus(self.batcher, self.registry),
-                export_prometheus(self.tokenizer, self.registry, prefix="asyncdp_tokenizer"),
-            ]
+            # Until they are closed.
+            export_prometheus(self.batcher, self.registry, name="embedder")
+            export_prometheus(self.tokenizer, self.registry, name="tokenizer")
             yield
-            for collector in collectors:
-                self.registry.unregister(collector)
 
     def collate(self, samples: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return token ids [batch, length] and a mask of the same shape, or None without padding."""

@@ -103,11 +103,12 @@ def test_bad_requests_are_refused(service: Service, body: Any) -> None:
 
 
 def test_metrics_count(service: Service) -> None:
-    """The metrics are Prometheus text with the batcher's counts."""
+    """The metrics are Prometheus text with the counts of both batchers."""
     service.embed({"texts": ["one"]})
     status, text = service.get("/metrics")
     assert status == 200
-    assert "asyncdp_batcher_done_total" in text
+    assert 'asyncdp_batcher_done_total{batcher="embedder"}' in text
+    assert 'asyncdp_batcher_done_total{batcher="tokenizer"}' in text
 
 
 def test_a_long_body_is_read_to_its_end(service: Service) -> None:

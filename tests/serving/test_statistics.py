@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -40,7 +41,7 @@ async def test_failures_are_counted_by_the_class_of_their_error() -> None:
         await fail_all(batcher, [9])
         assert await batcher(1) == 2
         stats = batcher.statistics()
-    assert stats.failures == {"IndexError": 3, "EngineCancelledError": 1}
+    assert dataclasses.asdict(stats)["failures"] == {"IndexError": 3, "EngineCancelledError": 1}
     assert (stats.num_failed, stats.num_done, stats.num_samples, stats.num_batches) == (4, 1, 5, 4)
 
 
