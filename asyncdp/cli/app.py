@@ -59,8 +59,8 @@ def report(
 
 @app.command()
 def merge(
-    parts: Annotated[list[Path], typer.Argument(help="Output folders of all parts of one job.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the whole.")],
+    parts: Annotated[list[str], typer.Argument(help="Output folders of all parts of one job.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder for the whole.")],
 ) -> None:
     """Join the outputs of infer --shard i/n, and check that nothing is missing."""
     with _exit_codes():

@@ -31,7 +31,8 @@ def signature() -> inspect.Signature:
 
 
 def _of_job(option: NamedOption) -> inspect.Parameter:
-    kind: Any = list[str] if option.kind is tuple else option.kind
+    # A path of Python would take the slashes of a URL for one.
+    kind: Any = {tuple: list[str], Path: str}.get(option.kind, option.kind)
     if option.name == "inputs":
         return _parameter(option.name, Annotated[list[str] | None, typer.Argument(help=option.help)], None)
     flags = [_flag(option.name), *(["-o"] if option.name == "output" else [])]

@@ -15,6 +15,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from ..errors import JobUsageError
 from .options import InferOptions
+from .places import place_of
 
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", Path: "a path"}
 
@@ -56,7 +57,7 @@ class NamedOption:
                 return tuple(os.fspath(each) for each in values)
         elif self.kind in (str, Path):
             if is_path:
-                return self.kind(os.fspath(value))
+                return place_of(os.fspath(value)) if self.kind is Path else os.fspath(value)
         elif type(value) is self.kind or (type(value), self.kind) == (int, float):
             return self.kind(value)
         wanted = _KINDS.get(self.kind, "a text or a list of texts")
@@ -168,5 +169,5 @@ def format_config(options: InferOptions) -> str:
 
 def _toml(value: object) -> str:
     """Return a value as TOML, whose words for texts, numbers and lists are those of JSON."""
-    plain = str(value) if isinstance(value, Path) else value
+    plain = value if isinstance(value, bool | int | float | str | tuple) else str(value)
     return json.dumps(plain, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, whatever happens meanwhile."""
+"""Files that are either whole or not there, whatever happens meanwhile, on a disk or in a store."""
 
 from __future__ import annotations
 
@@ -6,28 +6,46 @@ import contextlib
 import errno
 import functools
 import hashlib
+import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, cast
 
 from ..errors import OutputError
+from .places import is_remote, open_place, put
 
 TEMPORARY_PREFIX = ".tmp-"
 
 new_digest = functools.partial(hashlib.blake2b, digest_size=16)
 
 
+class Upload(io.BytesIO):
+    """All of a file for a store, which takes it at once.
+
+    Attributes:
+        tag: the store's digest or version of it, once it is there.
+    """
+
+    tag: str | None = None
+
+
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file for writing that appears under its name only once all of it is on the disk.
+def whole_file(path: Path, before_replacing: Callable[[], None] = lambda: None) -> Iterator[IO[bytes]]:
+    """Open a file for writing that appears under its name only once all of it is on the disk or in the store.
 
     Args:
         path: the file to make; one that exists is replaced.
+        before_replacing: called before a file in a store is replaced; raises if it must not be.
 
     Raises:
-        OutputError: the disk is full, read-only or lost.
+        OutputError: the disk is full, read-only or lost, or the store does not take the file.
     """
+    if is_remote(path):
+        upload = Upload()
+        yield upload
+        _put(path, upload, before_replacing)
+        return
     temporary = path.with_name(TEMPORARY_PREFIX + path.name)
     try:
         temporary.unlink(missing_ok=True)
@@ -41,6 +59,17 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        raise write_failed(path, error) from error
+
+
+def _put(path: Path, upload: Upload, before_replacing: Callable[[], None]) -> None:
+    try:
+        try:
+            upload.tag = put(path, upload.getvalue(), only_new=True)
+        except FileExistsError:
+            before_replacing()
+            upload.tag = put(path, upload.getvalue())
+    except OSError as error:
         raise write_failed(path, error) from error
 
 
@@ -87,7 +116,7 @@ def write_failed(path: Path, error: OSError) -> OutputError:
         errno.EFBIG: "Allow larger files (ulimit -f)",
         errno.EROFS: "Make the folder writable",
         errno.EACCES: "Make the folder writable",
-    }.get(error.errno or 0, "Check the disk")
+    }.get(error.errno or 0, "Check the network and the credentials" if is_remote(path) else "Check the disk")
     return OutputError(
         f"{path} cannot be written: {error.strerror or error}", f"{remedy}, then continue with --resume."
     )
@@ -95,5 +124,5 @@ def write_failed(path: Path, error: OSError) -> OutputError:
 
 def digest_file(path: Path) -> str:
     """Return a digest of all bytes of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, new_digest).hexdigest()
+    with open_place(path) as file:
+        return hashlib.file_digest(cast(Any, file), new_digest).hexdigest()

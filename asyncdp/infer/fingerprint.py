@@ -16,6 +16,7 @@ from .model.models import LoadedModel
 from .model.names import source_of
 from .options import InferOptions
 from .output.journal import CONTENTS, SAMPLED_TIMES, TIMES
+from .places import find, is_remote, open_place
 from .readers import STDIN, InputFile, Inputs
 
 WHOLE_BELOW = 256 << 20
@@ -75,7 +76,7 @@ def fingerprint(options: InferOptions, inputs: Inputs, model: LoadedModel) -> di
     files = {**model.files, **_sources(options)}
     chosen |= {name: digest_contents(path) for name, path in files.items()}
     on_disk = [file for file in inputs.files if file.path != STDIN]
-    paths = [file.path for file in on_disk]
+    paths = [file.path for file in on_disk if not is_remote(file.path)]
     is_split = options.part[1] > 1
     chosen["input"] = [_input_entry(file) for file in inputs.files]
     chosen[CONTENTS] = None if is_split else [(f.path.name, _digest_of(f, digest_contents)) for f in on_disk]
@@ -100,6 +101,8 @@ def _input_entry(file: InputFile) -> list[Any]:
 
 
 def _digest_of(file: InputFile, digest: Callable[[Path], str]) -> str:
+    if file.tag is not None:
+        return file.tag
     try:
         return digest(file.path)
     except OSError as error:
@@ -119,19 +122,21 @@ def _digest_weights(module: nn.Module) -> str:
 
 def digest_contents(path: Path) -> str:
     """Return a digest of a file: of all bytes, or of size and samples where that would take too long."""
-    return digest_file(path) if path.stat().st_size < WHOLE_BELOW else _digest_samples(path, _SAMPLE)
+    size = find(path).num_bytes
+    return digest_file(path) if size < WHOLE_BELOW else _digest_samples(path, size, _SAMPLE)
 
 
 def _digest_few_samples(path: Path) -> str:
     """Return a digest of a small share of a file, for a machine that is to read a part of it only."""
-    return _digest_samples(path, min(path.stat().st_size // (_NUM_SAMPLES * _SHARE) + 1, _SAMPLE))
+    size = find(path).num_bytes
+    return _digest_samples(path, size, min(size // (_NUM_SAMPLES * _SHARE) + 1, _SAMPLE))
 
 
-def _digest_samples(path: Path, num_bytes: int) -> str:
-    size = path.stat().st_size
+def _digest_samples(path: Path, size: int, num_bytes: int) -> str:
     digest = new_digest(str(size).encode())
-    # Unbuffered, so that no more is read.
-    with open(path, "rb", buffering=0) as file:
+    with open_place(path, in_order=False) as file:
+        if not file.seekable():  # a server that gives whole files only
+            return digest_file(path)
         for index in range(_NUM_SAMPLES):
             file.seek(max(size - num_bytes, 0) * index // (_NUM_SAMPLES - 1))
             digest.update(file.read(num_bytes))

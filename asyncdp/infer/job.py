@@ -7,7 +7,6 @@ import io
 import itertools
 import json
 from collections.abc import Generator
-from pathlib import Path
 from typing import Any
 
 import anyio
@@ -24,6 +23,7 @@ from .options import InferOptions
 from .output.output import OutputFolder, check_output_free, read_state
 from .output.writers import try_writer, write_shard
 from .pipeline import Pipeline
+from .places import is_remote, lies_in, place_of
 from .readers import STDIN, open_inputs
 from .records import Failure
 from .report.events import Report, ignore
@@ -172,7 +172,7 @@ class Job:
                 watch.look()
             total = self.inputs.count_records()
             total = self.inputs.num_records_read if total is None else total
-            await anyio.to_thread.run_sync(output.journal.finish_input, total)
+            await anyio.to_thread.run_sync(output.finish, total)
             group.cancel_scope.cancel()
 
     def _windows(self, output: OutputFolder) -> Generator[Window, None, None]:
@@ -242,10 +242,9 @@ def blocks_of_part(num_records: int, block_size: int, part: tuple[int, int], *, 
 
 
 def _check_apart(options: InferOptions) -> None:
-    output = options.output.resolve()
     for spec in options.inputs:
-        folder = Path(spec).resolve()
-        if folder.is_dir() and output.is_relative_to(folder):
+        folder = place_of(spec)
+        if lies_in(options.output, folder) and (is_remote(folder) or folder.is_dir()):
             raise JobUsageError(
                 f"The output {options.output} lies inside the input folder {spec}",
                 "Name a folder elsewhere: a resumed job would read its own shards.",

@@ -12,6 +12,7 @@ from ..errors import JobUsageError
 from .dtypes import parse_dtypes
 from .model.models import DTYPES
 from .output.writers import WRITERS
+from .places import fetched, place_of
 from .readers import FORMATS, STDIN, Dialect, Selection
 
 _ALLOWED: dict[str, Collection[str]] = {
@@ -50,7 +51,7 @@ class InferOptions:
     Attributes:
         inputs: paths, folders, patterns, or `-`.
         model: `package.module:factory`, a `.pt2` file, or a folder for `task="embed"`.
-        output: folder for the shards.
+        output: folder for the shards, by path or URL.
         window: records that are sorted by length together.
         shard_size: records per block, hence per shard.
         encoding, delimiter, quote, allow_nan: see `readers.Dialect`.
@@ -99,6 +100,7 @@ class InferOptions:
     allow_unsafe_pickle: bool = _option(False, "Load weights from a pickle.")
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "output", place_of(self.output))
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None and value < least:
@@ -108,7 +110,7 @@ class InferOptions:
             if value is not None and value not in allowed:
                 choices = ", ".join(allowed)
                 raise JobUsageError(f"{_flag(name)} {value} is unknown", f"Choose one of {choices}.")
-        if (self.task == "embed") != Path(self.model).is_dir():
+        if (self.task == "embed") != Path(fetched(self.model)).is_dir():
             raise JobUsageError(
                 f"--model {self.model} and --task {self.task} do not go together",
                 "A Hugging Face folder needs --task embed, and --task embed needs such a folder.",

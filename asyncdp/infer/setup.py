@@ -15,6 +15,7 @@ from .dtypes import InputDtypes, parse_dtypes
 from .model.models import LoadedModel
 from .model.names import load_name
 from .options import InferOptions
+from .places import fetched
 from .readers import decode_image
 from .steps import EachValue, Stack, Steps, image_to_tensor, length_of, same
 
@@ -33,7 +34,7 @@ def make_steps(options: InferOptions, input_format: str, model: LoadedModel) -> 
     if options.task == "embed":
         from .model.embed import embed_steps
 
-        steps = embed_steps(Path(options.model))
+        steps = embed_steps(Path(fetched(options.model)))
     else:
         dtypes = InputDtypes(parse_dtypes(options.input_dtype), model.input_dtypes)
         prepare = image_to_tensor if input_format == "images" else same

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -71,3 +72,32 @@ def encoder_folder(tmp_path_factory):
     )
     transformers.BertModel(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    """A server on this machine that speaks as S3 does, which the environment names; gives its driver."""
+    moto = pytest.importorskip("moto.server")
+    s3fs = pytest.importorskip("s3fs")
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        yield s3fs.S3FileSystem
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server, never_block_the_loop):
+    """The URL of a bucket on that server."""
+    for function in never_block_the_loop.functions.values():
+        function.can_block_in(
+            "fsspec/asyn.py", {"_runner", "_run_coro"}
+        )  # a loop of its own, in a thread of its own
+    s3_server().makedirs("bucket", exist_ok=True)
+    return "s3://bucket"

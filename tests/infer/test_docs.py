@@ -17,8 +17,8 @@ PYTHON = re.findall(r"``python\n(.+?)``", TEXT, re.DOTALL)
 
 
 @pytest.fixture
-def work(tmp_path, monkeypatch, encoder_folder):
-    """A folder with the files that the examples name."""
+def work(tmp_path, monkeypatch, encoder_folder, s3, s3_server):
+    """A folder, and a bucket, with the files that the examples name."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "task.py").write_text(PYTHON[0])
@@ -26,12 +26,14 @@ def work(tmp_path, monkeypatch, encoder_folder):
     (tmp_path / "rows.csv").write_text("a,b,c\n" + "1,2,3\n4,5,6\n" * 3)
     (tmp_path / "texts.jsonl").write_text('{"text": "one two"}\n{"text": "three"}\n')
     (tmp_path / "minilm").symlink_to(encoder_folder)
+    s3_server().put(str(tmp_path / "texts.jsonl"), f"{s3}/texts/texts.jsonl")
+    s3_server().put(str(encoder_folder), f"{s3}/minilm", recursive=True)
     return tmp_path
 
 
 def test_every_command_of_the_docs_runs(work):
     """All commands, in order, end with 0 and leave the shards they promise."""
-    assert len(COMMANDS) == 11
+    assert len(COMMANDS) == 12
     for command in COMMANDS:
         result = CliRunner().invoke(app, shlex.split(command))
         assert result.exit_code == 0, (command, result.output)
@@ -42,7 +44,7 @@ def test_every_command_of_the_docs_runs(work):
 
 def test_the_python_of_the_docs_runs(work):
     """The Python examples run as they stand."""
-    result = CliRunner().invoke(app, shlex.split(COMMANDS[2].replace("kept --resume", "out")))
+    result = CliRunner().invoke(app, shlex.split(COMMANDS[3].replace("kept --resume", "out")))
     assert result.exit_code == 0, result.output
     names: dict[str, object] = {}
     exec(PYTHON[1], names)

@@ -11,7 +11,7 @@ import pytest
 
 from asyncdp.errors import OutputError
 from asyncdp.infer import files
-from asyncdp.infer.output import journal
+from asyncdp.infer.output import log
 
 SHAPE = {"shard_size": 10, "window": 5, "batch_size": 2}
 FULL = r"No space left on device. Free some space"
@@ -44,7 +44,7 @@ def disk_of(monkeypatch, num_bytes, name=""):
         return io.BufferedReader(File(path)) if "r" in mode else io.BufferedWriter(File(path, mode))
 
     with monkeypatch.context() as patch:
-        for module in (files, journal):
+        for module in (files, log):
             patch.setattr(module, "open", open_there, raising=False)
         yield written
 

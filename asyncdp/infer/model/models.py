@@ -18,6 +18,7 @@ from ..._torch_private import compiler_error
 from ..._tree import map_leaves
 from ...errors import JobError, JobUsageError, ModelLoadError
 from ..dtypes import dtypes_of_model
+from ..places import fetched
 from .exported import load_exported
 from .names import brief, load_name, source_of
 
@@ -114,7 +115,7 @@ def load_model(
     """Load a model on the CPU.
 
     Args:
-        spec: `package.module:factory`, a `.pt2` file, or a Hugging Face folder.
+        spec: `package.module:factory`, a `.pt2` file, or a Hugging Face folder, by path or URL.
         weights: file with its weights, None for those that it comes with.
         dtype: one of `DTYPES` for weights and inputs, None for those that it has.
         autocast: one of `DTYPES` for autocast, None for no autocast.
@@ -127,6 +128,7 @@ def load_model(
     module: nn.Module
     if compile:
         _check_compiler()
+    spec, weights = fetched(spec), weights and fetched(weights)
     is_folder, is_exported = Path(spec).is_dir(), spec.endswith(".pt2")
     if is_folder:
         from .embed import load_embedder

@@ -1,8 +1,8 @@
 """The journal: which blocks of the input are done, and for which job.
 
-A text file of one entry per line, each with its own checksum, which a line cut by a crash does not pass.
-The first entry is the fingerprint of the job. A block's entry is written only after its shards are on the
-disk under their final names.
+A text of one entry per line, each with its own checksum, which a line cut by a crash does not pass. The
+first entry is the fingerprint of the job. A block's entry is written only after its shards are on the disk,
+or in the store, under their final names.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ...errors import ResumeRefusedError
-from ..files import digest_file, write_failed, write_whole
-
-JOURNAL_NAME = "_journal.jsonl"
+from ..files import Upload, digest_file, new_digest
+from ..places import Found, is_remote, names_in
+from .log import JOURNAL_NAME as JOURNAL_NAME
+from .log import log_in
 
 TIMES = "times of large files"
 """The entry of a fingerprint that differs between machines even where all contents are the same."""
@@ -38,18 +38,23 @@ class StoredFile:
     name: str
     num_bytes: int
     digest: str
+    tag: str | None = None
 
     @classmethod
-    def of(cls, path: Path) -> StoredFile:
-        """Measure a file on disk."""
+    def of(cls, path: Path, written: IO[bytes]) -> StoredFile:
+        """Measure a file that has just been written: on a disk what is there, for a store what was sent."""
+        if isinstance(written, Upload):
+            data = written.getvalue()
+            return cls(path.name, len(data), new_digest(data).hexdigest(), written.tag)
         return cls(path.name, path.stat().st_size, digest_file(path))
 
-    def is_intact(self, folder: Path) -> bool:
-        """Return whether the file is still what the journal says."""
-        path = folder / self.name
-        if not path.is_file() or path.stat().st_size != self.num_bytes:
+    def is_intact(self, found: Found | None) -> bool:
+        """Return whether the file is what the journal says; the store's own digest spares reading it."""
+        if found is None or found.num_bytes != self.num_bytes:
             return False
-        return digest_file(path) == self.digest
+        if found.tag is not None and self.tag is not None:
+            return found.tag == self.tag
+        return digest_file(found.path) == self.digest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +94,7 @@ class JournalState:
     fingerprint: dict[str, Any]
     blocks: dict[int, Block] = dataclasses.field(default_factory=dict)
     num_records: int | None = None
+    last_line: int = 0
 
     @property
     def schema(self) -> dict[str, str]:
@@ -112,10 +118,10 @@ class Journal:
     """The journal of one output folder, open for appending."""
 
     def __init__(self, folder: Path, state: JournalState) -> None:
-        self.path = folder / JOURNAL_NAME
+        self._log = log_in(folder)
         self.state = state
-        # Rewriting drops half lines and blocks that did not pass their check.
-        write_whole(self.path, b"".join(map(_line, state.entries())))
+        # Beginning anew drops half lines and blocks that did not pass their check.
+        self._log.begin(b"".join(map(_line, state.entries())), state.last_line)
 
     def finish_block(self, block: Block) -> None:
         """Record a block whose files are on the disk."""
@@ -128,14 +134,16 @@ class Journal:
             self._append({"end": num_records})
             self.state.num_records = num_records
 
+    def check_owner(self) -> None:
+        """Fail when another process has written into the journal since.
+
+        Raises:
+            JobUsageError: it has.
+        """
+        self._log.check_owner()
+
     def _append(self, entry: Mapping[str, Any]) -> None:
-        try:
-            with open(self.path, "ab") as file:
-                file.write(_line(entry))
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise write_failed(self.path, error) from error
+        self._log.append(_line(entry))
 
 
 def load_journal(folder: Path) -> JournalState:
@@ -144,22 +152,23 @@ def load_journal(folder: Path) -> JournalState:
     Raises:
         ResumeRefusedError: not even the fingerprint can be read.
     """
-    path = folder / JOURNAL_NAME
-    if not folder.is_dir():
+    log = log_in(folder)
+    if not (names_in(folder) if is_remote(folder) else folder.is_dir()):
         raise ResumeRefusedError(f"There is no folder {folder}", "Name the output folder of a job.")
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines, last_line = log.read()
     except OSError as error:
         raise ResumeRefusedError(
-            f"{folder} holds files but no journal of a job ({error.strerror})", "Name another folder."
+            f"{folder} holds files but no journal of a job ({error.strerror or error})",
+            "Name another folder.",
         ) from error
     entries = [_parse(line) for line in lines]
     if not entries[0] or "fingerprint" not in entries[0]:
         raise ResumeRefusedError(
-            f"The first line of {path} is damaged, which says what job the folder belongs to",
+            f"The first line of {log.path} is damaged, which says what job the folder belongs to",
             "Remove the folder and start again.",
         )
-    state = JournalState(entries[0]["fingerprint"])
+    state = JournalState(entries[0]["fingerprint"], last_line=last_line)
     for entry in filter(None, entries[1:]):
         # What passes its checksum but is no journal entry counts as damaged too.
         with contextlib.suppress(KeyError, TypeError, ValueError):

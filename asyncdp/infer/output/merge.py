@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...errors import JobUsageError, ResumeRefusedError
 from ..blocks import check_same_schema
 from ..files import whole_file
-from .journal import SAMPLED_TIMES, TIMES, Block, JournalState, load_journal
+from ..places import Found, find, open_place, place_of
+from .journal import SAMPLED_TIMES, TIMES, Block, JournalState, StoredFile, load_journal
 from .output import OutputFolder, check_no_new_columns, check_output_free, explain_changes
 
 
@@ -20,21 +23,22 @@ class Merged(NamedTuple):
     num_bad: int
 
 
-def merge_parts(folders: list[Path], output: Path) -> Merged:
+def merge_parts(folders: Sequence[str | Path], output: str | Path) -> Merged:
     """Copy the shards of all parts into one folder, which then is as if one run had made it.
 
     Shards carry the number of their block, so their names in the whole are the ones they have.
 
     Args:
-        folders: output folders of the parts, in any order.
+        folders: output folders of the parts, by path or URL, in any order.
         output: folder for the whole; must be empty or missing, or hold an earlier try at the same.
 
     Raises:
         JobUsageError: a part is missing, named twice, unfinished, damaged or of another job.
         JobError: the parts' outputs are of different types or shapes.
     """
+    output = place_of(output)
     check_output_free(output, resume=True)
-    parts = {folder: load_journal(folder) for folder in folders}
+    parts = {folder: load_journal(folder) for folder in map(place_of, folders)}
     fingerprint, total = _same_job(parts), _same_length(parts)
     blocks = _all_blocks(parts, total, fingerprint["shard_size"])
     whole = JournalState(fingerprint, {block.index: block for _, block in blocks})
@@ -49,7 +53,7 @@ def merge_parts(folders: list[Path], output: Path) -> Merged:
             if block.index not in target.finished:
                 _copy(folder, block, target)
         target.widen_shards()
-        target.journal.finish_input(total)
+        target.finish(total)
     return Merged(total, sum(block.num_bad for _, block in blocks))
 
 
@@ -100,11 +104,19 @@ def _all_blocks(parts: dict[Path, JournalState], total: int, block_size: int) ->
 
 
 def _copy(folder: Path, block: Block, target: OutputFolder) -> None:
+    files = []
     for stored in block.files:
-        if not stored.is_intact(folder):
-            raise JobUsageError(
-                f"{folder / stored.name} is missing or damaged", "Run that part again with --resume."
-            )
-        with open(folder / stored.name, "rb") as source, whole_file(target.path / stored.name) as copy:
+        path = folder / stored.name
+        if not stored.is_intact(_found(path)):
+            raise JobUsageError(f"{path} is missing or damaged", "Run that part again with --resume.")
+        with open_place(path) as source, whole_file(target.path / stored.name) as copy:
             shutil.copyfileobj(source, copy)
-    target.journal.finish_block(block)
+        files.append(StoredFile.of(target.path / stored.name, copy))
+    target.journal.finish_block(dataclasses.replace(block, files=tuple(files)))
+
+
+def _found(path: Path) -> Found | None:
+    try:
+        return find(path)
+    except OSError:
+        return None

@@ -7,12 +7,14 @@ import functools
 import json
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ...errors import JobError, JobUsageError, OutputExistsError, ResumeRefusedError
 from ..blocks import BlockRows, check_same_schema, fixed_columns, merged
 from ..files import TEMPORARY_PREFIX, make_folder, whole_file
+from ..places import exists, find_all, is_remote, names_in, open_place, remove, unreachable
 from ..records import Failure
 from .journal import (
     CONTENTS,
@@ -58,7 +60,8 @@ class OutputFolder:
         self._lock = _locked(path)
         try:
             self.journal = Journal(path, self._intact(read_state(path, fingerprint, resume=resume)))
-            self._remove_strays()
+            if not is_remote(path):
+                self._remove_strays()
         except BaseException:
             self._lock.release()
             raise
@@ -100,9 +103,17 @@ class OutputFolder:
         if len(rows):
             path = self.path / f"part-{index:06d}.{self._format}"
             write = self._write_table if self._format == "parquet" else self._write_rows
-            schema = write(path, rows, self.journal.state.place_of(index))
-            files.append(StoredFile.of(path))
+            schema, stored = write(path, rows, self.journal.state.place_of(index))
+            files.append(stored)
         self.journal.finish_block(Block(index, num_records, num_records - len(rows), tuple(files), schema))
+
+    def finish(self, num_records: int) -> None:
+        """Record how many records the input has, after its last block."""
+        self.journal.finish_input(num_records)
+        if is_remote(self.path):
+            # Not at the begin: who lost the folder without knowing would remove the shards of another.
+            self.journal.check_owner()
+            self._remove_strays()
 
     def widen_shards(self) -> None:
         """Give all shards the same columns and types.
@@ -116,7 +127,11 @@ class OutputFolder:
             schemas = [block.schema for block in self.finished.values() if block.schema]
             self._rewrite_rows(functools.reduce(merged, schemas, {}))
 
-    def _write_rows(self, path: Path, rows: BlockRows, where: str) -> dict[str, str]:
+    def _whole(self, path: Path) -> AbstractContextManager[IO[bytes]]:
+        """Open a file of the folder; one in a store is replaced only while the folder is this job's."""
+        return whole_file(path, self.journal.check_owner)
+
+    def _write_rows(self, path: Path, rows: BlockRows, where: str) -> tuple[dict[str, str], StoredFile]:
         """Write a shard whose format knows no types; a column that only other shards have is null."""
         ids, columns = rows.finish()
         before = self.journal.state.schema or rows.schema
@@ -127,32 +142,33 @@ class OutputFolder:
         else:
             check_no_new_columns(before, rows.schema, where)
             schema = before
-        with whole_file(path) as file:
+        with self._whole(path) as file:
             missing: list[Any] = [None] * len(ids)
             write_shard(self._format, file, ids, {name: columns.get(name, missing) for name in schema})
-        return schema
+        return schema, StoredFile.of(path, file)
 
     def _rewrite_rows(self, schema: dict[str, str]) -> None:
         """Write the shards of JSON again that lack a column."""
         for block in self._blocks_unlike(schema):
             path = self.path / _shard_of(block)
-            rows = [json.loads(line) for line in path.read_bytes().splitlines()]
-            with whole_file(path) as file:
+            with open_place(path) as old:
+                rows = [json.loads(line) for line in old.read().splitlines()]
+            with self._whole(path) as file:
                 for row in rows:
                     row = {"id": row["id"], **{name: row.get(name) for name in schema}}
                     file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-            self._finish_again(block, path, schema)
+            self._finish_again(block, StoredFile.of(path, file), schema)
 
     def _blocks_unlike(self, schema: dict[str, str]) -> list[Block]:
         items = list(schema.items())
         return [b for b in self.finished.values() if b.schema and list(b.schema.items()) != items]
 
-    def _finish_again(self, block: Block, path: Path, schema: dict[str, str]) -> None:
-        files = [file for file in block.files if file.name != path.name]
-        files.append(StoredFile.of(path))
+    def _finish_again(self, block: Block, stored: StoredFile, schema: dict[str, str]) -> None:
+        files = [file for file in block.files if file.name != stored.name]
+        files.append(stored)
         self.journal.finish_block(dataclasses.replace(block, files=tuple(files), schema=schema))
 
-    def _write_table(self, path: Path, rows: BlockRows, where: str) -> dict[str, str]:
+    def _write_table(self, path: Path, rows: BlockRows, where: str) -> tuple[dict[str, str], StoredFile]:
         """Write a shard of parquet; the shards before are written again if they need wider types for it."""
         ids, columns = rows.finish()
         check_same_schema(self.journal.state.schema or rows.schema, rows.schema, where)
@@ -164,9 +180,9 @@ class OutputFolder:
         if before is not None:
             self._rewrite(schema)
         names = described(schema, fixed_columns(rows.schema))
-        with whole_file(path) as file:
+        with self._whole(path) as file:
             write_table(file, table, names)
-        return names
+        return names, StoredFile.of(path, file)
 
     def _common_schema(self) -> Any:
         """Return the schema of Arrow of all shards so far, None if there are none."""
@@ -184,9 +200,9 @@ class OutputFolder:
         for block in self._blocks_unlike(names):
             path = self.path / _shard_of(block)
             table = conform(read_table(path), schema, self.journal.state.place_of(block.index))
-            with whole_file(path) as file:
+            with self._whole(path) as file:
                 write_table(file, table, names)
-            self._finish_again(block, path, names)
+            self._finish_again(block, StoredFile.of(path, file), names)
         self._schema = schema
 
     def write_unfinished(self, failures: Sequence[Failure]) -> None:
@@ -196,15 +212,16 @@ class OutputFolder:
 
     def _write_errors(self, name: str, failures: Sequence[Failure]) -> StoredFile:
         path = self.path / f"{_ERRORS_PREFIX}{name}.jsonl"
-        with whole_file(path) as file:
+        with self._whole(path) as file:
             for failure in sorted(failures, key=lambda failure: failure.position):
                 file.write(json.dumps(dataclasses.asdict(failure)).encode() + b"\n")
-        return StoredFile.of(path)
+        return StoredFile.of(path, file)
 
     def _intact(self, state: JournalState) -> JournalState:
         """Drop the blocks whose files are no longer what the journal says."""
+        found = {file.path.name: file for file in find_all(self.path)} if state.blocks else {}
         for index, block in sorted(state.blocks.items()):
-            damaged = [file.name for file in block.files if not file.is_intact(self.path)]
+            damaged = [file.name for file in block.files if not file.is_intact(found.get(file.name))]
             if damaged:
                 self.warnings.append(f"{', '.join(damaged)} is missing or damaged: writing it again")
                 del state.blocks[index]
@@ -213,10 +230,9 @@ class OutputFolder:
     def _remove_strays(self) -> None:
         """Remove this job's files that no line of the journal names: a crash left them."""
         named = {file.name for block in self.finished.values() for file in block.files}
-        for pattern in (f"{TEMPORARY_PREFIX}*", "part-*", f"{_ERRORS_PREFIX}*"):
-            for path in self.path.glob(pattern):
-                if path.name not in named:
-                    path.unlink()
+        for name in names_in(self.path):
+            if name.startswith((TEMPORARY_PREFIX, "part-", _ERRORS_PREFIX)) and name not in named:
+                remove(self.path / name)
 
 
 def check_no_new_columns(before: dict[str, str], now: dict[str, str], where: str) -> None:
@@ -263,10 +279,15 @@ def check_output_free(path: Path, *, resume: bool) -> None:
         OutputExistsError: it is not empty and `resume` is False.
         JobUsageError: it is a file, or cannot be made or written.
     """
-    if path.exists() and not path.is_dir():
-        raise JobUsageError(f"The output {path} is a file", "Name a folder for the shards.")
-    if not resume and _holds_something(path):
-        raise OutputExistsError(path)
+    try:
+        if exists(path) and not path.is_dir():
+            raise JobUsageError(f"The output {path} is a file", "Name a folder for the shards.")
+        if not resume and _holds_something(path):
+            raise OutputExistsError(path)
+    except OSError as error:
+        raise unreachable(path, error) from error
+    if is_remote(path):
+        return
     parent = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
     if not os.access(parent, os.W_OK | os.X_OK):
         raise _unwritable(path, f"{parent} is read-only or belongs to another user")
@@ -292,7 +313,7 @@ def _without(entries: list[Any] | None, others: list[Any] | None) -> list[Any]:
 
 
 def _holds_something(path: Path) -> bool:
-    return path.is_dir() and any(entry.name not in _NOTHING_YET for entry in path.iterdir())
+    return any(name not in _NOTHING_YET for name in names_in(path))
 
 
 def _unwritable(path: Path, why: object) -> JobUsageError:
@@ -303,6 +324,8 @@ def _unwritable(path: Path, why: object) -> JobUsageError:
 
 
 def _locked(path: Path) -> Any:
+    if is_remote(path):
+        return _NoLock()  # the journal's log keeps others out
     import filelock
 
     # Acquired in one thread and released in another.
@@ -317,3 +340,8 @@ def _locked(path: Path) -> Any:
     except OSError as error:
         raise _unwritable(path, error.strerror or error) from error
     return lock
+
+
+class _NoLock:
+    def release(self) -> None:
+        return

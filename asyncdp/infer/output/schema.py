@@ -7,6 +7,7 @@ from typing import IO, Any
 
 from ...errors import JobError
 from ..blocks import OBJECTS, merged
+from ..places import open_place
 
 _REMEDY = (
     "Return values of one type with --postprocess, None where there is none, or write --output-format jsonl."
@@ -87,7 +88,8 @@ def read_schema(path: Path) -> Any:
     import pyarrow
     import pyarrow.parquet
 
-    fields = pyarrow.parquet.read_schema(path).remove_metadata()
+    with open_place(path, in_order=False) as file:
+        fields = pyarrow.parquet.read_schema(file).remove_metadata()
     return pyarrow.schema([(field.name, _normal(field.type)) for field in fields])
 
 
@@ -95,7 +97,8 @@ def read_table(path: Path) -> Any:
     """Return a shard on disk."""
     import pyarrow.parquet
 
-    return pyarrow.parquet.read_table(path, memory_map=False, partitioning=None)
+    with open_place(path, in_order=False) as file:
+        return pyarrow.parquet.read_table(file, partitioning=None)
 
 
 def write_table(file: IO[bytes], table: Any, schema: dict[str, str]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ...errors import InputError
+from ..places import Found, find, find_all, find_matching, is_remote, lies_in, place_of, unreachable
 from ..records import Record
 from . import arrays, images, parquet, text
 from .base import COMPRESSIONS, STDIN, Contents, Dialect, InputFile, Reader, Selection
@@ -62,8 +63,8 @@ def open_inputs(
         InputError: a file is missing or a pipe, its format is unknown, or formats are mixed.
     """
     passed_over: Counter[str] = Counter()
-    paths = [path for spec in specs for path in _expand(spec, passed_over)]
-    files = [InputFile(path, dialect) for path in (paths if output is None else _outside(output, paths))]
+    found = [file for spec in specs for file in _expand(spec, passed_over)]
+    files = [InputFile(file, dialect) for file in (found if output is None else _outside(output, found))]
     names = {format_name or _format_of(file) for file in files}
     if len(names) != 1:
         raise InputError(
@@ -180,9 +181,8 @@ class Inputs:
         return num_rows
 
 
-def _outside(folder: Path, paths: list[Path]) -> list[Path]:
-    inside = folder.resolve()
-    outside = [path for path in paths if not path.resolve().is_relative_to(inside)]
+def _outside(folder: Path, files: list[Found]) -> list[Found]:
+    outside = [file for file in files if not lies_in(file.path, folder)]
     if not outside:
         raise InputError(
             f"All of the input lies in the output folder {folder}", "Name another folder for the output."
@@ -190,27 +190,44 @@ def _outside(folder: Path, paths: list[Path]) -> list[Path]:
     return outside
 
 
-def _expand(spec: str, passed_over: Counter[str]) -> list[Path]:
-    path = Path(spec)
-    if path == STDIN or path.is_file():
-        return [path]
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith((".", "_")))
-        found = [p for p in files if _known_format(p) is not None]
-        passed_over.update(p.suffix.lower() or "without suffix" for p in files if _known_format(p) is None)
-    elif not path.exists():
-        found = sorted(Path(p) for p in glob.glob(spec, recursive=True) if Path(p).is_file())
-    else:
-        # The fingerprint would drain a pipe before the job reads it.
-        raise InputError(
-            f"{spec} is no file on disk, and its contents can be read only once",
-            "Send it to standard input, which is named -, or save it to a file.",
-        )
+def _expand(spec: str, passed_over: Counter[str]) -> list[Found]:
+    if spec == str(STDIN):
+        return [Found(STDIN, 0)]
+    place = place_of(spec)
+    try:
+        if place.is_file():
+            return [find(place)]
+        if not is_remote(place) and place.exists() and not place.is_dir():
+            # The fingerprint would drain a pipe before the job reads it.
+            raise InputError(
+                f"{spec} is no file on disk, and its contents can be read only once",
+                "Send it to standard input, which is named -, or save it to a file.",
+            )
+        found = _known_files(find_all(place), passed_over) or _matching(spec, place)
+    except OSError as error:
+        raise unreachable(spec, error) from error
     if not found:
         raise InputError(
             f"There is no input at {spec}", "Name a file, a folder of known files, a pattern, or -."
         )
     return found
+
+
+def _known_files(files: list[Found], passed_over: Counter[str]) -> list[Found]:
+    seen = [file for file in files if not file.path.name.startswith((".", "_"))]
+    known = [file for file in seen if _known_format(file.path) is not None]
+    others = [file.path for file in seen if _known_format(file.path) is None]
+    passed_over.update(path.suffix.lower() or "without suffix" for path in others)
+    return known
+
+
+def _matching(spec: str, place: Path) -> list[Found]:
+    """Return the files that a pattern names."""
+    if is_remote(place):
+        return [find(path) for path in find_matching(spec)]
+    if place.exists():
+        return []
+    return [find(Path(path)) for path in sorted(glob.glob(spec, recursive=True)) if Path(path).is_file()]
 
 
 def _known_format(path: Path) -> str | None:

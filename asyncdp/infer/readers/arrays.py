@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ...errors import InputError
+from ..places import on_disk
 from ..records import Row
 from .base import Contents, InputFile, Selection
 
@@ -58,7 +59,8 @@ class ArrayReader:
     def _opened(self, file: InputFile) -> Iterator[_Arrays]:
         with contextlib.ExitStack() as stack:
             try:
-                opened = stack.enter_context(self._opener(file.path))
+                path = stack.enter_context(on_disk(file.path))
+                opened = stack.enter_context(self._opener(path))
             except Exception as error:
                 # The libraries raise anything from EOFError to BadZipFile on a damaged file, and numpy
                 # takes most of them for pickles and advises to load those.

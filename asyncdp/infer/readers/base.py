@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
 from ...errors import DamagedInputError, InputError
+from ..places import Found, is_remote, open_place
 from ..records import Row
 
 STDIN = Path("-")
@@ -160,10 +161,11 @@ class Reader(Protocol):
 class InputFile:
     """One input file, decompressed by its suffix, that knows how much of it has been read."""
 
-    def __init__(self, path: Path, dialect: Dialect | None = None) -> None:
-        self.path = path
-        self.name = "standard input" if path == STDIN else str(path)
-        self.num_bytes = 0 if path == STDIN else path.stat().st_size
+    def __init__(self, found: Found, dialect: Dialect | None = None) -> None:
+        self.path = found.path
+        self.name = "standard input" if self.path == STDIN else str(self.path)
+        self.num_bytes = found.num_bytes
+        self.tag = found.tag
         self.dialect = dialect or Dialect()
         self.warnings: list[str] = []
         self._raw: IO[bytes] | None = None
@@ -190,7 +192,7 @@ class InputFile:
             yield sys.stdin.buffer
             return
         try:
-            with open(self.path, "rb") as raw, _decompressed(raw, self.path) as stream:
+            with open_place(self.path) as raw, _decompressed(raw, self.path) as stream:
                 self._raw = raw
                 yield stream
         except _BROKEN_STREAM as error:
@@ -243,9 +245,10 @@ class InputFile:
     def broken(self, why: object) -> DamagedInputError:
         """Build the error for a file that cannot be read to its end."""
         cause = f"{type(why).__name__}: {why}" if isinstance(why, BaseException) else why
+        lost = ", or its store does not answer" if is_remote(self.path) else ""
         return DamagedInputError(
             f"{self.name} cannot be read: {cause}",
-            "The file is damaged, half-written or of another format (see --input-format).",
+            f"The file is damaged, half-written or of another format (see --input-format){lost}.",
         )
 
 
@@ -329,7 +332,7 @@ COMPRESSIONS: dict[str, Callable[[Any], contextlib.AbstractContextManager[Any]]]
 """What opens a compressed file, by suffix."""
 
 
-def _decompressed(raw: io.BufferedReader, path: Path) -> contextlib.AbstractContextManager[IO[bytes]]:
+def _decompressed(raw: Any, path: Path) -> contextlib.AbstractContextManager[IO[bytes]]:
     decompress = COMPRESSIONS.get(path.suffix.lower())
     if decompress is None:
         return contextlib.nullcontext(raw)

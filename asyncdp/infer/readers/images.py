@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import MissingExtraError
+from ..places import open_place
 from ..records import Row
 from .base import Contents, InputFile, Selection
 
@@ -49,7 +50,7 @@ def decode_image(path: Path, *, first_frame: bool = False) -> Any:
     with warnings.catch_warnings():
         # From twice as many pixels on the library refuses by itself.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        with Image.open(path) as image:
+        with open_place(path) as file, Image.open(file) as image:
             frames = getattr(image, "n_frames", 1)
             # Cameras store previews and the like behind a JPEG (MPO).
             if frames > 1 and not first_frame and image.format != "MPO":

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from ...errors import InputError
+from ..places import is_remote, open_place
 from ..records import Row
 from ..values import as_python, holds_nanoseconds, is_id
 from .base import Contents, InputFile, Selection
@@ -58,21 +60,28 @@ def _rows_of(batch: Any, selection: Selection, name: str, number: int) -> Iterat
         yield _row(selection, entry, f"{name} row {number + index}", own, kept)
 
 
-def _open(file: InputFile) -> Any:
+@contextlib.contextmanager
+def _open(file: InputFile) -> Iterator[Any]:
     import pyarrow
     import pyarrow.parquet
 
-    try:
-        footer = pyarrow.parquet.read_metadata(pyarrow.BufferReader(_footer(file)))
-        # Without pre-buffering only the pages being read are in memory.
-        return pyarrow.parquet.ParquetFile(file.path, metadata=footer, pre_buffer=False)
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise file.broken(error) from error
+    with contextlib.ExitStack() as stack:
+        try:
+            footer = pyarrow.parquet.read_metadata(pyarrow.BufferReader(_footer(file)))
+            source: Any = file.path
+            if is_remote(file.path):
+                source = stack.enter_context(open_place(file.path, in_order=False))
+            # Without pre-buffering only the pages being read are in memory.
+            opened = pyarrow.parquet.ParquetFile(source, metadata=footer, pre_buffer=False)
+            parquet = stack.enter_context(opened)
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            raise file.broken(error) from error
+        yield parquet
 
 
 def _footer(file: InputFile) -> bytes:
     """Read the footer alone; Arrow would read 64 KiB with it, which of a small file is all."""
-    with open(file.path, "rb") as stream:
+    with open_place(file.path, in_order=False) as stream:
         stream.seek(-min(_TAIL, file.num_bytes), os.SEEK_END)
         size = _TAIL + int.from_bytes(stream.read(_TAIL)[:4], "little")
         stream.seek(-min(size, file.num_bytes), os.SEEK_END)
