@@ -46,7 +46,7 @@ app.command(epilog=_EXAMPLE)(infer)
 
 @app.command()
 def report(
-    output: Annotated[Path, typer.Argument(help="Output folder of a job, running or not.")],
+    output: Annotated[str, typer.Argument(help="Output folder of a job, running or not.")],
     picture: Annotated[Path | None, typer.Option(help="Draw rate and load, .png or .svg.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write all as one HTML page.")] = None,
 ) -> None:

@@ -32,7 +32,7 @@ def signature() -> inspect.Signature:
 
 def _of_job(option: NamedOption) -> inspect.Parameter:
     # A path of Python would take the slashes of a URL for one.
-    kind: Any = {tuple: list[str], Path: str}.get(option.kind, option.kind)
+    kind: Any = str if option.kind is Path else list[str] if option.kind is tuple else option.kind
     if option.name == "inputs":
         return _parameter(option.name, Annotated[list[str] | None, typer.Argument(help=option.help)], None)
     flags = [_flag(option.name), *(["-o"] if option.name == "output" else [])]

@@ -228,6 +228,17 @@ def put(place: Path, data: bytes, *, only_new: bool = False) -> str | None:
     return find(place).tag
 
 
+def append_line(place: Path, line: bytes) -> None:
+    """Append a line that a crash may lose; in a store the few lines before are put with it."""
+    if not is_remote(place):
+        with open(place, "ab") as file:
+            file.write(line)
+        return
+    with plain_errors():
+        before = _driver(place).cat_file(_key(place)) if exists(place) else b""
+    put(place, before + line)
+
+
 def remove(place: Path) -> None:
     """Remove a file; one that is gone is no error."""
     if not is_remote(place):

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ..places import append_line, open_place
 from .monitor import Monitor, Sample, SlowBatch
 
 PROGRESS_NAME = "_progress.jsonl"
@@ -115,14 +116,15 @@ class ProgressLog:
         )
         self._slowest = slowest
         line = json.dumps(dataclasses.asdict(point)).encode() + b"\n"
-        with contextlib.suppress(OSError), open(self._path, "ab") as file:
-            file.write(line)
+        with contextlib.suppress(OSError):
+            append_line(self._path, line)
 
 
 def read_points(folder: Path) -> list[Point]:
     """Return the points of all runs of a job, in order; lines that a crash has cut are left out."""
     try:
-        lines = (folder / PROGRESS_NAME).read_bytes().splitlines()
+        with open_place(folder / PROGRESS_NAME) as file:
+            lines = file.read().splitlines()
     except OSError:
         return []
     points = []
