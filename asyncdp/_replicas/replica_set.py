@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Hashable, Sequence, Set
+from collections.abc import Hashable, Iterable, Sequence, Set
 from operator import attrgetter
 from typing import Any
 
@@ -39,6 +39,7 @@ from .writes import WrittenParameters
 # Preparing more than this costs more than a detour over a lane, and would hold up the event loop.
 _MAX_QUICK_MODULES = 256
 _MAX_QUICK_ALIASES = 32
+_MAX_QUICK_ELEMENTS = 2**14
 
 _requires_grad = attrgetter("requires_grad")
 
@@ -126,7 +127,7 @@ class ReplicaSet:
             return None
         try:
             ready = self._find_ready(state, lanes)
-            if ready is None and self._is_quick(state, len(lanes)):
+            if ready is None and self._is_quick(state, lanes):
                 return self._assemble(state, lanes)
             return ready
         finally:
@@ -170,12 +171,14 @@ class ReplicaSet:
 
     def _find_ready(self, state: ModuleState, lanes: Sequence[int]) -> list[LaneModule] | None:
         """Return what an earlier pass over these lanes was given, if it is right for this one too."""
+        if self.written.needs_close_look(state.kind):
+            return None
         ready = self._ready.get((*lanes, id(state.training)))
         if ready is None or ready[0].state is not state or state.snapshot is not self._cache.snapshot:
             return None
         return ready if self._are_buffers_current(state.snapshot) else None
 
-    def _is_quick(self, state: ModuleState, num_lanes: int) -> bool:
+    def _is_quick(self, state: ModuleState, lanes: Sequence[int]) -> bool:
         snapshot = state.snapshot
         if self._cache.snapshot is None or len(snapshot.training) > _MAX_QUICK_MODULES:
             return False
@@ -183,9 +186,12 @@ class ReplicaSet:
             return False
         if not self._follow(snapshot) or not self._are_buffers_current(snapshot):
             return False
-        if self.written.needs_close_look(state.kind):
+        own = self.written.own(snapshot, state.kind, lanes)
+        copied = [each for each in snapshot.parameters if id(each) in own] if own else []
+        if sum(each.numel() for each in copied) > _MAX_QUICK_ELEMENTS:
             return False
-        return not any(state.requires or ()) or len(snapshot.parameters) * num_lanes <= _MAX_QUICK_ALIASES
+        num_aliases = len(copied) + len(self._broadcast_tensors(state, lanes, own))
+        return num_aliases * len(lanes) <= _MAX_QUICK_ALIASES
 
     def _follow(self, snapshot: ModuleSnapshot) -> bool:
         if snapshot is self._cache.snapshot:
@@ -233,7 +239,7 @@ class ReplicaSet:
             )
             for lane, tensors in zip(lanes, mine, strict=True)
         ]
-        if not (carried or looks_closely) and True not in (state.requires or ()):
+        if not (carried or looks_closely or aliases):
             self._ready[*lanes, id(state.training)] = made
         return made
 
@@ -294,19 +300,35 @@ class ReplicaSet:
             self._buffer_tags = self._current_tags(snapshot)
             self._storage_refs = storage_refs([*buffers, *snapshot.loose])
 
+    def _broadcast_tensors(
+        self, state: ModuleState, lanes: Sequence[int], own: Iterable[int]
+    ) -> list[Tensor]:
+        """Return what lanes cannot take from the module itself to record gradients.
+
+        On one lane, and on two CPU lanes, nothing is left to ReduceAdd: the sum of two is the same in any
+        order, so autograd's own will do. It adds up those of more lanes in no certain order.
+        """
+        if state.requires is None or not torch.is_grad_enabled():
+            return []
+        devices = {self._devices[lane] for lane in lanes}
+        trainable = [tensor for tensor in state.trainable() if tensor.requires_grad]
+        if len(lanes) > 2 or (len(lanes) == 2 and devices != {torch.device("cpu")}):
+            return trainable
+        (device,) = devices
+        if [*lanes] == [0]:
+            return trainable if any(each.device != device for each in trainable) else []
+        apart = {*own, *map(id, state.snapshot.buffers)}
+        return [each for each in trainable if id(each) in apart or each.device != device]
+
     def _aliases(self, state: ModuleState, lanes: Sequence[int], own: Set[int]) -> list[Substitutions] | None:
         """Return each lane's own parameters for a pass that records gradients; None for any other.
 
         Of those in `own` all lanes but the first get copies.
         """
-        if state.requires is None or not torch.is_grad_enabled():
+        trainable = self._broadcast_tensors(state, lanes, own)
+        if not trainable:
             return None
         devices = [self._devices[lane] for lane in lanes]
-        trainable = [tensor for tensor in state.trainable() if tensor.requires_grad]
-        # A single lane on the module's device needs no sum: it has the module's own parameters.
-        needs_no_sum = len(lanes) == 1 and all(each.device == devices[0] for each in trainable)
-        if not trainable or (needs_no_sum and (lanes[0] == 0 or not own)):
-            return None
         aliases: list[dict[int, Tensor]] = [{} for _ in lanes]
         # The first lane shares the memory and the version of all: what it writes survives, and a backward
         # finds out what has been written since the forward.

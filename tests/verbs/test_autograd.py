@@ -259,3 +259,27 @@ def test_three_steps_give_the_serial_weights(dp: Passes) -> None:
             optimizer.step()
     for own, other in zip(module.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(own, other)
+
+
+@pytest.mark.parametrize("num_lanes", [2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_lanes_need_no_aliases(num_lanes: int, dtype: torch.dtype) -> None:
+    """Two CPU lanes have the module's own parameters, more have aliases; gradients are sums in any case."""
+    module = nn.Linear(3, 1).to(dtype)
+    frozen = nn.Linear(1, 1).requires_grad_(False).to(dtype)
+    model = nn.Sequential(module, frozen)
+    seen: set[bool] = set()
+    module.register_forward_hook(lambda each, args, output: seen.add(each.weight.is_leaf) or None)
+    x = torch.randn(6, 3, dtype=dtype)
+
+    async def run() -> None:
+        async with asyncdp.DataParallel(model, f"cpu*{num_lanes}", num_lanes="all") as engine:
+            await engine(x)  # the first pass gives lanes copies, to find out who writes into parameters
+            for _ in range(2):
+                seen.clear()
+                (await engine(x)).sum().backward()
+
+    asyncio.run(run())
+    assert seen == {num_lanes == 2}
+    expected = torch.autograd.grad(model.float()(x.float()).sum(), module.weight)[0] * 2
+    torch.testing.assert_close(module.weight.grad.float(), expected, rtol=0.02, atol=0.02)
