@@ -230,7 +230,13 @@ def main() -> None:
     # Also for uvicorn, which raises the signal again after it has answered what waited.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     app = make_app(folder, chosen.devices, chosen.timeout, chosen.hang_timeout)
-    uvicorn.run(app, host=chosen.host, port=chosen.port, timeout_graceful_shutdown=30)
+    uvicorn.run(
+        app,
+        host=chosen.host,
+        port=chosen.port,
+        timeout_graceful_shutdown=30,
+        timeout_keep_alive=75,  # longer than in what stands before it, which may send at any moment
+    )
 
 
 if __name__ == "__main__":
