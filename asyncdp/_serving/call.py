@@ -33,14 +33,20 @@ class Outcomes(Counter[CallState]):
 
     Attributes:
         failures: how many of those that failed got which error, by the name of its class.
+        num_expired: how many of those that timed out never ran.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.failures: Counter[str] = Counter()
+        self.num_expired = 0
 
-    def on_failure(self, error: BaseException | None) -> None:
+    def on_error(self, state: CallState, error: BaseException) -> None:
         """Count the error that a call got; of very many kinds those that come late as "other"."""
+        if isinstance(error, CallTimeoutError) and state is CallState.TIMED_OUT:
+            self.num_expired += error.has_waited
+        if state is not CallState.FAILED:
+            return
         kind = type(error).__name__
         is_known = kind in self.failures or len(self.failures) < _MAX_KINDS
         self.failures[kind if is_known else "other"] += 1
@@ -158,7 +164,7 @@ class Request:
                 self._waiter = None
                 # Also if the result came in the same turn of the loop: nobody gets to see it.
                 if not self._is_counted:
-                    self._withdraw(CallState.CANCELLED, CallCancelledError())
+                    self._withdraw()
                 raise
             finally:
                 if stop_timer is not None:
@@ -176,7 +182,7 @@ class Request:
         """Cancel the call if it is pending; return whether it was."""
         if self.state is not CallState.PENDING:
             return False
-        self._withdraw(CallState.CANCELLED, CallCancelledError())
+        self._withdraw()
         return True
 
     def complete(self, value: Any, error: BaseException | None = None) -> None:
@@ -187,11 +193,17 @@ class Request:
         ):
             self._end(CallState.DONE if error is None else CallState.FAILED, value, error)
 
-    def expire(self, now: float) -> bool:
-        """End a pending call whose time is over; return whether it was."""
+    def expire(self, now: float, *, is_next: bool = False) -> bool:
+        """End a pending call whose time is over; return whether it was.
+
+        Args:
+            now: the time, in seconds.
+            is_next: whether its batch was about to begin.
+        """
         if self.timeout is None or self.state is not CallState.PENDING or now < self.arrived + self.timeout:
             return False
-        self._withdraw(CallState.TIMED_OUT, CallTimeoutError(self.timeout))
+        has_waited = self.queue.remove(self, time.perf_counter()) or is_next
+        self._end(CallState.TIMED_OUT, None, CallTimeoutError(self.timeout, has_waited))
         return True
 
     def _start_timer(self) -> Callable[[], object]:
@@ -199,9 +211,9 @@ class Request:
         seconds = self.arrived + self.timeout - time.perf_counter()
         return self.loop.call_later(max(0.0, seconds), partial(self.expire, math.inf))
 
-    def _withdraw(self, state: CallState, error: BaseException) -> None:
-        """End the call wherever it is; if it still waits, it leaves the queue."""
-        self._end(state, None, error)
+    def _withdraw(self) -> None:
+        """Cancel the call wherever it is; if it still waits, it leaves the queue."""
+        self._end(CallState.CANCELLED, None, CallCancelledError())
         self.queue.remove(self, time.perf_counter())
 
     def _end(self, state: CallState, value: Any, error: BaseException | None) -> None:
@@ -216,5 +228,5 @@ class Request:
         if not self._is_counted:
             self._is_counted = True
             self.outcomes[self.state] += 1
-            if self.state is CallState.FAILED:
-                self.outcomes.on_failure(self._error)
+            if self._error is not None:
+                self.outcomes.on_error(self.state, self._error)

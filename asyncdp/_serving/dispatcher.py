@@ -193,7 +193,7 @@ class Dispatcher:
             self._send_later(now)
             return False
         try:
-            calls = [call for call in taken if call.timeout is None or not call.expire(now)]
+            calls = [call for call in taken if call.timeout is None or not call.expire(now, is_next=True)]
             if search is not None and len(calls) < len(taken):
                 search.is_complete = False
             if not calls:

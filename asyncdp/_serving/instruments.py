@@ -88,7 +88,7 @@ COUNTERS = (
     Instrument("done", "{call}", "Calls that got their result.", "num_done"),
     Instrument("failed", "{call}", "Calls that got an exception, by its class.", "failures", "kind", _KINDS),
     Instrument("cancelled", "{call}", "Calls cancelled by their callers.", "num_cancelled"),
-    Instrument("timed_out", "{call}", "Calls not answered in time.", "num_timed_out"),
+    Instrument("timed_out", "{call}", "Calls not answered in time, by where they were.", "timeouts", "stage"),
     Instrument(
         "refused", "{call}", "Calls that were not queued, by the reason.", "refused", "reason", REASONS
     ),

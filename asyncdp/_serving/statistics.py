@@ -86,6 +86,8 @@ class BatcherStatistics:
     """Share of all batches that was padding, from 0 to 1."""
     failures: Mapping[str, int]
     """Calls that got an exception, by its class."""
+    timeouts: Mapping[str, int]
+    """Calls not answered in time, by where they were then: `queued`, so that they never ran, or `running`."""
     refused: Mapping[str, int]
     """Calls that were not queued, by the reason: `queue_full` (of `call_nowait`), `closed`, `device_lost`, or
     `invalid` arguments."""
@@ -210,11 +212,13 @@ class Recorder:
             real, padded = self._total_size, self._padded_size
         else:
             real, padded = padding.totals()
+        num_expired, num_timed_out = self.outcomes.num_expired, self.outcomes[CallState.TIMED_OUT]
         return {
             "num_done": self.outcomes[CallState.DONE],
             "num_failed": self.outcomes[CallState.FAILED],
             "num_cancelled": self.outcomes[CallState.CANCELLED],
-            "num_timed_out": self.outcomes[CallState.TIMED_OUT],
+            "num_timed_out": num_timed_out,
+            "timeouts": {"queued": num_expired, "running": num_timed_out - num_expired},
             "num_refused": self.refused.total(),
             "failures": dict(self.outcomes.failures),
             "refused": dict(self.refused),

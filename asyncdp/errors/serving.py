@@ -26,12 +26,19 @@ class SplitError(AsyncDPError, ValueError):
 
 
 class CallTimeoutError(AsyncDPError, TimeoutError):
-    """A call of a batcher was not answered in time."""
+    """A call of a batcher was not answered in time.
 
-    def __init__(self, seconds: float) -> None:
+    Attributes:
+        has_waited: whether it was still in the queue, so that it never ran.
+    """
+
+    def __init__(self, seconds: float, has_waited: bool) -> None:
+        where = "still waited in the queue" if has_waited else "was in a batch"
         super().__init__(
-            f"the call was not answered within {seconds} s. Allow more time, or send fewer calls at once."
+            f"the call was not answered within {seconds} s; it {where}. "
+            "Allow more time, or send fewer calls at once."
         )
+        self.has_waited = has_waited
 
 
 class CallCancelledError(AsyncDPError, RuntimeError):

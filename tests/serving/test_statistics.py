@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from asyncdp import Batcher, QueueFull, Runtime
-from asyncdp.errors import BatcherClosedError, EngineCancelledError
+from asyncdp.errors import BatcherClosedError, CallTimeoutError, EngineCancelledError
 
 from ..runtime.helpers import wait_until
 
@@ -117,3 +117,28 @@ async def test_batches_that_hang_are_counted() -> None:
         assert batcher.statistics().num_suspect == 1
         latch.set()
     assert (batcher.statistics().num_hung, batcher.statistics().num_suspect) == (1, 0)
+
+
+async def test_timeouts_are_counted_by_where_the_call_was() -> None:
+    """A call that never ran says so, by its error and its count, awaited or not; one whose batch ran, too."""
+    latch = threading.Event()
+
+    def wait(batch: torch.Tensor) -> torch.Tensor:
+        assert latch.wait(30)
+        return batch
+
+    async with Runtime("cpu") as runtime, Batcher(wait, runtime=runtime) as batcher:
+        running = batcher.call_nowait(torch.ones(1), timeout=0.05)
+        await wait_until(lambda: batcher.statistics().num_running == 1)
+        unawaited = batcher.call_nowait(torch.ones(1), timeout=0.01)
+        with pytest.raises(CallTimeoutError, match="waited in the queue") as queued:
+            await batcher(torch.ones(1), timeout=0.01)
+        with pytest.raises(CallTimeoutError, match="was in a batch") as late:
+            await running
+        latch.set()
+        with pytest.raises(CallTimeoutError, match="waited in the queue"):
+            await unawaited
+        stats = batcher.statistics()
+    assert (queued.value.has_waited, late.value.has_waited) == (True, False)
+    assert stats.timeouts == {"queued": 2, "running": 1}
+    assert (stats.num_timed_out, stats.num_failed, dict(stats.failures)) == (3, 0, {})
