@@ -59,7 +59,10 @@ def plan_batches(costs: Sequence[int], max_records: int, max_cost: int | None) -
         Batches of indices, the longest items first, so that memory runs out early if it does.
     """
     batches: list[list[int]] = []
-    for index in sorted(range(len(costs)), key=lambda i: -costs[i]):
+    if costs and min(costs) == max(costs):
+        size = max_records if max_cost is None else min(max_records, max_cost // max(costs[0], 1)) or 1
+        return [list(range(start, min(start + size, len(costs)))) for start in range(0, len(costs), size)]
+    for index in sorted(range(len(costs)), key=costs.__getitem__, reverse=True):
         batch = batches[-1] if batches else []
         if batch and _fits(costs[index], costs[batch[0]], len(batch), max_records, max_cost):
             batch.append(index)

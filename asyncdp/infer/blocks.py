@@ -29,8 +29,9 @@ class Batch:
 
     def pick(self, indices: Iterable[int]) -> Batch:
         """Return some of the records as a batch of their own."""
-        columns: Any = zip(*((self.records[i], self.items[i], self.costs[i]) for i in indices), strict=True)
-        return Batch(self.block, *map(list, columns))
+        places = list(indices)
+        columns = (list(map(column.__getitem__, places)) for column in (self.records, self.items, self.costs))
+        return Batch(self.block, *columns)
 
 
 class BlockRows:
@@ -162,7 +163,10 @@ def fixed_columns(schema: dict[str, str]) -> dict[str, str]:
 
 
 def _put(column: Any, places: Sequence[int], values: Any) -> None:
-    if isinstance(column, list):
+    start, end = places[0], places[-1] + 1
+    if isinstance(places, range) or list(places) == list(range(start, end)):
+        column[start:end] = values
+    elif isinstance(column, list):
         for place, value in zip(places, values, strict=True):
             column[place] = value
     else:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -61,6 +62,37 @@ class InputDtypes:
         natural = torch.get_default_dtype() if wide.is_floating_point() else wide.dtype
         return _exactly(item, natural if expected is None else expected)
 
+    def stacked(self, items: Sequence[Any], name: str = _ALL) -> torch.Tensor | None:
+        """Return what stacking the tensors of many items gives, made at once.
+
+        Args:
+            items: as `tensor` takes each.
+            name: as `tensor` takes it.
+
+        Returns:
+            None where the items are not so alike that all go the same way.
+
+        Raises:
+            ValueError: a number does not fit.
+        """
+        expected = self.given.get(name, self.given.get(_ALL))
+        if isinstance(items[0], np.ndarray | np.generic):
+            if len({(type(item), item.dtype, item.shape) for item in items}) > 1:
+                return None
+            return self.tensor(np.stack(items), name)
+        if expected is None:
+            expected = self.of_model.get(name, self.of_model.get(_ALL))
+        kinds = _kinds_of(items)
+        if expected is None or not kinds or not kinds <= {int, float}:
+            return None
+        try:
+            source = torch.from_numpy(np.array(items, np.int64 if kinds == {int} else np.float64))
+        except (ValueError, OverflowError):  # of unlike lengths; too large
+            return None
+        if kinds == {int, float} and not _holds_integers(source, expected):
+            return None
+        return _exactly(source, expected)
+
 
 def parse_dtypes(spec: str | None) -> dict[str, torch.dtype]:
     """Read what `--input-dtype` says: a dtype, or `name=dtype` for one input, several joined by commas.
@@ -112,6 +144,21 @@ def _exactly(item: Any, dtype: torch.dtype) -> torch.Tensor:
     return result
 
 
+def _kinds_of(items: Sequence[Any]) -> set[type]:
+    """Return the types of the numbers in nested lists of the same depth; empty where the depths differ."""
+    kinds = set(map(type, items))
+    while kinds and kinds <= {list, tuple}:
+        items = list(itertools.chain.from_iterable(items))
+        kinds = set(map(type, items))
+    return kinds
+
+
+def _holds_integers(numbers: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Return whether all are so small that the integers among them are exact, as doubles and in `dtype`."""
+    eps = torch.finfo(dtype if dtype.is_floating_point else torch.float64).eps
+    return not bool((numbers.abs() > 2 / eps).any())
+
+
 def _wide(item: Any) -> torch.Tensor:
     """Return numbers as they are; of Python's, floats as doubles, and integers beyond int64 too."""
     if isinstance(item, torch.Tensor | np.ndarray | np.generic):
@@ -137,7 +184,7 @@ def _misfits(source: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
 
 def _check_whole_numbers(item: Any, source: torch.Tensor, dtype: torch.dtype) -> None:
     """Fail where an integer of Python beside fractions is rounded: `source` holds it as a double already."""
-    if not dtype.is_floating_point or not bool((source.abs() > 2 / torch.finfo(dtype).eps).any()):
+    if not dtype.is_floating_point or _holds_integers(source, dtype):
         return
     for number in _numbers(item):
         is_whole = type(number) is int or (isinstance(number, Decimal) and number % 1 == 0)

@@ -25,8 +25,7 @@ class Row(NamedTuple):
     kept: Mapping[str, Any] = {}
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """One row of the input.
 
     Attributes:
@@ -43,7 +42,7 @@ class Record:
     value: Any
     where: str
     error: Exception | None = None
-    kept: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    kept: Mapping[str, Any] = {}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -45,6 +45,8 @@ class EachValue:
 
     def __call__(self, values: Sequence[Any]) -> list[Any]:
         """Apply the function to every value."""
+        if self.function is same:
+            return list(values)
         return [self.function(value) for value in values]
 
 
@@ -95,6 +97,9 @@ class Stack:
         if isinstance(first, str | bytes):
             return list(items)
         try:
+            together = self.dtypes.stacked(items, name)
+            if together is not None:
+                return together
             tensors = [self.dtypes.tensor(item, name) for item in items]
             if len({tensor.dtype for tensor in tensors}) > 1:
                 raise ValueError("they differ in dtype")
@@ -111,6 +116,8 @@ default_collate = Stack()
 
 def length_of(item: Any) -> int:
     """Return how long an item is: characters, tokens, or entries along the first dimension."""
+    if type(item) in (list, str):  # most are, and the rest takes longer to tell apart
+        return len(item)
     if isinstance(item, Mapping):
         return max((length_of(value) for value in item.values()), default=1)
     shape = getattr(item, "shape", None)

@@ -114,13 +114,13 @@ class Inputs:
             is_cut = stop is not None and (count is None or first + count > stop)
             end = stop - first if is_cut and count is not None and stop is not None else None
             position = first + begin
-            for row in self._reader.rows(file, self.selection, begin, end):
+            for value, identity, where, error, kept in self._reader.rows(file, self.selection, begin, end):
                 if is_cut and position == stop:
                     return
                 self.num_records_read = position + 1
                 if position >= start:
-                    identity = position if row.id is None else row.id
-                    yield Record(position, identity, row.value, row.where, row.error, row.kept)
+                    identity = position if identity is None else identity
+                    yield Record(position, identity, value, where, error, kept)
                 position += 1
             if count is not None and position - first != (count if end is None else end):
                 raise file.broken(f"it states {count} rows, but has {position - first}")
