@@ -14,7 +14,7 @@ from .collate import Collate, Padding, Split, Stack, StatedSample, Steps, unbind
 from .dispatcher import Dispatcher
 from .queue import BatchQueue
 from .slots import capture_of, open_slots
-from .statistics import BatcherStatistics, Recorder
+from .statistics import BatcherStatistics, Recorder, check_name
 
 
 class Batcher:
@@ -89,6 +89,7 @@ class Batcher:
         if retry not in ("halve", "none"):
             raise ValueError(f'retry must be "halve" or "none", but got {retry!r}.')
         padding = Padding() if collate is None and pad is not None and size_of is None else None
+        check_name(name)
         slots = open_slots(engine, Steps(collate or Stack(pad, padding), split), runtime, max_in_flight)
         queue: BatchQueue[Request] = BatchQueue(
             max_batch_size, max_queue, max_wait, max_age, max_cost, max_padding, sized=size_of is not None

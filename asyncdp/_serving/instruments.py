@@ -14,7 +14,7 @@ from ..errors import (
     LaneHungError,
 )
 from .call import BatcherState, CallState
-from .statistics import REASONS, Run
+from .statistics import REASONS, Run, check_name
 
 if TYPE_CHECKING:
     from .batcher import Batcher
@@ -163,7 +163,9 @@ def choose_name(asked: str | None, taken: Mapping[str, object]) -> str:
 
     Raises:
         DuplicateNameError: another batcher has the name that was asked for.
+        ValueError: it is no name.
     """
+    check_name(asked)
     if asked is None:
         names = ("batcher" if number == 1 else f"batcher-{number}" for number in range(1, len(taken) + 2))
         return next(name for name in names if name not in taken)

@@ -30,6 +30,7 @@ def export_prometheus(
         MissingExtraError: `prometheus_client` is not installed.
         DuplicateNameError: another batcher there has this name.
         BatcherClosedError: the batcher is closed.
+        ValueError: `name` is no text, or empty.
     """
     try:
         import prometheus_client

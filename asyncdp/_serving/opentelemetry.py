@@ -103,7 +103,9 @@ class Export:
         if prefix not in of_meter:
             of_meter[prefix] = _Instruments(meter, prefix)
         self._instruments = of_meter[prefix]
-        self._name = choose_name(name or dispatcher.recorder.name, self._instruments.dispatchers)
+        self._name = choose_name(
+            dispatcher.recorder.name if name is None else name, self._instruments.dispatchers
+        )
         self._labels = {"batcher": self._name}
         self._tracer = trace.get_tracer("asyncdp") if tracer is None else tracer
         self._prefix = prefix

@@ -54,7 +54,7 @@ class Collector:
         for taken, other in list(self._others.items()):
             if not other.is_registered():
                 del self._others[taken]
-        self._name = choose_name(name or self._dispatcher.recorder.name, self._others)
+        self._name = choose_name(self._dispatcher.recorder.name if name is None else name, self._others)
         self._buckets = {each: _Buckets(each.bounds) for each in HISTOGRAMS}
         registry.register(self)
         self._others[self._name] = self
@@ -77,7 +77,10 @@ class Collector:
             yield from _families(self._prefix, collectors)
 
     def on_run(self, run: Run) -> None:
-        """Add a batch to the histograms."""
+        """Add a batch to the histograms; once the collector is unregistered, hear of no more."""
+        if not self.is_registered():
+            self._dispatcher.recorder.observers.remove(self)
+            return
         for histogram, buckets in self._buckets.items():
             buckets.add(histogram.measure(run))
 

@@ -24,6 +24,12 @@ REASONS = (*_REASONS.values(), INVALID)
 """Why a call may be refused."""
 
 
+def check_name(name: object) -> None:
+    """Raise `ValueError` unless metrics can be labelled by this name, or there is none."""
+    if name is not None and not (isinstance(name, str) and name):
+        raise ValueError(f"the name of a batcher must be a text that is not empty, but got {name!r}.")
+
+
 @dataclass(frozen=True)
 class Percentiles:
     """Durations of the latest calls or batches, in seconds; zeros before the first."""
@@ -171,7 +177,7 @@ class Recorder:
         run = Run(calls, started, time.perf_counter(), place, is_retry, error)
         if trace.recorder is not None:
             self._trace(trace.recorder, run)
-        for observer in self.observers:
+        for observer in tuple(self.observers):
             try:
                 observer.on_run(run)
             except Exception:

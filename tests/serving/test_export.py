@@ -164,6 +164,20 @@ async def test_names_are_told_apart() -> None:
     assert labels == {"batcher", "batcher-2", "batcher-3"}
 
 
+@pytest.mark.parametrize("wrong", [{"name": ""}, {"name": 3}])
+async def test_what_makes_no_name_is_refused_at_once(wrong: dict[str, Any]) -> None:
+    """No scrape fails later, nothing is registered, and the batcher may be exported by another name."""
+    registry = CollectorRegistry()
+    async with batchers(None) as (batcher,):
+        with pytest.raises(ValueError, match="name"):
+            export_prometheus(batcher, registry, **wrong)
+        assert not generate_latest(registry)
+        export_prometheus(batcher, registry)
+        assert await batcher(torch.ones(1)) == 1
+    with pytest.raises(ValueError, match="name"):
+        Batcher(check, **wrong)
+
+
 async def test_a_closed_batcher_cannot_be_exported() -> None:
     """It would be registered for good."""
     registry = CollectorRegistry()
