@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -216,12 +215,21 @@ class Route:
         return next((lane for lane in self.lanes if lane.device == self.output), last)
 
 
-@dataclass(frozen=True)
 class EngineLanes:
-    """The lanes of an engine for whole batches, as `StatefulLaneRunner` describes them."""
+    """The lanes of an engine for whole batches, as `StatefulLaneRunner` describes them.
 
-    runtime: Runtime
-    route: Route
+    Args:
+        runtime: whose lanes these are.
+        route: how calls go over them.
+
+    Attributes:
+        capture: returns the state of the module as it is now; called for every sample of a `Batcher`.
+    """
+
+    def __init__(self, runtime: Runtime, route: Route) -> None:
+        self.runtime = runtime
+        self.route = route
+        self.capture = route.capture
 
     @property
     def lanes(self) -> tuple[Lane, ...]:
@@ -231,10 +239,6 @@ class EngineLanes:
     def pick(self) -> int:
         """Return the position of the lane for the next batch: the least busy, or 0 if buffers change."""
         return self.route.pick()
-
-    def capture(self, *, records: bool | None = None) -> ModuleState:
-        """Return the state of the module as it is now."""
-        return self.route.capture(records=records)
 
     def run_on(self, position: int, /, *args: Any, **kwargs: Any) -> Any:
         """Run one whole batch on this thread, that of the lane at `position`, and count it."""

@@ -102,8 +102,9 @@ class LaneModule:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the replica's forward; only ever on the lane's own thread."""
         tensors = self.tensors if self.source is None else self.source.up_to_date(self.tensors)
-        if self.state.requires is not None:
-            tensors = _as_of_the_call(self.state.snapshot, self.state.requires, tensors)
+        required, now = self.state.requires, self.state.snapshot.tensors
+        if required is not None and [*map(_requires_grad, now)] != required:
+            tensors = _as_of_the_call(now, required, tensors)
         replica, snapshot = self.replica, self.writes_back_to
         replica.bind(tensors, self.changes, self.state.training)
         is_recorded = torch.is_grad_enabled()
@@ -139,14 +140,12 @@ class LaneModule:
 
 
 def _as_of_the_call(
-    snapshot: ModuleSnapshot, requires: Sequence[bool], tensors: Substitutions
+    originals: Sequence[Tensor], requires: Sequence[bool], tensors: Substitutions
 ) -> Substitutions:
     """Return substitutions where those that required gradients at the call do so, and no others."""
-    if [*map(_requires_grad, snapshot.tensors)] == requires:
-        return tensors
     flipped = [
         (each, required)
-        for each, required in zip(snapshot.tensors, requires, strict=True)
+        for each, required in zip(originals, requires, strict=True)
         if each.requires_grad != required and tensors[id(each)] is each
     ]
     # Nothing takes the gradients of a leaf whose owner has frozen it meanwhile.

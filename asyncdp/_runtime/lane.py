@@ -76,7 +76,9 @@ class LaneThread:
         if trace.recorder is not None:
             trace.recorder.queued(task)
         if self._is_sleeping:
-            self._rouse()
+            self._is_sleeping = False
+            # Not at once: the thread takes the lock first of all, and would have to wait for it.
+            self._to_wake.append(self._signal.release)
 
     def remove(self, task: Task) -> bool:
         """Take a task out of the queue if it has not begun."""
@@ -96,7 +98,8 @@ class LaneThread:
         """Let the thread end once its queue is empty."""
         self._is_stopping = True
         if self._is_sleeping:
-            self._rouse()
+            self._is_sleeping = False
+            self._to_wake.append(self._signal.release)
 
     def join(self, timeout: float | None = None) -> None:
         """Wait for the thread's end, `timeout` seconds at most, or until it is given up."""
@@ -109,11 +112,6 @@ class LaneThread:
         """Let nobody wait for the thread's end any more; it ends once its task has, if ever."""
         self._is_given_up = True
         self._ended.set()
-
-    def _rouse(self) -> None:
-        self._is_sleeping = False
-        # Not at once: the thread takes the lock first of all, and would have to wait for it.
-        self._to_wake.append(self._signal.release)
 
     def _run(self) -> None:
         this_thread.lane = self._lane

@@ -185,7 +185,7 @@ class Schedule:
             pass_.state = PassState.WAITING
             self._waiting[pass_] = None
             return []
-        return self._admit(pass_)
+        return self._begin_stage(pass_, first=False)
 
     def on_task_done(self, pass_: Progress, lane: int, *, failed: bool) -> list[Action]:
         """Take note of a task that has ended, or was discarded."""
@@ -260,12 +260,11 @@ class Schedule:
         actions = [action for pass_ in list(self._waiting) for action in self._reject(pass_, None)]
         return actions if self.num_running else [*actions, Stop()]
 
-    def _admit(self, pass_: Progress) -> list[Action]:
-        pass_.state = PassState.RUNNING
-        self.num_running += 1
-        return self._begin_stage(pass_, first=False)
-
     def _begin_stage(self, pass_: Progress, *, first: bool) -> list[Action]:
+        """Begin the first or a later stage of a pass whose tasks have their places."""
+        if pass_.state is not PassState.RUNNING:
+            pass_.state = PassState.RUNNING
+            self.num_running += 1
         pass_.num_tasks_left = len(pass_.lanes)
         return [Enqueue(pass_, first)] if pass_.lanes else self._end_stage(pass_, 0)
 
@@ -320,7 +319,7 @@ class Schedule:
         for pass_ in list(self._waiting):
             if passed_over.isdisjoint(pass_.lanes) and self._take_if_room(pass_.lanes):
                 del self._waiting[pass_]
-                actions += self._admit(pass_)
+                actions += self._begin_stage(pass_, first=False)
             else:
                 passed_over.update(pass_.lanes)
                 if len(passed_over) == len(self.states):

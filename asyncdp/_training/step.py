@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence, Set
+from collections.abc import Hashable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import chain
@@ -21,7 +21,7 @@ from .._replicas.snapshot import ModuleSnapshot
 from .._replicas.writes import ParameterWatch
 from .._runtime import Lane
 from .._torch_private import hooks_of
-from .._verbs.batch import positional
+from .._verbs.batch import Batch, positional
 from ..errors import LossNotScalarError
 from .commit import AccumulatedGradients, SavedGradients, StepOptions, commit, deliver, threads
 from .lanes import TrainingLane, TrainingLanes
@@ -35,9 +35,6 @@ _RECORD = (
 
 # Below this an optimizer's step takes less time than changing the thread count twice.
 _MIN_ELEMENTS_FOR_THREADS = 2**21
-
-Shard = Callable[[torch.device], tuple[tuple[Any, ...], Mapping[str, Any]]]
-"""Gives inputs and targets of one lane, as the only positional arguments, moved to its device."""
 
 
 def recording() -> AbstractContextManager[None]:
@@ -78,7 +75,8 @@ class Step:
         replicas: its training replicas.
         accumulated: gradients that earlier steps have accumulated.
         lanes: where to compute, one shard on each.
-        shards: inputs and targets.
+        batch: inputs and targets, its only two arguments.
+        shards: the leaves of each lane's.
         weights: each shard's part in the loss.
         options: what the user said.
         accumulate: accumulate the gradients instead of stepping.
@@ -91,7 +89,8 @@ class Step:
         replicas: TrainingLanes,
         accumulated: AccumulatedGradients,
         lanes: Sequence[Lane],
-        shards: Sequence[Shard],
+        batch: Batch,
+        shards: Sequence[list[Any]],
         weights: Sequence[float],
         options: StepOptions,
         accumulate: bool,
@@ -104,6 +103,7 @@ class Step:
         self._replicas = replicas
         self._accumulated = accumulated
         self._lanes = lanes
+        self._batch = batch
         self._shards = shards
         self._weights = weights
         self._prepared: _Prepared | None = None
@@ -147,8 +147,7 @@ class Step:
         Returns:
             The loss, or None if the lane needs leaves or buffers of its own; nothing has changed then.
         """
-        self._note_changes()
-        state = self._state
+        self._state = state = self._modules.with_parts(self._module, self._state)
         if not _trains_in_place(state.snapshot, self._lanes[0].device):
             return None
         if [*map(_requires_grad, state.snapshot.tensors)] != state.requires:
@@ -245,7 +244,7 @@ class Step:
 
     def _loss_of(self, index: int, module: nn.Module) -> Tensor:
         lane = self._lanes[index]
-        (inputs, targets), _ = self._shards[index](lane.device)
+        (inputs, targets), _ = self._batch.arguments_on(lane.device, self._shards[index])
         loss = self.options.loss_fn(module(*positional(inputs)), targets)
         loss = _checked(loss)
         weight = self._weights[index]
@@ -261,7 +260,7 @@ class Step:
             return self._prepared
         with self._lock:
             if self._prepared is None:
-                self._note_changes()
+                self._state = self._modules.with_parts(self._module, self._state)
                 self._prepared = self._prepare_lanes()
             return self._prepared
 
@@ -280,10 +279,6 @@ class Step:
         written.add(self._kind, positions)
         if len(self._lanes) > 1:
             written.check_apart(positions, self._own, self._state.snapshot)
-
-    def _note_changes(self) -> None:
-        """Take the module as it is now if parts of it were replaced since the call."""
-        self._state = self._modules.with_parts(self._module, self._state)
 
     def _prepare_lanes(self) -> _Prepared:
         num_lanes = len(self._lanes)

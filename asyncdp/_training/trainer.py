@@ -71,14 +71,14 @@ class Trainer:
         """Take one step; see `DataParallel.train_step`. `record` gets its duration in seconds."""
         shards, weights = _divide(batch, num_lanes, options.loss_reduction)
         lanes = self._lanes[: len(shards)]
-        inputs = [partial(batch.arguments_on, leaves=leaves) for leaves in shards]
         step = Step(
             state,
             self._modules,
             self._replicas,
             self._accumulated,
             lanes,
-            inputs,
+            batch,
+            shards,
             weights,
             options,
             accumulate,

@@ -107,7 +107,7 @@ class Batch:
             LengthMismatchError: values differ in length.
             UnsplittableError: a value cannot be split (a PackedSequence, a sparse tensor).
         """
-        return self._splittable()[0]
+        return (self._rows or self._find_rows())[0]
 
     @property
     def num_elements(self) -> int:
@@ -134,7 +134,7 @@ class Batch:
             LengthMismatchError, UnsplittableError: as `num_rows`.
         """
         try:
-            num_rows, _ = self._rows or self._splittable()
+            num_rows, _ = self._rows or self._find_rows()
         except (AmbiguousSequenceError, UnsplittableError):
             if num_lanes == 1:
                 return None
@@ -169,7 +169,7 @@ class Batch:
         Raises:
             LengthMismatchError, UnsplittableError: as `num_rows`.
         """
-        num_rows, to_split = self._rows or self._splittable()
+        num_rows, to_split = self._rows or self._find_rows()
         if num_rows is None:
             return [self.leaves] * (num_lanes if self._specs else 1)
         sizes = split_sizes(num_rows, num_lanes)
@@ -212,13 +212,8 @@ class Batch:
         args, kwargs = self.arguments_on(device, leaves)
         return module(*args, **kwargs)
 
-    def _splittable(self) -> tuple[int | None, dict[int, Tensor | PerRow]]:
-        """Return the number of rows, and the values that have them by their positions in `leaves`."""
-        if self._rows is None:
-            self._rows = self._find_rows()
-        return self._rows
-
     def _find_rows(self) -> tuple[int | None, dict[int, Tensor | PerRow]]:
+        """Find and keep the number of rows, and the values that have them by their positions in `leaves`."""
         num_rows: int | None = None
         found: dict[int, Tensor | PerRow] = {}
         for position, leaf in enumerate(self.leaves):
@@ -241,7 +236,8 @@ class Batch:
                 raise LengthMismatchError(self.dim, first, (names[position], length))
             num_rows = length
             found[position] = leaf
-        return num_rows, found
+        self._rows = num_rows, found
+        return self._rows
 
     def _root_names(self) -> list[str]:
         """Name every argument as a user would: "argument 0", "keyword 'y'"."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Sequence, Set
 from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ SCALAR_WARNING = (
     "Was asked to gather along dimension 0, but all input tensors were scalars; "
     "will instead unsqueeze and return a vector."
 )
+
+
+_requires_grad = attrgetter("requires_grad")
 
 
 def gather(outputs: Sequence[Any], output_device: DeviceLike, *, dim: int = 0) -> Any:
@@ -102,7 +106,7 @@ def _gather_leaf(column: Sequence[Any], device: torch.device, dim: int, spec: An
         column, dim = [leaf.unsqueeze(0) for leaf in column], 0
     elif len(column) == 1:
         return column[0].to(device)
-    if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in column):
+    if torch.is_grad_enabled() and any(map(_requires_grad, column)):
         return Gather.apply(device, dim, *column)
     return concatenate(column, dim, device)
 

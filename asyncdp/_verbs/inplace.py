@@ -32,6 +32,7 @@ from .._autograd import MarkWritten, Scatter
 from .._torch_private import version_of
 
 _VERSION = attrgetter("_version")
+_GRAD_FN = attrgetter("grad_fn")
 
 
 class _SplitInput(NamedTuple):
@@ -102,7 +103,7 @@ def _storage_of(tensor: Tensor) -> int:
 
 def _watch(split: Sequence[_SplitInput], outputs: Any) -> None:
     """Let every backward from `outputs` first compare the versions of base tensors with those of now."""
-    nodes = {tensor.grad_fn for tensor in _tree.tensors(outputs) if tensor.grad_fn}
+    nodes = {*map(_GRAD_FN, _tree.tensors(outputs))} - {None}
     if nodes:
         counters = [(version_of(each.base), _version_counters(each)) for each in split]
         for node in nodes:
