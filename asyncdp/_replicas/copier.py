@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from types import MethodType
+from functools import partial
+from operator import is_
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -77,6 +79,8 @@ class Copier:
             return self._copies[id(value)]
         if kind is MethodType and id(value.__self__) in self._copies:
             return MethodType(value.__func__, self._copies[id(value.__self__)])
+        if kind in (FunctionType, partial):
+            return rebound(value, self._captured)
         if kind is tuple:
             return _rebuilt(value, [self._own(entry) for entry in value], tuple)
         if kind not in MUTABLE:
@@ -85,6 +89,11 @@ class Copier:
         self.holders.append(new)
         self.containers.append(new)
         return self._filled(new, value)
+
+    def _captured(self, value: Any) -> Any:
+        """Return the replica's own of what a function captured, if that is a module or held by one."""
+        is_ours = id(value) in self._copies or id(value) in self._contents
+        return self._own(value) if is_ours or type(value) in (MethodType, FunctionType, partial) else value
 
     def _filled(self, new: Any, value: Any) -> Any:
         """Put into a new container what another held when the snapshot was captured."""
@@ -109,7 +118,8 @@ class Copier:
             self.templates.append((holder, key, holder[key]))
 
     def _deep(self, namespace: dict[str, Any], name: str, value: Any, memo: dict[int, Any]) -> Any:
-        mapped = substitute(value, self._copies)
+        mapped = self._own(value) if type(value) in (FunctionType, partial) else value
+        mapped = substitute(mapped, self._copies)
         if _refers_to(mapped, self._tensor_ids):
             self.templates.append((namespace, name, mapped))
             return mapped
@@ -129,6 +139,50 @@ def substitute(value: Any, memo: Mapping[int, Any]) -> Any:
         entries = [substitute(entry, memo) for entry in value.values()]
         return _rebuilt(value, entries, lambda new: kind(zip(value, new, strict=True)), list(value.values()))
     return value
+
+
+def rebound(function: Any, own: Callable[[Any], Any]) -> Any:
+    """Return a function or `partial` that refers to other values; the same one if they are the same.
+
+    Modules keep such functions that refer to themselves: wrapped methods, hooks made by a method.
+
+    Args:
+        function: what may have captured modules.
+        own: returns what is to be captured in a value's place.
+    """
+    if type(function) is partial:
+        inner, *args = old = [function.func, *function.args, *function.keywords.values()]
+        inner, *args = new = [own(each) for each in old]
+        if all(map(is_, old, new)):
+            return function
+        count = len(function.args)
+        return partial(inner, *args[:count], **dict(zip(function.keywords, args[count:], strict=True)))
+    cells = [cell for cell in function.__closure__ or () if _is_filled(cell)]
+    # A function that refers to itself goes on referring to the one before.
+    old = [cell.cell_contents for cell in cells if cell.cell_contents is not function]
+    new = [own(each) for each in old]
+    if all(map(is_, old, new)):
+        return function
+    values = dict(zip(map(id, old), new, strict=True))
+    closure = tuple(
+        CellType(values[id(cell.cell_contents)])
+        if _is_filled(cell) and id(cell.cell_contents) in values
+        else cell
+        for cell in function.__closure__
+    )
+    name, defaults = function.__name__, function.__defaults__
+    copied = FunctionType(function.__code__, function.__globals__, name, defaults, closure)
+    copied.__kwdefaults__ = function.__kwdefaults__
+    copied.__dict__.update(function.__dict__)
+    return copied
+
+
+def _is_filled(cell: CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
 
 
 def _rebuilt(value: Any, new: list[Any], make: Callable[[list[Any]], Any], old: Any = None) -> Any:

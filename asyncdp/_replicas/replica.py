@@ -165,8 +165,12 @@ class Replica:
                 found.loose.append((original, own))
         for original in snapshot.loose:
             own = self._bound[id(original)]
-            if own is not original and (own.is_inference() or versions.get(id(own)) != version_of(own)):
-                found.loose.append((original, own))
+            if own.is_inference() or versions.get(id(own)) != version_of(own):
+                if own is not original:
+                    found.loose.append((original, own))
+                for position, namespace in enumerate(self._namespaces if differs else ()):
+                    if any(value is own for value in namespace.values()):
+                        self._collect_values(position, found)
         return found
 
     def _buffers_changed(self, position: int, found: Survivors, versions: Mapping[int, int]) -> bool:
