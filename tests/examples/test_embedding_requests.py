@@ -15,7 +15,7 @@ import torch
 
 from asyncdp.infer.model.embed import PadTokens
 from asyncdp.testing import FakeDevice, fake_devices
-from tests.runtime.helpers import Latch, wait_until
+from tests.runtime.helpers import PATIENCE, Latch, wait_until
 
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
@@ -316,6 +316,16 @@ async def test_suspect_and_lost_lanes_are_told() -> None:
             assert (await client.get(path)).status_code == 503
         service.model.latch.open()
     assert service.batcher.statistics().num_done == 2
+
+
+async def test_the_end_does_not_wait_for_what_hangs() -> None:
+    """With a lane that hangs the service still ends; the request was answered when its time was over."""
+    with anyio.fail_after(PATIENCE):
+        async with serve(timeout=0.1, hang_timeout=0.05) as client:
+            assert (await embed(client, HANGS)).status_code == 504
+            assert (await embed(client, "a")).status_code == 504  # nothing else can run it
+    assert "closed" in repr(client.service.batcher)
+    client.service.model.latch.open()
 
 
 async def test_both_batchers_are_exported() -> None:
