@@ -35,7 +35,7 @@ class CallTimeoutError(AsyncDPError, TimeoutError):
     def __init__(self, seconds: float, has_waited: bool) -> None:
         where = "still waited in the queue" if has_waited else "was in a batch"
         super().__init__(
-            f"the call was not answered within {seconds} s; it {where}. "
+            f"the call was not answered within {round(seconds, 3)} s; it {where}. "
             "Allow more time, or send fewer calls at once."
         )
         self.has_waited = has_waited
