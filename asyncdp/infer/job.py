@@ -90,6 +90,8 @@ class Job:
             monitor.num_earlier = sum(block.num_records for block in output.finished.values())
             monitor.num_earlier_bad = sum(block.num_bad for block in output.finished.values())
             monitor.warnings += self.inputs.warnings + output.warnings
+            self.inputs.file_rows.update(output.journal.state.file_rows)
+            output.journal.file_rows = self.inputs.file_rows
             if not self._is_complete(output):
                 await self._run_engine(output, watch)
             watch.warn()

@@ -89,11 +89,16 @@ class Block:
 
 @dataclasses.dataclass
 class JournalState:
-    """What a journal says: the job, its finished blocks, and the input's length once known."""
+    """What a journal says: the job, its finished blocks, and the input's length once known.
+
+    Attributes:
+        file_rows: rows of the input files that were read to their end and do not state it, by position.
+    """
 
     fingerprint: dict[str, Any]
     blocks: dict[int, Block] = dataclasses.field(default_factory=dict)
     num_records: int | None = None
+    file_rows: dict[int, int] = dataclasses.field(default_factory=dict)
     last_line: int = 0
 
     @property
@@ -108,6 +113,8 @@ class JournalState:
     def entries(self) -> Iterator[dict[str, Any]]:
         """Yield the entries that make this state."""
         yield {"fingerprint": self.fingerprint}
+        if self.file_rows:
+            yield {"file_rows": self.file_rows}
         for _, block in sorted(self.blocks.items()):
             yield block.to_json()
         if self.num_records is not None:
@@ -115,18 +122,26 @@ class JournalState:
 
 
 class Journal:
-    """The journal of one output folder, open for appending."""
+    """The journal of one output folder, open for appending.
+
+    Attributes:
+        file_rows: as in `JournalState`, filled by whoever reads; what is new goes in with the next block.
+    """
 
     def __init__(self, folder: Path, state: JournalState) -> None:
         self._log = log_in(folder)
         self.state = state
+        self.file_rows: dict[int, int] = {}
         # Beginning anew drops half lines and blocks that did not pass their check.
         self._log.begin(b"".join(map(_line, state.entries())), state.last_line)
 
     def finish_block(self, block: Block) -> None:
         """Record a block whose files are on the disk."""
-        self._append(block.to_json())
+        known = self.state.file_rows
+        new = {file: rows for file, rows in self.file_rows.copy().items() if file not in known}
+        self._append({**block.to_json(), **({"file_rows": new} if new else {})})
         self.state.blocks[block.index] = block
+        known.update(new)
 
     def finish_input(self, num_records: int) -> None:
         """Record how many records the input has."""
@@ -172,6 +187,8 @@ def load_journal(folder: Path) -> JournalState:
     for entry in filter(None, entries[1:]):
         # What passes its checksum but is no journal entry counts as damaged too.
         with contextlib.suppress(KeyError, TypeError, ValueError):
+            rows = {int(file): int(count) for file, count in entry.get("file_rows", {}).items()}
+            state.file_rows.update(rows)
             if "block" in entry:
                 state.blocks[int(entry["block"])] = Block.from_json(entry)
             elif "end" in entry:

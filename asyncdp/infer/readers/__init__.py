@@ -75,7 +75,12 @@ def open_inputs(
 
 
 class Inputs:
-    """The records of all files, in order."""
+    """The records of all files, in order.
+
+    Attributes:
+        file_rows: rows of the files that do not state it, by position, once they were read to their end; a
+            resumed job knows them from its journal and opens none that lies before what it has to do.
+    """
 
     def __init__(
         self,
@@ -89,6 +94,7 @@ class Inputs:
         self.format_name = format_name
         self.selection = selection
         self.num_records_read = 0
+        self.file_rows: dict[int, int] = {}
         self.unfit: dict[str, tuple[str, str]] = {}
         self._reader = FORMATS[format_name]
         self._counts = [self._inspect(file) for file in files]
@@ -104,11 +110,12 @@ class Inputs:
             DamagedInputError: a file turns out to be damaged.
         """
         first = 0
-        for file, count in zip(self.files, self._counts, strict=True):
+        for index, (file, count) in enumerate(zip(self.files, self._counts, strict=True)):
             if stop is not None and first >= stop:
                 return
-            if count is not None and first + count <= start:
-                first += count
+            known = self.file_rows.get(index) if count is None else count
+            if known is not None and first + known <= start:
+                first += known
                 continue
             begin = max(0, start - first) if count is not None else 0
             is_cut = stop is not None and (count is None or first + count > stop)
@@ -124,6 +131,8 @@ class Inputs:
                 position += 1
             if count is not None and position - first != (count if end is None else end):
                 raise file.broken(f"it states {count} rows, but has {position - first}")
+            if count is None:
+                self.file_rows[index] = position - first
             first = position
         self.num_records_read = first
 
@@ -150,7 +159,10 @@ class Inputs:
         if (exact := self.count_records()) is not None:
             return exact
         total = sum(file.num_bytes for file in self.files)
-        done = sum(file.num_bytes_read for file in self.files)
+        done = sum(
+            file.num_bytes if index in self.file_rows else file.num_bytes_read
+            for index, file in enumerate(self.files)
+        )
         read = self.num_records_read  # 0 while only headers have been read
         return int(read * total / done) if done and read else None
 
