@@ -37,6 +37,7 @@ from asyncdp.infer.model.embed import embed_steps, load_embedder
 LOAD = 0.8  # of the capacity
 NUM_TEXTS = 128
 NUM_CLIENTS = 64  # that measure the capacity
+NUM_WARMING = 256  # that warm up: every lane runs full batches, which memory depends on
 SHARES = {"poison": 0.01, "cancelled": 0.02, "hung up": 0.01}  # of the requests; all others are good
 LEFT = -1  # the status of a request whose client did not wait
 WRONG = -2  # of an answer with another text's vector
@@ -145,7 +146,7 @@ async def soak(url: str, process: psutil.Process, minutes: float) -> dict[str, A
         one = Soak(session, url, process)
         chance = random.Random(1)
         tell("warming up")
-        await closed_loop(one.good, NUM_CLIENTS, max(5.0, seconds / 20))
+        await closed_loop(one.good, NUM_WARMING, max(5.0, seconds / 20))
         tell("measuring the capacity")
         measured = max(10.0, seconds / 20)
         capacity = len(await closed_loop(one.good, NUM_CLIENTS, measured)) / measured
