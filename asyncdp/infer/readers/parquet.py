@@ -53,6 +53,11 @@ def _rows_of(batch: Any, selection: Selection, name: str, number: int) -> Iterat
     arrow = {column: list(batch.column(column)) for column in selection.keep}
     identity = selection.id_column
     ids = list(batch.column(identity)) if identity and is_id(batch.schema.field(identity).type) else None
+    if python and ids is None and not arrow and not any(map(_has_unreadable, python.values())):
+        pick, names = selection.picker(), list(python)
+        for index, values in enumerate(zip(*python.values(), strict=True), number):
+            yield pick(dict(zip(names, values, strict=True)), f"{name} row {index}")
+        return
     for index in range(batch.num_rows):
         entry = {column: values[index] for column, values in python.items()}
         kept = {column: values[index] for column, values in arrow.items()}
@@ -130,6 +135,10 @@ class _Unreadable(NamedTuple):
     """In the place of a value that Python cannot hold, such as text that is no UTF-8."""
 
     error: Exception
+
+
+def _has_unreadable(values: Any) -> bool:
+    return isinstance(values, list) and _Unreadable in set(map(type, values))
 
 
 def _row(selection: Selection, entry: dict[str, Any], where: str, identity: Any, kept: Any) -> Row:
