@@ -25,7 +25,7 @@ from .search import Health, Search, signature
 from .slots import Slot
 from .statistics import Recorder
 
-_MAX_PARTS = 4  # of batches that raised, before one of the queue may go although it is not full
+_MAX_PARTS = 4  # that succeed, of batches that raised, before one of the queue goes although it is not full
 
 _logger = logging.getLogger("asyncdp")
 
@@ -70,7 +70,7 @@ class Dispatcher:
         self._health = Health()
         self._searches: deque[Search] = deque()  # that have a part to run
         self._has_warned = False  # that batches raise although no sample of theirs does
-        self._num_parts = 0  # of batches that raised, since one of the queue ran
+        self._num_parts = 0.0  # of batches that raised, since one of the queue ran; less of quick ones
         self._lost: str | None = None  # the lane that was lost last, once no slot is left
         self._loop: Loop | None = None
         self._is_due = False  # whether the loop is about to call `_send`
@@ -230,11 +230,11 @@ class Dispatcher:
         """
         is_turn = self._num_parts >= _MAX_PARTS or self.queue.num_queued >= self.queue.max_batch_size
         if not self._searches or (is_turn and self._num_parts > 0):
-            self._num_parts = 0
+            self._num_parts = 0.0
             taken = self.queue.take(now, 1 if slot.is_quick else len(self._free))
             if taken or not self._searches:
                 return None, taken
-        self._num_parts += 1
+        self._num_parts += self._health.raised_cost
         search = self._searches.popleft()
         return search, search.take()
 
@@ -316,6 +316,7 @@ class Dispatcher:
         for search in self._searches:
             search.on_success()  # of another batch, which shows as well that the model works
         if batch.search is not None:
+            self._num_parts += 1 - self._health.raised_cost
             batch.search.on_success()
             self._go_on(batch.search)
         self._finish(batch)  # first of all, so that the slot runs the next one meanwhile
@@ -342,7 +343,9 @@ class Dispatcher:
     def _finish(self, batch: RunningBatch) -> None:
         """End a batch: its slot takes the next one."""
         self._running.remove(batch)
-        self.recorder.runs.append(time.perf_counter() - batch.started)
+        seconds = time.perf_counter() - batch.started
+        self.recorder.runs.append(seconds)
+        self._health.on_run(len(batch.calls), seconds, raised=batch.has_failed)
         slot = batch.slot
         if batch.is_substituted:
             slot.leave()

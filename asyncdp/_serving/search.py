@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from .call import CallState, Request
@@ -9,6 +10,11 @@ from .call import CallState, Request
 Signature = tuple[type[BaseException], str]
 
 _NUM_PROBES = 4  # of 10,000 calls of which 1 in 20 is bad, none gets blamed with a model that works
+
+_MAX_RAISED = 8  # runs of one search, before samples run alone to see whether the model is down
+_MIN_RAISED = 16  # runs that raised, before their cost counts: fewer may be chance
+_KEPT_RUNS = 0.98  # of what is known of runs, at each new one
+_KEPT_SAMPLES = 1 - 1 / 256  # of what is known of samples, at each new one
 
 
 class Health:
@@ -24,6 +30,39 @@ class Health:
         self.is_up = False
         self.down: Signature | None = None
         self.mixed: Signature | None = None
+        self._share = 0.0  # of samples that are bad
+        self._num_raised = 0
+        self._seconds = {False: 0.0, True: 0.0}  # that a run takes, by whether it raises
+
+    def on_run(self, num_calls: int, seconds: float, *, raised: bool) -> None:
+        """Take note of how long a run took."""
+        self._num_raised += raised
+        before = self._seconds[raised] or seconds
+        self._seconds[raised] = seconds + _KEPT_RUNS * (before - seconds)
+        if not raised:
+            self._share *= _KEPT_SAMPLES**num_calls
+        elif num_calls == 1:
+            self._share = 1 + _KEPT_SAMPLES * (self._share - 1)
+
+    @property
+    def raised_cost(self) -> float:
+        """The time of a run that raises, of that of one that succeeds; at most 1."""
+        if self._num_raised < _MIN_RAISED or not self._seconds[False]:
+            return 1.0
+        return min(1.0, max(0.01, self._seconds[True] / self._seconds[False]))
+
+    def part_size(self, num_suspects: int) -> int:
+        """Return how many of some calls, of which not all are fine, to run next.
+
+        If a run costs the same whether or not it raises, it says most if either is as likely: about half of
+        the calls. A model that checks its inputs first raises at once: there larger parts, most of which
+        raise, find a bad sample by fewer runs that take their time, and these answer more calls.
+        """
+        if num_suspects < 2:
+            return num_suspects
+        fine = 1 - min(0.5, max(0.001, self._share))
+        raises = (1 - _success_chance(self.raised_cost)) * (1 - fine**num_suspects)
+        return min(num_suspects - 1, max(1, round(math.log1p(-raises) / math.log(fine))))
 
     def on_success(self, num_calls: int) -> None:
         """Take note of a batch that succeeded."""
@@ -34,29 +73,31 @@ class Health:
     def on_down(self, error: BaseException) -> None:
         """Take note that whatever is run fails."""
         self.is_up, self.down = False, signature(error)
+        self._share = 0.0
 
     def search(self, calls: Sequence[Request], error: BaseException) -> Search:
         """Return the search for the culprits of a batch that raised `error`."""
         if signature(error) == self.mixed:
-            return Search(calls, error, one_by_one=True)
+            return Search(calls, error, self, one_by_one=True)
         if self.is_up:
-            return Search(calls, error, num_probes=_NUM_PROBES)
+            return Search(calls, error, self, num_probes=_NUM_PROBES)
         num_probes = 1 if signature(error) == self.down else 2
-        return Search(calls, error, num_probes=num_probes, probes_first=True)
+        return Search(calls, error, self, num_probes=num_probes, probes_first=True)
 
 
 class Search:
     """Finds the samples that make a batch raise by running parts of it.
 
-    A part that raises is halved. What is then left beside the half that raised may be fine: it goes back
-    to the queue, where it fills other batches. As long as nothing of the batch has succeeded, some samples
-    are run alone; if all of those raise the same, the model is at fault and the rest need not be run.
+    A part that raises is divided again. What is then left beside it may be fine: it goes back to the queue,
+    where it fills other batches. As long as nothing of the batch has succeeded, some samples are run alone;
+    if all of those raise the same, the model is at fault and the rest need not be run.
 
     Args:
         calls: of the batch.
         error: what it raised.
+        health: says how large parts should be, and what runs that raise cost.
         num_probes: samples that must raise alone for the model to be at fault.
-        probes_first: whether to run those before any half.
+        probes_first: whether to run those before any other part.
         one_by_one: whether to run every sample alone.
 
     Attributes:
@@ -70,6 +111,7 @@ class Search:
         self,
         calls: Sequence[Request],
         error: BaseException,
+        health: Health,
         *,
         num_probes: int = 0,
         probes_first: bool = False,
@@ -79,6 +121,7 @@ class Search:
         self.put_back: list[Request] = []
         self.is_model_down = False
         self.num_raised = 1
+        self._health = health
         self._num_culprits = 0
         self._one_by_one = one_by_one
         self._is_up = num_probes == 0 and not one_by_one
@@ -104,12 +147,15 @@ class Search:
         """Take the next part to run; none if nothing is left to find out."""
         self._suspects = self._pending(self._suspects)
         self._others = self._pending(self._others)
-        self._is_probe = bool(self._others)
+        # A sample that runs alone takes its time for little, if other runs raise at once and so cost less.
+        cost = self.num_raised * self._health.raised_cost
+        is_due = not self._suspects or cost > 1 or self.num_raised >= _MAX_RAISED
+        self._is_probe = is_due and bool(self._others)
         if self._is_probe:
             self._part = [self._others.pop(0 if self._one_by_one else len(self._others) // 2)]
         else:
-            middle = (len(self._suspects) + 1) // 2
-            self._part, self._suspects = self._suspects[:middle], self._suspects[middle:]
+            size = self._health.part_size(len(self._suspects))
+            self._part, self._suspects = self._suspects[:size], self._suspects[size:]
         return self._part
 
     def on_success(self) -> None:
@@ -165,6 +211,21 @@ class Search:
     def _release(self) -> None:
         self.put_back += self._others
         self._others = []
+
+
+def _success_chance(raised_cost: float) -> float:
+    """Return how likely a run should succeed to say most for its cost: x, where x + x ** raised_cost = 1.
+
+    Known from codes of two letters that differ in cost: the best ones use each letter by that law.
+    """
+    low, high = 0.0, 1.0
+    for _ in range(20):
+        x = (low + high) / 2
+        if x + x**raised_cost < 1:
+            low = x
+        else:
+            high = x
+    return high
 
 
 def signature(error: BaseException) -> Signature:

@@ -1,17 +1,21 @@
-"""The queue of a batcher, pure: against a simple model and in single steps."""
+"""What decides for a batcher, pure: its queue against a simple model, and the search for bad samples."""
 
 from __future__ import annotations
 
 import time
 import weakref
 from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
+from asyncdp._serving.call import CallState
 from asyncdp._serving.queue import BatchQueue
+from asyncdp._serving.search import Health, Search
 
 MAX_AGE = 10.0
 
@@ -303,3 +307,83 @@ def test_a_lasting_overload_leaves_nothing_behind() -> None:
         queue.add(Item(0.0, n % 3, float(n)))
         assert queue.take(float(n))[0].arrived == n - 50
     assert len(queue._outside_ranks) < 200
+
+
+def health_after(raised_seconds: float, num_raised: int = 40) -> Health:
+    """What is known of a model that takes 10 ms, and another time for runs that raise."""
+    health = Health()
+    health.on_success(1)
+    for _ in range(num_raised):
+        health.on_run(32, 0.01, raised=False)
+        health.on_run(2, raised_seconds, raised=True)
+    return health
+
+
+def runs_of(health: Health, place: int, num_calls: int = 32) -> tuple[int, int]:
+    """How many runs raise and how many succeed until the one bad call is found; put back ones not counted."""
+    calls: list[Any] = [SimpleNamespace(state=CallState.PENDING, number=n) for n in range(num_calls)]
+    error = ValueError("bad")
+    search = health.search(calls, error)
+    search.on_success()  # of another batch
+    num_raised = num_succeeded = 0
+    while search.num_left:
+        if any(call.number == place for call in search.take()):
+            num_raised += 1
+            search.on_error(error)
+        else:
+            num_succeeded += 1
+            search.on_success()
+    return num_raised, num_succeeded
+
+
+def succeeding(health: Health) -> float:
+    return sum(runs_of(health, place)[1] for place in range(32)) / 32
+
+
+@pytest.mark.parametrize(
+    "health", [Health(), health_after(0.01), health_after(0.02), health_after(0.0003, num_raised=8)]
+)
+def test_parts_are_halves_unless_runs_that_raise_are_known_to_be_quick(health: Health) -> None:
+    """If runs that raise take as long as others, or little is known, a part is about half of the calls."""
+    assert [health.part_size(count) for count in (0, 1, 2, 8, 32)] == [0, 1, 1, 4, 16]
+    for place in range(32):
+        assert sum(runs_of(health, place)) <= 6
+
+
+def test_quick_failures_make_larger_parts() -> None:
+    """Where runs that raise take little, fewer runs that take their time find a bad sample."""
+    quick, slow = health_after(0.0003), health_after(0.01)
+    assert quick.part_size(32) > 26
+    assert quick.part_size(2) == 1
+    assert quick.raised_cost < 0.1
+    assert succeeding(quick) < 0.7 * succeeding(slow)
+
+
+def test_many_bad_samples_make_smaller_parts() -> None:
+    """A part shall not raise for certain: the more samples are bad, the smaller it is."""
+    health = health_after(0.01)
+    sizes = []
+    for _ in range(4):
+        sizes.append(health.part_size(32))
+        for _ in range(32):
+            health.on_run(1, 0.01, raised=True)
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] < 5
+    health.on_down(ValueError("down"))  # which says nothing of samples
+    assert health.part_size(32) == 16
+
+
+def test_samples_run_alone_late_where_runs_that_raise_are_quick() -> None:
+    """A batch is not known to have good samples; whether the model is down is asked once that costs less."""
+    error = ValueError("bad")
+
+    def sizes(health: Health) -> list[int]:
+        calls: list[Any] = [SimpleNamespace(state=CallState.PENDING) for _ in range(32)]
+        search, found = Search(calls, error, health, num_probes=4), []
+        while not search.is_model_down:
+            found.append(len(search.take()))
+            search.on_error(error)
+        return found
+
+    assert sizes(health_after(0.01)) == [16, 1, 1, 1, 1]
+    assert len(sizes(health_after(0.0003))) <= 11
