@@ -22,11 +22,13 @@ MODELS = Path(__file__).parent / "infer"
 
 FROZEN = {
     "infer": """
-        inputs model output/o weights task input-format encoding delimiter quote=" allow-nan=False
+        inputs model output/o weights input-format encoding delimiter quote=" allow-nan=False
         first-frame=False output-format=parquet column id-column keep rename devices
         batch-size=32 max-batch-cost window=1024 shard-size=4096 order=input preprocess collate postprocess
         workers=1 worker-processes=False input-dtype dtype autocast compile=False on-error=stop max-errors
-        shard resume=False allow-unsafe-pickle=False config print-config=False dry-run=False plot json=False
+        shard resume=False allow-unsafe-pickle=False task prompt prompt-name truncate-dim precision
+        calibration aggregation max-new-tokens temperature top-k top-p seed stop cache config
+        print-config=False dry-run=False plot json=False
     """,
     "report": "output picture html",
     "merge": "parts output/o",
@@ -89,7 +91,7 @@ def test_help_fits_one_screen(columns):
     lines = result.output.splitlines()
     assert "Example:  asyncdp infer" in result.output
     assert "130 interrupted" in " ".join(result.output.split())
-    assert len(lines) <= 56
+    assert len(lines) <= 70
     assert max(map(len, lines)) <= columns
 
 

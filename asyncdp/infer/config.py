@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from ..errors import JobUsageError
+from .model.task_options import TaskOptions
 from .options import InferOptions
 from .places import place_of
 
@@ -78,7 +79,9 @@ def named_options() -> dict[str, NamedOption]:
         )
         for field in dataclasses.fields(InferOptions)
     ]
-    return {option.name: option for option in found}
+    own = {field.name for field in dataclasses.fields(TaskOptions)}
+    # Those of a base class come first, and are of less use to most.
+    return {option.name: option for option in sorted(found, key=lambda option: option.field in own)}
 
 
 def _kind_of(hint: Any) -> type:

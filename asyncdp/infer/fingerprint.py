@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import nn
 from .files import digest_file, new_digest
 from .model.models import LoadedModel
 from .model.names import source_of
+from .model.task_options import TaskOptions
 from .options import InferOptions
 from .output.journal import CONTENTS, SAMPLED_TIMES, TIMES
 from .places import find, is_remote, open_place
@@ -31,7 +33,7 @@ _SHARE = 32
 _FINGERPRINTED = (
     *(
         "model",
-        "task",
+        *(field.name for field in dataclasses.fields(TaskOptions) if field.name != "calibration"),
         "input_dtype",
         "dtype",
         "autocast",
@@ -87,10 +89,11 @@ def fingerprint(options: InferOptions, inputs: Inputs, model: LoadedModel) -> di
 
 
 def _sources(options: InferOptions) -> dict[str, Path]:
-    """Return the files with the functions around the model."""
+    """Return the files with the functions around the model, and others that outputs depend on."""
     named = {name: getattr(options, name) for name in ("preprocess", "collate", "postprocess")}
     found = {name: source_of(spec, f"--{name}") for name, spec in named.items() if spec}
-    return {f"{name} file {source.name}": source for name, source in found.items() if source}
+    sources = {f"{name} file {source.name}": source for name, source in found.items() if source}
+    return sources | ({"calibration": Path(options.calibration)} if options.calibration else {})
 
 
 def _input_entry(file: InputFile) -> list[Any]:

@@ -64,13 +64,14 @@ class Job:
         )
         self.model = load_model(
             options.model,
+            options,
             weights=options.weights,
             dtype=options.dtype,
             autocast=options.autocast,
             compile=options.compile,
             allow_pickle=options.allow_unsafe_pickle,
         )
-        if not (options.preprocess or options.collate or options.task):
+        if not (options.preprocess or options.collate or self.model.steps):
             self.inputs.check_fit()
         self.steps = make_steps(options, self.inputs.format_name, self.model)
 

@@ -6,11 +6,12 @@ import dataclasses
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 from ..errors import JobUsageError
 from .dtypes import parse_dtypes
 from .model.models import DTYPES
+from .model.task_options import TaskOptions
+from .option_fields import described, option
 from .output.writers import WRITERS
 from .places import fetched, place_of
 from .readers import FORMATS, STDIN, Dialect, Selection
@@ -20,7 +21,6 @@ _ALLOWED: dict[str, Collection[str]] = {
     "output_format": WRITERS,
     "on_error": ("stop", "skip", "record"),
     "order": ("input", "completion"),
-    "task": ("embed",),
     "dtype": DTYPES,
     "autocast": ("float16", "bfloat16"),
 }
@@ -28,29 +28,15 @@ _ONE_OR_MORE = ("batch_size", "max_batch_cost", "window", "shard_size", "workers
 _LEAST = {"max_errors": 0, **dict.fromkeys(_ONE_OR_MORE, 1)}
 
 
-def _help(text: str, *, name: str | None = None) -> dict[str, str | None]:
-    """Return what the command line needs to know of an option.
-
-    Args:
-        text: what its help says.
-        name: that of the flag, in the singular where it may be repeated; None for the attribute's.
-    """
-    return {"help": text, "name": name}
-
-
-def _option(default: object, text: str, *, name: str | None = None) -> Any:
-    return dataclasses.field(default=default, metadata=_help(text, name=name))
-
-
 @dataclasses.dataclass(frozen=True)
-class InferOptions:
-    """Options of one inference job.
+class InferOptions(TaskOptions):
+    """Options of one inference job, those of its task included.
 
     Each is also a flag of the command line, an entry of its configuration file, and a keyword of `run`.
 
     Attributes:
         inputs: paths, folders, patterns, or `-`.
-        model: `package.module:factory`, a `.pt2` file, or a folder for `task="embed"`.
+        model: `package.module:factory`, a `.pt2` file, or a Hugging Face folder.
         output: folder for the shards, by path or URL.
         window: records that are sorted by length together.
         shard_size: records per block, hence per shard.
@@ -62,42 +48,41 @@ class InferOptions:
         shard: part of the blocks to do, as `i/n` counting from 1.
     """
 
-    inputs: tuple[str, ...] = dataclasses.field(metadata=_help("Files, folders, patterns, - for stdin."))
-    model: str = dataclasses.field(metadata=_help("module:factory, .pt2 or folder to embed."))
-    output: Path = dataclasses.field(metadata=_help("Folder for the shards."))
-    weights: str | None = _option(None, "A .safetensors file for the factory's model.")
-    task: str | None = _option(None, "embed: text to vectors, --model is a HF folder.")
-    input_format: str | None = _option(None, "jsonl csv lines parquet npz images ...")
-    encoding: str | None = _option(None, "Of text: cp1252, utf-16 ...; else UTF-8.")
-    delimiter: str | None = _option(None, "Between the fields of CSV.")
-    quote: str = _option('"', "Around fields of CSV.")
-    allow_nan: bool = _option(False, "Read NaN and Infinity in JSON.")
-    first_frame: bool = _option(False, "Leave out an image's further frames or pages.")
-    output_format: str = _option("parquet", "parquet jsonl npy safetensors")
-    columns: tuple[str, ...] = _option((), "Column for the model; repeatable.", name="column")
-    id_column: str | None = _option(None, "Column with the id; else the row index.")
-    keep: tuple[str, ...] = _option((), "Column to copy to the output; repeatable.")
-    rename: tuple[str, ...] = _option((), "Of the output: old=new; repeatable.")
-    devices: str | None = _option(None, "cpu*4, cuda, cuda:0,cuda:1 ...; else all.")
-    batch_size: int = _option(32, "Most records per batch.")
-    max_batch_cost: int | None = _option(None, "Most records times longest.")
-    window: int = _option(1024, "Records sorted by length together.")
-    shard_size: int = _option(4096, "Records per shard.")
-    order: str = _option("input", "Of rows: input or completion.")
-    preprocess: str | None = _option(None, "module:function, record to item.")
-    collate: str | None = _option(None, "module:function, items to arguments.")
-    postprocess: str | None = _option(None, "module:function, output to columns.")
-    workers: int = _option(1, "Workers that preprocess.")
-    worker_processes: bool = _option(False, "Use processes.")
-    input_dtype: str | None = _option(None, "Of the model's numbers: float32, or ids=int64,x=float32.")
-    dtype: str | None = _option(None, "float32, float16 or bfloat16.")
-    autocast: str | None = _option(None, "float16 or bfloat16.")
-    compile: bool = _option(False, "Compile the model.")
-    on_error: str = _option("stop", "stop, skip or record bad ones.")
-    max_errors: int | None = _option(None, "Give up after this many.")
-    shard: str | None = _option(None, "i/n: do part i of n; see merge.")
-    resume: bool = _option(False, "Continue the job in --output.")
-    allow_unsafe_pickle: bool = _option(False, "Load weights from a pickle.")
+    inputs: tuple[str, ...] = dataclasses.field(metadata=described("Files, folders, patterns, - for stdin."))
+    model: str = dataclasses.field(metadata=described("module:factory, .pt2 or Hugging Face folder."))
+    output: Path = dataclasses.field(metadata=described("Folder for the shards."))
+    weights: str | None = option(None, "A .safetensors file for the factory's model.")
+    input_format: str | None = option(None, "jsonl csv lines parquet npz images ...")
+    encoding: str | None = option(None, "Of text: cp1252, utf-16 ...; else UTF-8.")
+    delimiter: str | None = option(None, "Between the fields of CSV.")
+    quote: str = option('"', "Around fields of CSV.")
+    allow_nan: bool = option(False, "Read NaN and Infinity in JSON.")
+    first_frame: bool = option(False, "Leave out an image's further frames or pages.")
+    output_format: str = option("parquet", "parquet jsonl npy safetensors")
+    columns: tuple[str, ...] = option((), "Column for the model; repeatable.", name="column")
+    id_column: str | None = option(None, "Column with the id; else the row index.")
+    keep: tuple[str, ...] = option((), "Column to copy to the output; repeatable.")
+    rename: tuple[str, ...] = option((), "Of the output: old=new; repeatable.")
+    devices: str | None = option(None, "cpu*4, cuda, cuda:0,cuda:1 ...; else all.")
+    batch_size: int = option(32, "Most records per batch.")
+    max_batch_cost: int | None = option(None, "Most records times longest.")
+    window: int = option(1024, "Records sorted by length together.")
+    shard_size: int = option(4096, "Records per shard.")
+    order: str = option("input", "Of rows: input or completion.")
+    preprocess: str | None = option(None, "module:function, record to item.")
+    collate: str | None = option(None, "module:function, items to arguments.")
+    postprocess: str | None = option(None, "module:function, output to columns.")
+    workers: int = option(1, "Workers that preprocess.")
+    worker_processes: bool = option(False, "Use processes.")
+    input_dtype: str | None = option(None, "Of the model's numbers: float32, or ids=int64,x=float32.")
+    dtype: str | None = option(None, "float32, float16 or bfloat16.")
+    autocast: str | None = option(None, "float16 or bfloat16.")
+    compile: bool = option(False, "Compile the model.")
+    on_error: str = option("stop", "stop, skip or record bad ones.")
+    max_errors: int | None = option(None, "Give up after this many.")
+    shard: str | None = option(None, "i/n: do part i of n; see merge.")
+    resume: bool = option(False, "Continue the job in --output.")
+    allow_unsafe_pickle: bool = option(False, "Load weights from a pickle.")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "output", place_of(self.output))
@@ -110,18 +95,23 @@ class InferOptions:
             if value is not None and value not in allowed:
                 choices = ", ".join(allowed)
                 raise JobUsageError(f"{_flag(name)} {value} is unknown", f"Choose one of {choices}.")
-        if (self.task == "embed") != Path(fetched(self.model)).is_dir():
+        self.check_choices()
+        is_folder = Path(fetched(self.model)).is_dir()
+        if self.task and not is_folder:
             raise JobUsageError(
                 f"--model {self.model} and --task {self.task} do not go together",
-                "A Hugging Face folder needs --task embed, and --task embed needs such a folder.",
+                "A task needs a Hugging Face folder.",
             )
+        if not is_folder:
+            self.check_used(None)
         if self.resume and str(STDIN) in self.inputs:
             raise JobUsageError(
                 "Standard input cannot be read a second time", "Save it to a file for jobs to be resumed."
             )
-        if parse_dtypes(self.input_dtype) and (self.collate or self.task):
+        if parse_dtypes(self.input_dtype) and (self.collate or is_folder):
+            other = "--collate" if self.collate else "a Hugging Face folder"
             raise JobUsageError(
-                f"--input-dtype has no effect beside {'--collate' if self.collate else '--task'}",
+                f"--input-dtype has no effect beside {other}",
                 "Leave one of them out.",
             )
         for name in ("delimiter", "quote"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from typing import Any, Protocol
 
 import anyio
@@ -200,11 +200,11 @@ class Pipeline:
     async def _succeeds(self, batch: Batch) -> bool:
         """Run and count a batch; a failure is recorded, and freed, before anything else runs."""
         try:
-            args, kwargs = await anyio.to_thread.run_sync(self._collate, batch.items)
+            args, kwargs = await anyio.to_thread.run_sync(self._collate, batch)
             start = time.perf_counter()
             output = await self._engine.on_one_lane(*args, **kwargs)
             seconds = time.perf_counter() - start
-            await anyio.to_thread.run_sync(self._store, output, batch)
+            num_tokens = await anyio.to_thread.run_sync(self._store, output, batch)
         except AsyncDPError:
             raise  # no record is at fault: a lane is lost, or the outputs are no rows
         except Exception as error:
@@ -214,6 +214,7 @@ class Pipeline:
                 self._adapt(len(batch.items), error)
             drop_tracebacks(error)
             return False
+        self._monitor.num_tokens += num_tokens
         self._count(batch, seconds)
         return True
 
@@ -226,17 +227,22 @@ class Pipeline:
             self._batch_size = size // 2
             self._monitor.warn_once(f"out of memory with {size} records: going on with {size // 2} per batch")
 
-    def _collate(self, items: Sequence[Any]) -> Any:
+    def _collate(self, batch: Batch) -> Any:
+        positions = [[record.position for record in batch.records]] if self._steps.takes_positions else []
         with self._monitor.timed("collate"):
-            return arguments_of(self._steps.collate(items))
+            return arguments_of(self._steps.collate(batch.items, *positions))
 
-    def _store(self, output: Any, batch: Batch) -> None:
-        """Put the outputs of a batch into its block, in a worker thread."""
+    def _store(self, output: Any, batch: Batch) -> int:
+        """Put the outputs of a batch into its block, in a worker thread; return the tokens in them."""
         with self._monitor.timed("postprocess"):
+            if self._steps.finish is not None:
+                output = self._steps.finish(output, batch.items)
+            num_tokens = sum(output[self._steps.counted]) if self._steps.counted else 0
             columns = to_columns(self._steps.postprocess(output), len(batch.items))
             columns = with_kept(columns, batch.records, self._options.keep, self._options.new_names)
             check_texts(columns)
             self._open[batch.block].rows.add(batch.records, columns)
+        return num_tokens
 
     def _count(self, batch: Batch, seconds: float) -> None:
         self._open[batch.block].num_done += len(batch.records)

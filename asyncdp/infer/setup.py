@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from .dtypes import InputDtypes, parse_dtypes
 from .model.models import LoadedModel
 from .model.names import load_name
 from .options import InferOptions
-from .places import fetched
 from .readers import decode_image
 from .steps import EachValue, Stack, Steps, image_to_tensor, length_of, same
 
@@ -31,10 +29,8 @@ def make_steps(options: InferOptions, input_format: str, model: LoadedModel) -> 
     Raises:
         JobUsageError: a function that was named cannot be imported.
     """
-    if options.task == "embed":
-        from .model.embed import embed_steps
-
-        steps = embed_steps(Path(fetched(options.model)))
+    if model.steps is not None:
+        steps = model.steps
     else:
         dtypes = InputDtypes(parse_dtypes(options.input_dtype), model.input_dtypes)
         prepare = image_to_tensor if input_format == "images" else same
@@ -43,8 +39,9 @@ def make_steps(options: InferOptions, input_format: str, model: LoadedModel) -> 
     own = {name: _load_function(spec, f"--{name}") for name, spec in named.items() if spec is not None}
     if "preprocess" in own:
         inner = EachValue(own["preprocess"])
-        own["preprocess"] = _Chained(inner, steps.preprocess) if options.task == "embed" else inner
-    steps = dataclasses.replace(steps, **own)
+        own["preprocess"] = _Chained(inner, steps.preprocess) if model.steps else inner
+    # A function of one's own gets the items alone.
+    steps = dataclasses.replace(steps, takes_positions=steps.takes_positions and "collate" not in own, **own)
     if input_format == "images":
         decode = functools.partial(decode_image, first_frame=options.first_frame)
         steps = dataclasses.replace(steps, preprocess=_Chained(EachValue(decode), steps.preprocess))

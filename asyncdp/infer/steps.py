@@ -24,12 +24,18 @@ class Steps:
         collate: items of one batch -> what the model is called with, see `arguments_of`.
         postprocess: output of one batch -> columns, or one entry per record.
         cost: item -> its length; batches are made of items of similar length.
+        finish: output and items of one batch -> what `postprocess` gets; None leaves the output as it is.
+        takes_positions: whether `collate` also gets the records' positions in the input.
+        counted: column with the number of tokens that were made for each record.
     """
 
     preprocess: Callable[[Sequence[Any]], list[Any]]
-    collate: Callable[[Sequence[Any]], Any]
+    collate: Callable[..., Any]
     postprocess: Callable[[Any], Any]
     cost: Callable[[Any], int]
+    finish: Callable[[Any, Sequence[Any]], Any] | None = None
+    takes_positions: bool = False
+    counted: str | None = None
 
     @property
     def pads(self) -> bool:

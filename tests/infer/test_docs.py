@@ -6,6 +6,7 @@ import re
 import shlex
 from pathlib import Path
 
+import hf_folders
 import pytest
 from typer.testing import CliRunner
 
@@ -28,12 +29,17 @@ def work(tmp_path, monkeypatch, encoder_folder, s3, s3_server):
     (tmp_path / "minilm").symlink_to(encoder_folder)
     s3_server().put(str(tmp_path / "texts.jsonl"), f"{s3}/texts/texts.jsonl")
     s3_server().put(str(encoder_folder), f"{s3}/minilm", recursive=True)
+    (tmp_path / "reviews.csv").write_text("text,stars\na fox,5\ndogs,1\n")
+    (tmp_path / "questions.jsonl").write_text('{"question": "Who met Bob?"}\n')
+    hf_folders.bert(tmp_path / "sentiment", "BertForSequenceClassification", num_labels=2)
+    hf_folders.gpt2(tmp_path / "qwen")
     return tmp_path
 
 
+@pytest.mark.timeout(180)  # fourteen jobs, two of them with a server
 def test_every_command_of_the_docs_runs(work):
     """All commands, in order, end with 0 and leave the shards they promise."""
-    assert len(COMMANDS) == 12
+    assert len(COMMANDS) == 14
     for command in COMMANDS:
         result = CliRunner().invoke(app, shlex.split(command))
         assert result.exit_code == 0, (command, result.output)
@@ -44,7 +50,8 @@ def test_every_command_of_the_docs_runs(work):
 
 def test_the_python_of_the_docs_runs(work):
     """The Python examples run as they stand."""
-    result = CliRunner().invoke(app, shlex.split(COMMANDS[3].replace("kept --resume", "out")))
+    (command,) = (command for command in COMMANDS if "kept --resume" in command)
+    result = CliRunner().invoke(app, shlex.split(command.replace("kept --resume", "out")))
     assert result.exit_code == 0, result.output
     names: dict[str, object] = {}
     exec(PYTHON[1], names)

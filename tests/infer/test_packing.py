@@ -11,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncdp.infer.model.embed import Embedder, PadTokens
-from asyncdp.infer.model.packing import find_packing
+from asyncdp.infer.model.embed import Embedder
+from asyncdp.infer.model.packing import PackedEncoder, find_packing, packed
+from asyncdp.infer.model.texts import PadTokens
 
 transformers = pytest.importorskip("transformers")
 
@@ -38,10 +39,16 @@ def make_batch(lengths, pad=1):
     return texts, PadTokens(pad)(texts)
 
 
+def plain(embedder):
+    """Return the encoder that transformers has made."""
+    encoder = embedder.encoder
+    return encoder.encoder if isinstance(encoder, PackedEncoder) else encoder
+
+
 def num_tokens_seen(embedder, batch):
     """How many tokens a layer that treats each by itself is called with."""
     seen = []
-    layer = embedder.encoder.encoder.layer[0].intermediate
+    layer = plain(embedder).encoder.layer[0].intermediate
     with layer.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0][..., 0].numel())):
         embedder(**batch)
     return seen
@@ -50,10 +57,9 @@ def num_tokens_seen(embedder, batch):
 @pytest.fixture(scope="module", params=MODEL_TYPES)
 def embedder(request):
     """A tiny encoder of each type that can run without padding."""
-    encoder = make_encoder(request.param)
-    packing = find_packing(encoder)
-    assert packing is not None
-    return Embedder(encoder, packing)
+    encoder = packed(make_encoder(request.param))
+    assert isinstance(encoder, PackedEncoder)
+    return Embedder(encoder)
 
 
 @given(LENGTHS)
@@ -69,7 +75,7 @@ def test_every_text_gets_the_vector_it_gets_alone(embedder, lengths):
 def test_padded_batches_give_the_same_vectors(embedder, lengths):
     """The attention over texts back to back still takes a padded batch; an empty text is a zero."""
     _, batch = make_batch(lengths)
-    padded = Embedder(embedder.encoder)
+    padded = Embedder(plain(embedder))
     torch.testing.assert_close(embedder(**batch), padded(**batch))
 
 
@@ -77,7 +83,7 @@ def test_nothing_is_computed_for_padding(embedder):
     """Layers see the tokens of the texts alone: 10 here, where padding makes 18 of them."""
     _, batch = make_batch([1, 6, 3])
     assert num_tokens_seen(embedder, batch) == [10]
-    assert num_tokens_seen(Embedder(embedder.encoder), batch) == [18]
+    assert num_tokens_seen(Embedder(plain(embedder)), batch) == [18]
 
 
 def test_copies_run_without_padding_too(embedder):
@@ -94,7 +100,7 @@ def test_copies_run_without_padding_too(embedder):
 def test_gradients_are_those_of_padded_batches():
     """Running without padding is differentiable."""
     encoder = make_encoder().requires_grad_(True)
-    embedder = Embedder(encoder, find_packing(encoder))
+    embedder = Embedder(packed(encoder))
     _, batch = make_batch([3, 1, 4])
     weights = list(encoder.parameters())
     target = torch.randn(3, 16)
@@ -108,7 +114,7 @@ def test_gradients_are_those_of_padded_batches():
 def test_a_decoder_does_not_look_ahead():
     """Attention over the texts of one length stays causal where that of the encoder is."""
     encoder = make_encoder(is_decoder=True)
-    embedder = Embedder(encoder, find_packing(encoder))
+    embedder = Embedder(packed(encoder))
     texts, batch = make_batch([2, 5, 4])
     alone = torch.cat([embedder(torch.tensor([text]))["embedding"] for text in texts])
     torch.testing.assert_close(embedder(**batch)["embedding"], alone)

@@ -19,8 +19,12 @@ from ..._tree import map_leaves
 from ...errors import JobError, JobUsageError, ModelLoadError
 from ..dtypes import dtypes_of_model
 from ..places import fetched
+from ..steps import Steps
 from .exported import load_exported
 from .names import brief, load_name, source_of
+from .task_options import TaskOptions
+from .tasks import load_task
+from .weights import load_weights
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -34,12 +38,14 @@ class LoadedModel:
         files: what its behaviour depends on, by what it is, for the fingerprint.
         input_dtypes: what it expects of its inputs by their names, "" for all others.
         made_by_code: whether its weights may come from elsewhere than `files`.
+        steps: what stands around the model of a folder.
     """
 
     module: nn.Module
     files: Mapping[str, Path]
     input_dtypes: Mapping[str, torch.dtype]
     made_by_code: bool = False
+    steps: Steps | None = None
 
 
 class _CompiledCalls:
@@ -105,6 +111,7 @@ class InferenceModule(nn.Module):
 
 def load_model(
     spec: str,
+    task_options: TaskOptions | None = None,
     *,
     weights: str | None = None,
     dtype: str | None = None,
@@ -116,6 +123,7 @@ def load_model(
 
     Args:
         spec: `package.module:factory`, a `.pt2` file, or a Hugging Face folder, by path or URL.
+        task_options: what to do with a folder.
         weights: file with its weights, None for those that it comes with.
         dtype: one of `DTYPES` for weights and inputs, None for those that it has.
         autocast: one of `DTYPES` for autocast, None for no autocast.
@@ -130,10 +138,12 @@ def load_model(
         _check_compiler()
     spec, weights = fetched(spec), weights and fetched(weights)
     is_folder, is_exported = Path(spec).is_dir(), spec.endswith(".pt2")
+    steps = None
     if is_folder:
-        from .embed import load_embedder
-
-        module, files = load_embedder(Path(spec))
+        task = load_task(
+            Path(spec), task_options or TaskOptions(), compile=compile, allow_pickle=allow_pickle
+        )
+        module, files, steps = task.module, task.files, task.steps
     elif is_exported:
         path = _existing(Path(spec), "model")
         module, files = load_exported(path, allow_pickle=allow_pickle), {"model file": path}
@@ -151,7 +161,7 @@ def load_model(
     if dtype is not None:
         module.to(DTYPES[dtype])
     module = InferenceModule(module, DTYPES.get(dtype or ""), DTYPES.get(autocast or ""), compile)
-    return LoadedModel(module, files, expected, made_by_code=not (is_folder or is_exported))
+    return LoadedModel(module, files, expected, not (is_folder or is_exported), steps)
 
 
 def _cast_later(dtypes: Mapping[str, torch.dtype]) -> dict[str, torch.dtype]:
@@ -179,7 +189,7 @@ def _from_factory(spec: str) -> tuple[nn.Module, dict[str, Path]]:
     if ":" not in spec:
         raise ModelLoadError(
             f"There is no model {spec}",
-            "Name a factory as package.module:name, a .pt2 file, or a folder with --task embed.",
+            "Name a factory as package.module:name, a .pt2 file, or a Hugging Face folder.",
         )
     factory = load_name(spec, "--model")
     try:
@@ -195,33 +205,6 @@ def _from_factory(spec: str) -> tuple[nn.Module, dict[str, Path]]:
         )
     source = source_of(spec, "--model")
     return module, {f"model file {source.name}": source} if source else {}
-
-
-def load_weights(module: nn.Module, path: Path, *, allow_pickle: bool) -> None:
-    """Load weights into `module`: safetensors, or a pickle when that was allowed by name.
-
-    Raises:
-        ModelLoadError: the file is damaged, is a pickle, or names other parameters.
-    """
-    import safetensors.torch
-
-    try:
-        if path.suffix == ".safetensors":
-            safetensors.torch.load_model(module, path)
-        elif allow_pickle:
-            module.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        else:
-            raise ModelLoadError(
-                f"{path} is not a .safetensors file, and a pickle can run any code while it loads",
-                "Convert it to safetensors, or give --allow-unsafe-pickle if you trust its author.",
-            )
-    except ModelLoadError:
-        raise
-    except Exception as error:
-        raise ModelLoadError(
-            f"The weights {path} do not fit or cannot be read: {brief(error)}",
-            "Check that they were saved from the model that --model makes.",
-        ) from error
 
 
 def _existing(path: Path, what: str) -> Path:

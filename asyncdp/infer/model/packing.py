@@ -34,28 +34,29 @@ class Packing:
         _register_attention()
         encoder.set_attn_implementation(_ATTENTION)
 
-    def mean_states(self, encoder: nn.Module, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Average the states of every text's tokens.
+    def states(
+        self, encoder: nn.Module, input_ids: torch.Tensor, mask: torch.Tensor, **others: torch.Tensor
+    ) -> torch.Tensor:
+        """Compute the states of every text's tokens.
 
         Args:
             encoder: the one this was made for, or a copy of it.
             input_ids: [batch, length], padding last.
             mask: [batch, length], 0 at padding, else 1.
+            others: further arguments with one entry per token, [batch, length].
 
         Returns:
-            [batch, width].
+            [batch, length, width], 0 at padding.
         """
         lengths, order = mask.sum(1).sort()
         is_token = mask[order].bool()
-        runs = [(len(list(alike)), length) for length, alike in itertools.groupby(lengths.tolist())]
-        row, positions = (
-            each[order][is_token].unsqueeze(0) for each in (input_ids, self._positions(input_ids))
-        )
-        with_tokens = [run for run in runs if run[1]]
-        states = encoder(input_ids=row, position_ids=positions, runs=with_tokens).last_hidden_state[0]
-        # The mean of an empty text is zero, as it is with padding.
-        means = torch.cat([texts.sum(1) / max(texts.shape[1], 1) for texts in _split(states, runs)])
-        return means[order.argsort()]
+        runs = [(len(list(alike)), length) for length, alike in itertools.groupby(lengths.tolist()) if length]
+        given = {"input_ids": input_ids, "position_ids": self._positions(input_ids), **others}
+        rows = {name: each[order][is_token].unsqueeze(0) for name, each in given.items()}
+        found = encoder(**rows, runs=runs).last_hidden_state[0]
+        states: torch.Tensor = found.new_zeros(*mask.shape, found.shape[-1])
+        states[is_token] = found
+        return states[order.argsort()]
 
     def _positions(self, input_ids: torch.Tensor) -> torch.Tensor:
         if self._pad is None:
@@ -63,6 +64,51 @@ class Packing:
         # RoBERTa counts from its padding token, and does not count such tokens, which a text may hold too.
         counted = (input_ids != self._pad).long()
         return counted.cumsum(1) * counted + self._pad
+
+
+class PackedEncoder(nn.Module):
+    """An encoder that computes nothing for padding on the CPU, and stands in its place in a larger model.
+
+    Args:
+        encoder: of transformers.
+        packing: what `find_packing` found for it.
+    """
+
+    def __init__(self, encoder: Any, packing: Packing) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self._packing = packing
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        **settings: Any,
+    ) -> Any:
+        """Return what the encoder returns, with zeros as the states of padding."""
+        others = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        # A GPU would be given many small kernels; a compiler wants one shape whatever the lengths are.
+        if attention_mask is None or input_ids.device.type != "cpu" or torch.compiler.is_compiling():
+            return self.encoder(input_ids=input_ids, attention_mask=attention_mask, **others, **settings)
+        states = self._packing.states(self.encoder, input_ids, attention_mask, **others)
+        outputs: Any = importlib.import_module("transformers.modeling_outputs")
+        pooler = getattr(self.encoder, "pooler", None)
+        return outputs.BaseModelOutputWithPooling(states, None if pooler is None else pooler(states))
+
+
+def packed(encoder: Any) -> Any:
+    """Return an encoder that skips padding, or the encoder itself where that gives other states."""
+    packing = find_packing(encoder)
+    return encoder if packing is None else PackedEncoder(encoder, packing)
+
+
+def with_packed_base(model: Any) -> Any:
+    """Return a model of transformers whose encoder skips padding below its head, where that is right."""
+    encoder = getattr(model, model.base_model_prefix, None)
+    if encoder is not None:
+        setattr(model, model.base_model_prefix, packed(encoder))
+    return model
 
 
 @torch.inference_mode()
@@ -75,14 +121,15 @@ def find_packing(encoder: Any) -> Packing | None:
     # Tried, since not every version of transformers passes the further arguments on to attention.
     mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 1, 0]])
     input_ids = torch.arange(mask.numel()).view_as(mask) % encoder.config.vocab_size
-    texts = [ids[real].unsqueeze(0) for ids, real in zip(input_ids, mask.bool(), strict=True)]
-    expected = torch.cat([encoder(input_ids=text).last_hidden_state.mean(1) for text in texts])
+    expected = torch.zeros(*mask.shape, encoder.config.hidden_size)
+    for states, ids, real in zip(expected, input_ids, mask.bool(), strict=True):
+        states[real] = encoder(input_ids=ids[real].unsqueeze(0)).last_hidden_state[0]
     usual = encoder.config._attn_implementation
     packing = Packing(encoder)
     # An encoder that takes no further arguments raises.
     with contextlib.suppress(TypeError):
-        found = packing.mean_states(encoder, input_ids, mask)
-        if torch.allclose(found, expected, rtol=0, atol=torch.finfo(found.dtype).eps ** 0.5):
+        found = packing.states(encoder, input_ids, mask)
+        if torch.allclose(found.float(), expected, rtol=0, atol=torch.finfo(found.dtype).eps ** 0.5):
             return packing
     encoder.set_attn_implementation(usual)
     return None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,11 +37,11 @@ class ImageReader:
         yield row if row.error else row._replace(value=file.path)
 
 
-def decode_image(path: Path, *, first_frame: bool = False) -> Any:
+def decode_image(path: Path | io.BytesIO, *, first_frame: bool = False) -> Any:
     """Load an image as RGB, upright, as docs/infer.md says; one that would fill the memory is refused.
 
     Args:
-        path: the file.
+        path: the file, or its contents.
         first_frame: whether further frames or pages are left out; else they are an error.
 
     Raises:
@@ -50,7 +52,8 @@ def decode_image(path: Path, *, first_frame: bool = False) -> Any:
     with warnings.catch_warnings():
         # From twice as many pixels on the library refuses by itself.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        with open_place(path) as file, Image.open(file) as image:
+        opened = contextlib.nullcontext(path) if isinstance(path, io.BytesIO) else open_place(path)
+        with opened as file, Image.open(file) as image:
             frames = getattr(image, "n_frames", 1)
             # Cameras store previews and the like behind a JPEG (MPO).
             if frames > 1 and not first_frame and image.format != "MPO":

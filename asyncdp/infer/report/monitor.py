@@ -58,6 +58,7 @@ class Monitor:
 
     Attributes:
         num_earlier: records that an earlier run had finished.
+        num_tokens: tokens that a model generated.
         stages: seconds spent in each stage but the lanes, summed over its workers.
         memory: bytes that the process holds, None where that is not known.
         sizes: batches by number of records, rounded up to a power of two.
@@ -71,6 +72,7 @@ class Monitor:
     num_batches: int = 0
     cost: int = 0
     padding: int = 0
+    num_tokens: int = 0
     stages: dict[str, float] = dataclasses.field(default_factory=dict)
     warnings: list[str] = dataclasses.field(default_factory=list)
     samples: list[Sample] = dataclasses.field(default_factory=list)
@@ -210,4 +212,6 @@ class Monitor:
             output=output,
             error_files=error_files,
             passed_over=dict(passed_over),
+            num_tokens=self.num_tokens,
+            token_rate=self.num_tokens / seconds if seconds else 0.0,
         )

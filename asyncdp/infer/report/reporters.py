@@ -154,10 +154,11 @@ def format_summary(summary: Summary, *, as_json: bool) -> str:
     lanes = ", ".join(f"{name} {busy:.0%}" for name, busy in summary.lanes.items())
     stages = ", ".join(f"{name} {spent:.1f} s" for name, spent in summary.stages.items())
     where = f", listed in {summary.output}/_errors-*.jsonl" if summary.error_files else ""
+    tokens = f", {summary.token_rate:,.1f} tokens/s" if summary.num_tokens else ""
     over = ", ".join(f"{count:,} {suffix}" for suffix, count in summary.passed_over.items())
     return f"""\
 {summary.num_records:,} records done{earlier}
-  time     {summary.seconds:.1f} s, {summary.rate:,.1f} records/s
+  time     {summary.seconds:.1f} s, {summary.rate:,.1f} records/s{tokens}
   output   {summary.files} files in {summary.output}
   bad      {summary.num_bad:,} records{where}
   padding  {summary.padding:.1%} of the batches

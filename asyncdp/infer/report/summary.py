@@ -21,6 +21,8 @@ class Summary:
         files: shards with outputs in the output folder.
         error_files: files there with bad records.
         passed_over: files in input folders that no reader takes, by suffix.
+        num_tokens: tokens that this run generated.
+        token_rate: tokens per second of this run.
     """
 
     num_records: int
@@ -35,6 +37,8 @@ class Summary:
     output: str
     error_files: int = 0
     passed_over: dict[str, int] = dataclasses.field(default_factory=dict)
+    num_tokens: int = 0
+    token_rate: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
