@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from ._engine.calls import EngineView
     from ._engine.data_parallel import DataParallel, DataParallelStatistics, data_parallel
     from ._engine.map import BatchStream
+    from ._engine.train import StepResult, StepStream
     from ._engine.tuner import LaneChoice
     from ._runtime import (
         Lane,
@@ -56,6 +57,8 @@ __all__ = [
     "QueueFull",
     "Runtime",
     "RuntimeStatistics",
+    "StepResult",
+    "StepStream",
     "TraceRecorder",
     "Whole",
     "backward",
@@ -80,6 +83,7 @@ _MODULES = (
     "_engine.calls",
     "_engine.data_parallel",
     "_engine.map",
+    "_engine.train",
     "_engine.tuner",
     "_runtime",
     "_serving",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -63,11 +63,14 @@ class Adaptive:
             return await self._stay_on_all(workload, batch)
         return result
 
-    def choose_for_step(self, batch: Batch, snapshot: ModuleSnapshot) -> tuple[int, Callable[[float], None]]:
+    def choose_for_step(
+        self, batches: Sequence[Batch], snapshot: ModuleSnapshot
+    ) -> tuple[int, Callable[[float], None]]:
         """Return the number of lanes for one training step, and a function that records its seconds."""
-        workload = self._workload("train_step", batch, snapshot)
+        workload = self._workload("train_step", batches[0], snapshot)
         num_lanes = workload.choose()
-        return num_lanes, partial(workload.record, num_lanes, size=batch.num_elements)
+        size = sum(batch.num_elements for batch in batches)
+        return num_lanes, partial(workload.record, num_lanes, size=size)
 
     def _run(self, batch: Batch, num_lanes: int) -> Awaitable[Any]:
         if num_lanes == 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -22,7 +22,9 @@ from .._verbs.batch import Batch, positional
 from ..errors import NotAModuleError, NotAnOptimizerError
 from .calls import Calls, EngineView
 from .route import Route
+from .source import Source, check_iterable
 from .state import copy_state
+from .train import Steps, StepStream
 from .tuner import LaneChoice
 
 
@@ -260,10 +262,66 @@ class DataParallel(Calls):
         batch = Batch.of_step(inputs, targets, self._route.dim, self._num_lanes)
         num_lanes, record = self._num_lanes, None
         if self._adaptive is not None:
-            num_lanes, record = self._adaptive.choose_for_step(batch, state.snapshot)
+            num_lanes, record = self._adaptive.choose_for_step([batch], state.snapshot)
         return await self._trainer.step(
             batch, options, num_lanes, state, accumulate=self in _accumulating.get(), record=record
         )
+
+    def train(
+        self,
+        batches: Iterable[tuple[Any, Any]] | AsyncIterable[tuple[Any, Any]],
+        loss_fn: Callable[[Any, Any], Tensor],
+        optimizer: Any,
+        *,
+        scheduler: Any = None,
+        before_step: Callable[[], object] | None = None,
+        scaler: Any = None,
+        accumulate: int = 1,
+        max_ahead: int = 2,
+        loss_reduction: str = "mean",
+    ) -> StepStream:
+        """Train on a stream of batches: step after step on the lanes, none of which waits for the event loop.
+
+        Each step is that of `train_step`: all or nothing, in turn with whatever else uses the module. The
+        next ones wait on the lanes while one runs, their batches copied ahead. A step that fails ends the
+        stream, after the results of those before it. Modes of the module (`train()`, `eval()`), grad mode and
+        autocast are those of this call; other changes of the module hold for steps that are begun later.
+
+        Args:
+            batches: pairs of inputs and targets, as `train_step` takes them. Sequences are read on the loop,
+                other iterables on a thread, async iterables by awaiting.
+            loss_fn: as for `train_step`.
+            optimizer: as for `train_step`.
+            scheduler: of torch.optim.lr_scheduler; stepped on the lane after each step that the optimizer
+                has taken, so not after one that `scaler` has it skip.
+            before_step: as for `train_step`.
+            scaler: as for `train_step`.
+            accumulate: batches that make up a step, as if they were one with all their rows. They run one
+                after the other; the last step may have fewer.
+            max_ahead: steps begun or queued whose results were not taken.
+            loss_reduction: as for `train_step`.
+
+        Returns:
+            An async iterator of `StepResult`, also an async context manager. Leaving it early begins no
+            further step and gives up one that runs, unless its optimizer has begun.
+
+        Raises:
+            TypeError, ValueError: an argument is none of the above.
+            LossReductionError, NotAnOptimizerError, ClosureOptimizerError, NotASchedulerError: likewise.
+        """
+        options = StepOptions(loss_fn, optimizer, loss_reduction, before_step, scaler, scheduler=scheduler)
+        options.check()
+        check_iterable(batches)
+        for name, count in (("accumulate", accumulate), ("max_ahead", max_ahead)):
+            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                raise ValueError(f"{name} must be a whole number of 1 or more, but got {count!r}.")
+        if self in _accumulating.get():
+            raise ValueError(
+                "train() steps by itself and cannot accumulate under no_sync(). "
+                "Call it outside of the block, with accumulate=."
+            )
+        steps = Steps(self._trainer, options, self._adaptive, self._num_lanes, self._route.dim, self.lanes)
+        return StepStream(steps, Source(batches), accumulate, max_ahead)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

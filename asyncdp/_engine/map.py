@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import AsyncIterable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterable, Callable, Iterable
 from functools import partial
 from typing import Any
 
 import anyio
 import anyio.lowlevel
-import torch
 
 from .. import _loops
 from .._loops import ends_tasks, is_cancelled
 from .._runtime.lane_runner import StatefulLaneRunner
 from .flow import Flow
-from .source import END, Source
+from .source import END, Source, check_iterable
 
 ON_ERROR = ("raise", "skip", "return")
 
@@ -121,12 +120,7 @@ def map_batches(
         TypeError: `batches` is no iterable, or a single batch.
         ValueError: `max_in_flight` or `on_error` is out of range.
     """
-    is_one_batch = isinstance(batches, (torch.Tensor, Mapping, str, bytes))
-    if is_one_batch or not isinstance(batches, (Iterable, AsyncIterable)):
-        raise TypeError(
-            f"expected an iterable or an async iterable of batches, but got {type(batches).__qualname__}. "
-            "Wrap a single batch in a list."
-        )
+    check_iterable(batches)
     if on_error not in ON_ERROR:
         raise ValueError(f"on_error must be one of {', '.join(ON_ERROR)}, but got {on_error!r}.")
     limit = 1 if max_in_flight is None else max_in_flight

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping
 from typing import Any
 
 import anyio
 import anyio.to_thread
+import torch
 
 END = object()
 """What a source gives once it has nothing more."""
@@ -64,3 +65,13 @@ class Source:
             await iterator.aclose()
         elif not self._is_async and hasattr(iterator, "close"):
             await anyio.to_thread.run_sync(iterator.close)
+
+
+def check_iterable(batches: object) -> None:
+    """Raise `TypeError` for what is no iterable of batches, or a single batch."""
+    is_one_batch = isinstance(batches, (torch.Tensor, Mapping, str, bytes))
+    if is_one_batch or not isinstance(batches, (Iterable, AsyncIterable)):
+        raise TypeError(
+            f"expected an iterable or an async iterable of batches, but got {type(batches).__qualname__}. "
+            "Wrap a single batch in a list."
+        )

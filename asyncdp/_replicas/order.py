@@ -35,9 +35,20 @@ class Use:
         is_waiting: whether its turn has yet to come.
         wake: called when its turn comes, if it has to wait.
         loop: the event loop it needs; without one, it has a lane's thread.
+        lane: what it runs on alone, and in order of arrival; None if that is not so.
     """
 
-    __slots__ = ("_changed", "_read", "changes", "is_waiting", "loop", "optimizer", "snapshot", "wake")
+    __slots__ = (
+        "_changed",
+        "_read",
+        "changes",
+        "is_waiting",
+        "lane",
+        "loop",
+        "optimizer",
+        "snapshot",
+        "wake",
+    )
 
     def __init__(
         self,
@@ -46,11 +57,13 @@ class Use:
         changes: bool = False,
         optimizer: object = None,
         loop: _loops.Loop | None = None,
+        lane: object = None,
     ) -> None:
         self.snapshot = snapshot
         self.changes = changes
         self.optimizer = optimizer
         self.loop = loop
+        self.lane = lane
         self.is_waiting = True
         self.wake: Callable[[], object] | None = None
         self._read: frozenset[int] | None = None
@@ -59,6 +72,8 @@ class Use:
     def conflicts_with(self, other: Use) -> bool:
         """Return whether one of the two changes what the other reads."""
         if not self.changes and not other.changes:
+            return False
+        if self.lane is not None and self.lane is other.lane:
             return False
         if self.snapshot.has_same_root(other.snapshot):
             return True

@@ -161,9 +161,9 @@ class Scheduler(HangWatch):
             BaseException: the first failure in time, the very object a lane raised.
         """
         self.check_not_nested()
-        pass_ = self._make(stage, following, num_threads, ambient, lanes)
+        pass_ = self.make(stage, following, num_threads, ambient, lanes)
         pass_.completion = completion = _loops.current().completion(partial(self.cancel, pass_))
-        self._submit(pass_)
+        self.submit(pass_)
         try:
             await completion
         except BaseException:
@@ -193,9 +193,9 @@ class Scheduler(HangWatch):
             num_threads: intra-op threads on a CPU lane.
             ambient: for this pass alone.
         """
-        pass_ = self._make([task], (), num_threads, ambient, None)
+        pass_ = self.make([task], (), num_threads, ambient, None)
         pass_.completion = _loops.current().callback(partial(on_end, pass_))
-        self._submit(pass_)
+        self.submit(pass_)
         return pass_
 
     def cancel(self, pass_: Pass) -> None:
@@ -245,7 +245,7 @@ class Scheduler(HangWatch):
             for timer in timers:
                 timer.cancel()
 
-    def _make(
+    def make(
         self,
         stage: Stage,
         following: Sequence[NextStage],
@@ -253,13 +253,15 @@ class Scheduler(HangWatch):
         ambient: Ambient | None,
         lanes: Sequence[Lane] | None,
     ) -> Pass:
+        """Make a pass of what `run` describes; give it a completion before it is submitted."""
         captured = self._capture(lanes or [task.lane for task in stage]) if self._captures else {}
         setting = Setting(ambient or Ambient(self._device_types), num_threads or self._lane_threads, captured)
         pass_ = Pass((), len(following), following=following, setting=setting)
         pass_.lanes = _prepare(pass_, stage)
         return pass_
 
-    def _submit(self, pass_: Pass) -> None:
+    def submit(self, pass_: Pass) -> None:
+        """Begin a pass; from any thread."""
         with self.lock:
             self._perform(self.schedule.submit(pass_))
         self._wake()

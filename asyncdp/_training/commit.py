@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .._devices.threads import set_intra_op_threads
 from .._torch_private import hooks_of
-from ..errors import ClosureOptimizerError, LossReductionError, NotAnOptimizerError
+from ..errors import ClosureOptimizerError, LossReductionError, NotAnOptimizerError, NotASchedulerError
 from .reducer import Gradients, add_up
 
 _is_leaf = attrgetter("is_leaf")
@@ -34,6 +34,7 @@ class StepOptions:
     before_step: Callable[[], object] | None = None
     scaler: Any = None
     reduce_only: bool = False
+    scheduler: Any = None
 
     def check(self) -> None:
         """Refuse what cannot work, before any lane runs."""
@@ -45,12 +46,26 @@ class StepOptions:
             raise NotAnOptimizerError(self.optimizer)
         if _needs_closure(self.optimizer.__class__):
             raise ClosureOptimizerError(self.optimizer)
+        if self.scheduler is not None:
+            _check_scheduler(self.scheduler, self.optimizer)
 
 
 @lru_cache(maxsize=64)
 def _needs_closure(kind: type) -> bool:
     closure = inspect.signature(kind.step).parameters.get("closure")  # type: ignore[attr-defined]
     return closure is not None and closure.default is inspect.Parameter.empty
+
+
+def _check_scheduler(scheduler: Any, optimizer: Any) -> None:
+    step = getattr(scheduler, "step", None)
+    if not callable(step) or isinstance(scheduler, torch.optim.Optimizer):
+        raise NotASchedulerError(scheduler)
+    try:
+        inspect.signature(step).bind()
+    except TypeError:
+        raise NotASchedulerError(scheduler, "needs more than the count of steps") from None
+    if getattr(scheduler, "optimizer", optimizer) is not optimizer:
+        raise NotASchedulerError(scheduler, "belongs to another optimizer")
 
 
 class AccumulatedGradients:
@@ -185,7 +200,7 @@ def _hooked(tensor: Tensor, gradients: Gradients) -> Tensor | None:
 
 def commit(
     saved: SavedGradients, options: StepOptions, write_back_buffers: Callable[[], None] | None
-) -> None:
+) -> bool:
     """Take the optimizer's step with the gradients that are in `.grad`, and clear them.
 
     Args:
@@ -193,19 +208,22 @@ def commit(
         options: what the user said about the step.
         write_back_buffers: makes the module's buffers those of the step; called when only the optimizer
             itself can still fail. None if there are none.
+
+    Returns:
+        Whether the optimizer has stepped: a scaler has it skip gradients that overflowed.
     """
     if options.before_step is not None:
         _before_step(options, options.before_step)
     if write_back_buffers is not None:
         write_back_buffers()
     if options.reduce_only:
-        return
+        return False
+    has_stepped = True
     try:
         if options.scaler is None:
             options.optimizer.step()
         else:
-            options.scaler.step(options.optimizer)
-            options.scaler.update()
+            has_stepped = _step_scaled(options.scaler, options.optimizer)
     except BaseException as error:
         _forget_unscaling(options)
         error.add_note("raised by the optimizer itself, which may have changed some parameters already")
@@ -213,6 +231,40 @@ def commit(
     clear(saved.tensors)
     if getattr(options.optimizer.zero_grad, "__func__", None) is not torch.optim.Optimizer.zero_grad:
         options.optimizer.zero_grad()  # torch's own would do the same once more
+    return has_stepped
+
+
+def _step_scaled(scaler: Any, optimizer: Any) -> bool:
+    """Step through a scaler; return whether it let the optimizer step, as far as that can be told."""
+    steps: list[object] = []
+    register = getattr(optimizer, "register_step_post_hook", None)
+    hook = None if register is None else register(lambda *_: steps.append(None))
+    try:
+        scaler.step(optimizer)
+    finally:
+        if hook is not None:
+            hook.remove()
+    scaler.update()
+    return hook is None or bool(steps)
+
+
+def step_scheduler(options: StepOptions) -> None:
+    """Have the learning rate scheduler note a step that the optimizer has taken."""
+    if options.scheduler is None:
+        return
+    try:
+        options.scheduler.step()
+    except BaseException as error:
+        error.add_note("raised by the learning rate scheduler, after a step that the optimizer has taken")
+        raise
+
+
+def learning_rate_of(optimizer: Any) -> float | Tensor | None:
+    """Return the learning rate of an optimizer's first group, if it has any; waits for no device."""
+    groups = getattr(optimizer, "param_groups", ())
+    rate = groups[0].get("lr") if groups else None
+    # Torch changes a rate that is a tensor in place.
+    return rate.clone() if isinstance(rate, Tensor) else rate
 
 
 def _before_step(options: StepOptions, call: Callable[[], object]) -> None:

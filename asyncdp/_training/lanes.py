@@ -80,22 +80,15 @@ class TrainingLane:
         self._hooks: list[RemovableHandle] = []
 
     def module(
-        self,
-        report: Report | None,
-        training: Sequence[bool],
-        carried: AttributeMap,
-        *,
-        looks_closely: bool = False,
+        self, training: Sequence[bool], carried: AttributeMap, *, looks_closely: bool = False
     ) -> nn.Module:
-        """Return the replica, ready for one forward and backward.
+        """Return the replica, ready for one step.
 
         Args:
-            report: gets every gradient as soon as it is complete; None to `collect` them later.
             training: the mode of every module.
             carried: values that earlier forwards have set beside buffers.
             looks_closely: as of a `ParameterWatch`.
         """
-        self._report_to(report)
         if not self._is_fresh:
             self.refresh()
         self._is_fresh = False
@@ -106,7 +99,7 @@ class TrainingLane:
         return self._replica.module
 
     def refresh(self) -> None:
-        """Copy what the lane does not share, for the forward that comes next."""
+        """Copy what the lane does not share, for the step that comes next."""
         self._is_fresh = True
         if self._copies:
             # Always: no version tells of changes through `.data`, nor of batch norm's to its buffers.
@@ -115,17 +108,16 @@ class TrainingLane:
             self._memory = storages(self._copies)  # until the next step
 
     def end_forward(self) -> list[int]:
-        """Find what the forward did to buffers, before its backward.
+        """Find what the forwards so far did to buffers, before a backward.
 
         Returns:
-            The positions of the parameters that it wrote.
+            The positions of the parameters that they wrote.
 
         Raises:
             LazyModuleError: the forward made submodules or parameters.
         """
         assert self._watch is not None, "the forward has begun"
         written = self._watch.written()
-        self._watch = None
         self._survivors = self._replica.survivors(self._cache.snapshot, self._versions, written)
         return written
 
@@ -135,8 +127,9 @@ class TrainingLane:
             gradient, leaf.grad = leaf.grad, None
             self._report(position, gradient)
 
-    def _report_to(self, report: Report | None) -> None:
-        """Register hooks only while gradients are to be reported: a hook costs every backward a call."""
+    def report_to(self, report: Report | None) -> None:
+        """Have the next backward report each gradient once it is complete; None to `collect` them later."""
+        # Hooks only while they are needed: one costs every backward a call.
         self._report = report
         if report is not None and not self._hooks:
             self._hooks = [
@@ -151,6 +144,7 @@ class TrainingLane:
     def collect(self) -> Gradients:
         """Take the gradients that were not reported; after a failure too, or the next step has them."""
         self._report = None  # it refers to the step's reducer, and so to all its sums
+        self._watch = None
         self._replica.end(is_recorded=False, looks_anew=True)
         gradients = [leaf.grad for leaf in self._leaves]
         for leaf in self._leaves:

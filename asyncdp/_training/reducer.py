@@ -72,6 +72,12 @@ class Reducer:
         if complete:
             self._sum(bucket)
 
+    def report_all(self, lane: int, gradients: Gradients) -> None:
+        """Take those gradients of a lane that its backwards have left."""
+        for position, gradient in enumerate(gradients):
+            if gradient is not None:
+                self.report(lane, position, gradient)
+
     def end(self, lane: int) -> None:
         """Note that a lane's backward has ended, and will report no more."""
         for bucket in range(len(self._buckets)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable, Iterator, Sequence, Set
+from collections.abc import Callable, Hashable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import chain
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .._replicas.copies import wait_issued
 from .._replicas.lane_module import ModuleState
 from .._replicas.order import Use, in_turn
+from .._replicas.replica import Replica
 from .._replicas.replica_set import ReplicaSet
 from .._replicas.snapshot import ModuleSnapshot
 from .._replicas.writes import ParameterWatch
@@ -23,7 +24,16 @@ from .._runtime import Lane
 from .._torch_private import hooks_of
 from .._verbs.batch import Batch, positional
 from ..errors import LossNotScalarError
-from .commit import AccumulatedGradients, SavedGradients, StepOptions, commit, deliver, threads
+from .commit import (
+    AccumulatedGradients,
+    SavedGradients,
+    StepOptions,
+    commit,
+    deliver,
+    learning_rate_of,
+    step_scheduler,
+    threads,
+)
 from .lanes import TrainingLane, TrainingLanes
 from .reducer import Gradients, Reducer, add_accumulated
 
@@ -55,6 +65,22 @@ _is_leaf = attrgetter("is_leaf")
 _requires_grad = attrgetter("requires_grad")
 
 
+class Piece(NamedTuple):
+    """What one lane computes of one batch, the inputs and targets of a step.
+
+    Attributes:
+        batch: the whole of it.
+        leaves: the lane's.
+        weight: of its loss in that of the step.
+        take: gives the leaves as copies on the lane's device, if that was begun; called once.
+    """
+
+    batch: Batch
+    leaves: list[Any]
+    weight: float
+    take: Callable[[], list[Any]] | None = None
+
+
 class _Prepared(NamedTuple):
     """Parts of a step that all its lanes share."""
 
@@ -74,10 +100,8 @@ class Step:
         modules: its replica set, which knows what forwards have carried into it since.
         replicas: its training replicas.
         accumulated: gradients that earlier steps have accumulated.
-        lanes: where to compute, one shard on each.
-        batch: inputs and targets, its only two arguments.
-        shards: the leaves of each lane's.
-        weights: each shard's part in the loss.
+        lanes: where to compute.
+        pieces: what each of them computes, one after the other.
         options: what the user said.
         accumulate: accumulate the gradients instead of stepping.
     """
@@ -89,9 +113,7 @@ class Step:
         replicas: TrainingLanes,
         accumulated: AccumulatedGradients,
         lanes: Sequence[Lane],
-        batch: Batch,
-        shards: Sequence[list[Any]],
-        weights: Sequence[float],
+        pieces: Sequence[Sequence[Piece]],
         options: StepOptions,
         accumulate: bool,
     ) -> None:
@@ -103,16 +125,17 @@ class Step:
         self._replicas = replicas
         self._accumulated = accumulated
         self._lanes = lanes
-        self._batch = batch
-        self._shards = shards
-        self._weights = weights
+        self._pieces = pieces
         self._prepared: _Prepared | None = None
         self._in_place: list[Tensor] | None = None  # what is trainable, if the module itself was trained
         self._saved: SavedGradients | None = None
         self._own: Set[int] = frozenset()
         self._lock = threading.Lock()
         self._own_gradients: Gradients = []
-        self._is_done = False
+        self.is_done = False
+        """Whether the step was taken, or its gradients were accumulated."""
+        self.learning_rate: float | Tensor | None = None
+        """What the optimizer's first group had as it stepped."""
 
     def run_lane(self, index: int) -> Tensor:
         """Run one lane's forward, loss and backward, and return its share of the loss."""
@@ -122,22 +145,28 @@ class Step:
     def compute(self, index: int) -> Tensor:
         """Do what `run_lane` does, where operations are recorded already."""
         lanes, _, reducer, scale = self._prepare()
-        lane = lanes[index]
+        lane, pieces = lanes[index], self._pieces[index]
+        report = None if reducer is None else partial(reducer.report, index)
+        shares = []
         try:
-            report = None if reducer is None else partial(reducer.report, index)
             carried = self._state.carried.since()
             looks_closely = self._modules.written.needs_close_look(self._kind)
-            module = lane.module(report, self._state.training, carried, looks_closely=looks_closely)
-            share = self._loss_of(index, module)
-            self._note_writes(lane.end_forward())
-            _backward(share if scale is None else share * scale.to(share.device))
+            module = lane.module(self._state.training, carried, looks_closely=looks_closely)
+            for piece in pieces:
+                share = self._loss_of(piece, module, self._lanes[index].device)
+                self._note_writes(lane.end_forward())
+                lane.report_to(report if piece is pieces[-1] else None)  # the last backward completes them
+                _backward(share if scale is None else share * scale.to(share.device))
+                shares.append(share.detach())
         finally:
             gradients = lane.collect()
         if reducer is None:
             self._own_gradients = gradients
         else:
+            if len(pieces) > 1:  # of parameters that the last one did not use
+                reducer.report_all(index, gradients)
             reducer.end(index)
-        return share.detach()
+        return _sum(shares)
 
     def compute_in_place(self) -> Tensor | None:
         """Do what `compute(0)` does on a single lane, with the module's own parameters, as in plain torch.
@@ -155,23 +184,28 @@ class Step:
         trainable = state.trainable()
         self._saved = SavedGradients(trainable, self.options.optimizer)
         replica = self._replicas.bind_in_place(state.snapshot, state.training, state.carried.since())
+        scale, shares = self._scale(trainable), []
         try:
             written = self._modules.written
             written.own(state.snapshot, self._kind, [0])
             watch = ParameterWatch(state.snapshot.parameters, closely=written.needs_close_look(self._kind))
-            loss = self._loss_of(0, replica.module)
-            found = watch.written()
-            self._note_writes(found)
-            survivors = replica.survivors(state.snapshot if found else None, {}, found)
-            if survivors is not None:  # at once, as what was written
-                survivors.apply()
-                self._modules.carried.add(survivors.values)
-            scale = self._scale(trainable)
-            _backward(loss if scale is None else loss * scale.to(loss.device))
+            for piece in self._pieces[0]:
+                share = self._loss_of(piece, replica.module, self._lanes[0].device)
+                self._end_forward_in_place(replica, watch.written())
+                _backward(share if scale is None else share * scale.to(share.device))
+                shares.append(share.detach())
         finally:
             replica.end(is_recorded=False, looks_anew=True)
         self._in_place = trainable
-        return loss.detach()
+        return _sum(shares)
+
+    def _end_forward_in_place(self, replica: Replica, written: Sequence[int]) -> None:
+        """Carry what a forward did to the module, at once as what it wrote there itself."""
+        self._note_writes(written)
+        survivors = replica.survivors(self._state.snapshot if written else None, {}, written)
+        if survivors is not None:
+            survivors.apply()
+            self._modules.carried.add(survivors.values)
 
     def accumulate_gradients(self) -> None:
         """Accumulate the lanes' gradients for the next step that reduces."""
@@ -185,7 +219,7 @@ class Step:
                 self._write_back(lanes[0])
         self._accumulated.add(self._saved.tensors, [direct])
         self._saved.restore()
-        self._is_done = True
+        self.is_done = True
 
     def commit(self, all_threads: int) -> None:
         """Reduce what is left to reduce, and step with all the machine's threads if that pays."""
@@ -196,16 +230,13 @@ class Step:
                 self._commit()
         else:
             self._commit()
-        self._is_done = True
 
     def _commit(self) -> None:
         assert self._saved is not None, "a lane has begun"
         lanes, trainable, reducer, _ = self._prepare()
         sums = self._own_sums(trainable) if reducer is None else reducer.sums()
         deliver(self._saved, trainable, sums, self._accumulated.of(self._saved.outsiders))
-        with in_turn(self._change()):
-            commit(self._saved, self.options, partial(self._write_back, lanes[0]))
-        self._accumulated.clear()
+        self._take(partial(self._write_back, lanes[0]))
 
     def _commit_in_place(self, trainable: list[Tensor]) -> None:
         assert self._saved is not None, "the lane has begun"
@@ -213,9 +244,18 @@ class Step:
             self._own_gradients = [None] * len(trainable)  # they are in `.grad` already
             sums = self._own_sums(trainable)
             deliver(self._saved, trainable, sums, self._accumulated.of(self._saved.outsiders))
+        self._take(None)
+
+    def _take(self, write_back_buffers: Callable[[], None] | None) -> None:
+        """Take the optimizer's step, and then the learning rate scheduler's."""
+        assert self._saved is not None, "a lane has begun"
+        self.learning_rate = learning_rate_of(self.options.optimizer)
         with in_turn(self._change()):
-            commit(self._saved, self.options, None)
-        self._accumulated.clear()
+            has_stepped = commit(self._saved, self.options, write_back_buffers)
+            self._accumulated.clear()
+            self.is_done = True
+            if has_stepped:
+                step_scheduler(self.options)
 
     def _change(self) -> Use:
         """Return what the end of this step does to the module, for its place in the order of tasks."""
@@ -228,7 +268,7 @@ class Step:
 
     def undo(self) -> None:
         """Restore the gradients after a failure or a cancellation, when all lanes are done."""
-        if self._saved is not None and not self._is_done:
+        if self._saved is not None and not self.is_done:
             self._saved.restore()
 
     @property
@@ -242,13 +282,11 @@ class Step:
         """Whether the commit has to be the first lane's: no other may write to the module's buffers."""
         return bool(self._state.snapshot.buffer_owners or self._state.snapshot.loose)
 
-    def _loss_of(self, index: int, module: nn.Module) -> Tensor:
-        lane = self._lanes[index]
-        (inputs, targets), _ = self._batch.arguments_on(lane.device, self._shards[index])
-        loss = self.options.loss_fn(module(*positional(inputs)), targets)
-        loss = _checked(loss)
-        weight = self._weights[index]
-        return loss if weight == 1.0 else loss * weight
+    def _loss_of(self, piece: Piece, module: nn.Module, device: torch.device) -> Tensor:
+        leaves = piece.leaves if piece.take is None else piece.take()
+        (inputs, targets), _ = piece.batch.arguments_on(device, leaves)
+        loss = _checked(self.options.loss_fn(module(*positional(inputs)), targets))
+        return loss if piece.weight == 1.0 else loss * piece.weight
 
     def _own_sums(self, trainable: Sequence[Tensor]) -> Gradients:
         devices = [tensor.device for tensor in trainable]
@@ -314,6 +352,10 @@ def _trains_in_place(snapshot: ModuleSnapshot, device: torch.device) -> bool:
         return False
     parameters = snapshot.parameters
     return not any(chain.from_iterable(map(hooks_of, parameters))) and all(map(_is_leaf, parameters))
+
+
+def _sum(shares: Sequence[Tensor]) -> Tensor:
+    return sum(shares[1:], shares[0])
 
 
 def _checked(loss: Any) -> Tensor:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,26 @@ from .._runtime.task import begin_stage
 from .._verbs.batch import Batch
 from .commit import AccumulatedGradients, StepOptions
 from .lanes import TrainingLanes
-from .step import Step, recording
+from .step import Piece, Step, recording
+
+Bring = Callable[[Lane, list[Any]], Callable[[], list[Any]]]
+"""Begins to copy leaves to a lane's device; the task there gets them by calling the result once."""
+
+
+class StepPlan(NamedTuple):
+    """A step, and what its lanes have to run for it."""
+
+    step: Step
+    state: ModuleState
+    lanes: Sequence[Lane]
+    stage: Stage
+    following: Sequence[NextStage]
+    num_threads: int
+
+    def use(self, loop: _loops.Loop, lane: Lane | None = None) -> Use:
+        """Return what the step does to the module; `lane` puts steps that run on it alone in order itself."""
+        optimizer = self.step.options.optimizer
+        return Use(self.state.snapshot, changes=True, optimizer=optimizer, loop=loop, lane=lane)
 
 
 class Trainer:
@@ -43,7 +62,7 @@ class Trainer:
         lanes: Sequence[Lane],
         output: torch.device,
     ) -> None:
-        self._scheduler = scheduler
+        self.scheduler = scheduler
         self._lanes = lanes
         self._output = output
         self._replicas = TrainingLanes([lane.device for lane in lanes])
@@ -54,9 +73,12 @@ class Trainer:
         self.num_steps = 0
         """Optimizer steps taken, including those whose caller was cancelled too late to stop them."""
 
-    def capture(self) -> ModuleState:
-        """Return the state of the module as it is now."""
-        return self._modules.capture(self._module, records=True)
+    def capture(self, training: list[bool] | None = None) -> ModuleState:
+        """Return the state of the module as it is now, but in the modes of an earlier one, if given."""
+        state = self._modules.capture(self._module, records=True)
+        if training is None or len(training) != len(state.training):
+            return state
+        return state._replace(training=training)
 
     async def step(
         self,
@@ -69,39 +91,55 @@ class Trainer:
         record: Callable[[float], None] | None = None,
     ) -> Tensor:
         """Take one step; see `DataParallel.train_step`. `record` gets its duration in seconds."""
-        shards, weights = _divide(batch, num_lanes, options.loss_reduction)
-        lanes = self._lanes[: len(shards)]
-        step = Step(
-            state,
-            self._modules,
-            self._replicas,
-            self._accumulated,
-            lanes,
-            batch,
-            shards,
-            weights,
-            options,
-            accumulate,
-        )
-        stage, following = self._stages(step, lanes)
-        share = self._all_threads if len(lanes) == 1 else self._scheduler.thread_share(len(lanes))
-        use = Use(state.snapshot, changes=True, optimizer=options.optimizer, loop=_loops.current())
+        plan = self.plan([batch], options, num_lanes, state, accumulate=accumulate)
+        use = plan.use(_loops.current())
         ambient = None
         try:
             if not passes.arrive(use):  # what has to wait must not find the state that torch has by then
-                self._scheduler.check_open()
-                ambient = self._scheduler.ambient()
+                self.scheduler.check_open()
+                ambient = self.scheduler.ambient()
                 await wait_turn(use)
             started = time.perf_counter()
-            results = await self._scheduler.run(stage, following, num_threads=share, ambient=ambient)
+            results = await self.scheduler.run(
+                plan.stage, plan.following, num_threads=plan.num_threads, ambient=ambient
+            )
         except BaseException:
-            step.undo()
+            plan.step.undo()
             raise
         finally:
             passes.leave(use)
         if record is not None:
             record(time.perf_counter() - started)
         return results[0]  # type: ignore[no-any-return]
+
+    def plan(
+        self,
+        batches: Sequence[Batch],
+        options: StepOptions,
+        num_lanes: int,
+        state: ModuleState,
+        *,
+        accumulate: bool = False,
+        bring: Bring | None = None,
+    ) -> StepPlan:
+        """Divide a step over lanes; nothing runs yet.
+
+        Args:
+            batches: make up the step together, as if they were one with all their rows.
+            options: what the user said.
+            num_lanes: the most that each of them is split over.
+            state: the module's, as of the call.
+            accumulate: accumulate the gradients instead of stepping.
+            bring: begins to copy the leaves of a shard to its lane's device.
+        """
+        pieces = _divide(batches, num_lanes, options.loss_reduction, self._lanes, bring)
+        lanes = self._lanes[: len(pieces)]
+        step = Step(
+            state, self._modules, self._replicas, self._accumulated, lanes, pieces, options, accumulate
+        )
+        stage, following = self._stages(step, lanes)
+        share = self._all_threads if len(lanes) == 1 else self.scheduler.thread_share(len(lanes))
+        return StepPlan(step, state, lanes, stage, following, share)
 
     def _stages(self, step: Step, lanes: Sequence[Lane]) -> tuple[Stage, Sequence[NextStage]]:
         if len(lanes) == 1:
@@ -145,18 +183,49 @@ class Trainer:
         if step.accumulate:
             step.accumulate_gradients()
         else:
-            step.commit(self._all_threads)
-            self.num_steps += not step.options.reduce_only
+            try:
+                step.commit(self._all_threads)
+            finally:
+                self.num_steps += step.is_done and not step.options.reduce_only
         return loss
 
 
-def _divide(batch: Batch, num_lanes: int, loss_reduction: str) -> tuple[list[list[Any]], list[float]]:
-    """Return the shards of a batch, and the weight of each one's loss."""
+def _divide(
+    batches: Sequence[Batch],
+    num_lanes: int,
+    loss_reduction: str,
+    lanes: Sequence[Lane],
+    bring: Bring | None,
+) -> list[list[Piece]]:
+    """Return what each lane computes of some batches, and the weight of each part's loss."""
+    pieces: list[list[Piece]] = [[]]
+    parts = _parts(batches, loss_reduction)
+    for batch, part in zip(batches, parts, strict=True):
+        for position, (leaves, weight) in enumerate(_split(batch, num_lanes, loss_reduction)):
+            if position == len(pieces):
+                pieces.append([])
+            take = None if bring is None else bring(lanes[position], leaves)
+            pieces[position].append(Piece(batch, leaves, weight * part, take))
+    return pieces
+
+
+def _parts(batches: Sequence[Batch], loss_reduction: str) -> list[float]:
+    """Return each batch's part in the loss of the step: by their rows, if all have some."""
+    if len(batches) == 1 or loss_reduction == "sum":
+        return [1.0] * len(batches)
+    rows = [batch.rows_if_any or 0 for batch in batches]
+    if not any(rows) or any(batch.rows_if_any is None for batch in batches):
+        return [1.0 / len(batches)] * len(batches)
+    return [count / sum(rows) for count in rows]
+
+
+def _split(batch: Batch, num_lanes: int, loss_reduction: str) -> Iterator[tuple[list[Any], float]]:
+    """Yield the leaves of each shard of a batch, and the weight of its loss."""
     # With nothing to split, every lane would do the whole step.
     num_rows = batch.rows_over(num_lanes)
     if num_rows is None or num_lanes == 1:
-        return [batch.leaves], [1.0]
+        yield batch.leaves, 1.0
+        return
     shards = batch.split(num_lanes)
-    if loss_reduction == "sum" or num_rows == 0:
-        return shards, [1.0] * len(shards)
-    return shards, [size / num_rows for size in split_sizes(num_rows, len(shards))]
+    for leaves, size in zip(shards, split_sizes(num_rows, len(shards)), strict=True):
+        yield leaves, 1.0 if loss_reduction == "sum" or num_rows == 0 else size / num_rows

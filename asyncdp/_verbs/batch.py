@@ -110,6 +110,14 @@ class Batch:
         return (self._rows or self._find_rows())[0]
 
     @property
+    def rows_if_any(self) -> int | None:
+        """The number of rows; None too where it is not known, of values that one lane takes as they are."""
+        try:
+            return self.num_rows
+        except (AmbiguousSequenceError, UnsplittableError):
+            return None
+
+    @property
     def num_elements(self) -> int:
         """The number of elements of all tensors; an entry of a `PerRow` counts as one."""
         return sum(leaf.numel() if isinstance(leaf, Tensor) else len(leaf) for leaf in self.shaped)

@@ -366,6 +366,31 @@ class NotAnOptimizerError(AsyncDPError, TypeError):
         )
 
 
+class NotAPairError(AsyncDPError, TypeError):
+    """A batch to train on is not a pair of inputs and targets."""
+
+    def __init__(self, number: int, got: object) -> None:
+        kind = type(got).__qualname__
+        what = f"a {kind} of {len(got)}" if isinstance(got, (tuple, list)) else f"a {kind}"
+        super().__init__(
+            f"batch {number} is {what}, but train() takes pairs of inputs and targets. Have the source give "
+            "(inputs, targets); several inputs are a tuple within, and targets may be None."
+        )
+
+
+class NotASchedulerError(AsyncDPError, TypeError):
+    """The argument for the learning rate scheduler cannot be stepped after each step of the optimizer."""
+
+    def __init__(self, got: object, why: str | None = None) -> None:
+        name = type(got).__qualname__
+        problem = f"got {name}" if why is None else f"{name} {why}"
+        super().__init__(
+            f"expected a learning rate scheduler of the optimizer that is trained with, but {problem}. "
+            "Pass one of torch.optim.lr_scheduler whose step() takes no arguments; step any other, "
+            "ReduceLROnPlateau say, yourself in the loop over the steps."
+        )
+
+
 # --- traces ----------------------------------------------------------------------------------
 
 
