@@ -1,31 +1,43 @@
 """Kill an inference job at random moments, resume it each time, and compare its output.
 
     .venv/bin/python scripts/kill_infer.py --kills 100
+    .venv/bin/python scripts/kill_infer.py --kills 100 --store    # into a server that speaks as S3 does
 
 Every attempt is a forked process that gets SIGKILL after a random time. A job that reaches its end is
-compared with one that nobody disturbed, file by file and byte by byte; then the next job starts, until all
-kills are spent.
+compared with one that nobody disturbed, file by file and byte by byte, and the ids in its shards are counted;
+then the next job starts, until all kills are spent.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
+import logging
 import os
 import random
-import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import anyio
+import machine
+import pyarrow.parquet
 import torch
 from torch import nn
 
 from asyncdp.infer import InferOptions, Job
 from asyncdp.infer.output.journal import load_journal
+from asyncdp.infer.places import find_all, open_place, place_of
+
+BAD_FROM, BAD_EVERY = 500, 997
 
 
 class Scaled(nn.Module):
@@ -41,72 +53,112 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--records", type=int, default=6000)
     parser.add_argument("--seed", type=int, default=None)
+    parser.add_argument("--store", action="store_true", help="write into a store instead of a disk")
+    parser.add_argument("--keep", type=Path, default=None, help="add the result to a file of JSON")
     chosen = parser.parse_args()
     seed = chosen.seed if chosen.seed is not None else random.randrange(2**32)
-    print(f"seed {seed}")
+    print(f"seed {seed}", flush=True)
     sys.modules["kill_infer_models"] = sys.modules["__main__"]
-    with tempfile.TemporaryDirectory() as folder:
-        hunt(Path(folder), chosen.kills, chosen.records, random.Random(seed))
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        outputs = stack.enter_context(store()) if chosen.store else folder
+        found = hunt(Path(folder), outputs, chosen.kills, chosen.records, random.Random(seed))
+    if chosen.keep is not None:
+        results = json.loads(chosen.keep.read_text()) if chosen.keep.exists() else {}
+        results["store" if chosen.store else "disk"] = {**machine.origin(), "seed": seed, **found}
+        chosen.keep.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def hunt(folder: Path, num_kills: int, num_records: int, dice: random.Random) -> None:
+@contextlib.contextmanager
+def store() -> Iterator[str]:
+    """Run a server in a process of its own; yield the URL of a bucket."""
+    import boto3
+
+    port = 5000 + os.getpid() % 20_000
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    settings = {"ENDPOINT_URL": f"http://127.0.0.1:{port}", "DEFAULT_REGION": "us-east-1"}
+    for name, value in {**settings, "ACCESS_KEY_ID": "x", "SECRET_ACCESS_KEY": "y"}.items():
+        os.environ[f"AWS_{name}"] = value
+    logging.getLogger("botocore").setLevel(logging.ERROR)
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                boto3.client("s3").create_bucket(Bucket="kills")
+                break
+            except Exception:
+                if time.monotonic() > deadline:
+                    raise
+        yield "s3://kills"
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def hunt(folder: Path, outputs: str, num_kills: int, num_records: int, dice: random.Random) -> dict[str, int]:
     source = folder / "input.jsonl"
     with open(source, "w") as file:
         for index in range(num_records):
             # A few records are bad, so that error shards are part of what must survive.
-            entry = "bad" if index % 997 == 500 else json.dumps({"x": [index, index % 7, 1.5, -index]})
-            file.write(entry + "\n")
+            is_bad = index % BAD_EVERY == BAD_FROM
+            file.write(("bad" if is_bad else json.dumps({"x": [index, index % 7, 1.5, -index]})) + "\n")
+    whole = f"{outputs}/whole"
     started = time.monotonic()
-    assert attempt(source, folder / "whole", None) == 0, "the undisturbed run failed"
+    assert attempt(lambda: run(source, whole)), "the undisturbed run failed"
     longest = time.monotonic() - started
     kills, jobs, midway = 0, 0, 0
     while kills < num_kills:
-        output = folder / f"job-{jobs}"
-        while attempt(source, output, dice.uniform(0.0, longest) if kills < num_kills else None) != 0:
+        output = f"{outputs}/job-{jobs}"
+        while not attempt(
+            lambda: run(source, output),  # noqa: B023
+            dice.uniform(0.0, longest) if kills < num_kills else None,
+        ):
             kills += 1
-            midway += is_midway(output, num_records)
-        compare(folder / "whole", output, num_records)
-        shutil.rmtree(output)
+            midway += attempt(lambda: check_midway(output, num_records), may_fail=True)  # noqa: B023
+        # In processes of their own, since a driver's threads do not live on in a forked one.
+        assert attempt(lambda: compare(whole, output, num_records))  # noqa: B023
         jobs += 1
+        print(f"{kills} kills, {jobs} jobs", flush=True)
     print(f"{kills} kills ({midway} of them midway), {jobs} jobs finished, every output identical")
+    return {"kills": kills, "midway": midway, "jobs": jobs, "records": num_records, "lost": 0, "repeated": 0}
 
 
-def is_midway(output: Path, num_records: int) -> bool:
-    if not (output / "_journal.jsonl").exists():
-        return False
-    blocks = load_journal(output).blocks.values()
-    return 0 < sum(block.num_records for block in blocks) < num_records
+def check_midway(output: str, num_records: int) -> None:
+    blocks = load_journal(place_of(output)).blocks.values()
+    assert 0 < sum(block.num_records for block in blocks) < num_records
 
 
-def attempt(source: Path, output: Path, seconds: float | None) -> int:
-    """Run the job in a forked process, kill it after some time; return 0 when it ended by itself."""
+def attempt(work: Callable[[], None], seconds: float | None = None, *, may_fail: bool = False) -> bool:
+    """Do some work in a forked process, kill it after some time; return whether it ended well by itself."""
     child = os.fork()
     if child == 0:
         try:
-            run(source, output)
-        except BaseException as error:
-            print(f"the job failed: {error!r}", file=sys.stderr)
+            work()
+        except BaseException:
+            if not may_fail:
+                traceback.print_exc()
             os._exit(1)
         os._exit(0)
     deadline = None if seconds is None else time.monotonic() + seconds
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
-            if os.waitstatus_to_exitcode(status) == 1:
-                raise SystemExit("a job failed of itself")
-            return 0
+            code = os.waitstatus_to_exitcode(status)
+            if code == 1 and not may_fail:
+                raise SystemExit("a process failed of itself")
+            return code == 0
         if deadline is not None and time.monotonic() > deadline:
             os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            return 1
+            _, status = os.waitpid(child, 0)
+            return os.waitstatus_to_exitcode(status) == 0
         time.sleep(0.001)
 
 
-def run(source: Path, output: Path) -> None:
+def run(source: Path, output: str) -> None:
     options = InferOptions(
         (str(source),),
         "kill_infer_models:Scaled",
-        output,
+        place_of(output),
         columns=("x",),
         devices="cpu*2",
         batch_size=8,
@@ -118,14 +170,24 @@ def run(source: Path, output: Path) -> None:
     anyio.run(Job(options).run)
 
 
-def compare(whole: Path, output: Path, num_records: int) -> None:
-    def contents(folder: Path) -> dict[str, bytes]:
-        paths = [*folder.glob("part-*"), *folder.glob("_errors-*"), *folder.glob(".tmp-*")]
-        return {path.name: path.read_bytes() for path in paths}
+def compare(whole: str, output: str, num_records: int) -> None:
+    def contents(folder: str) -> dict[str, bytes]:
+        found = [file.path for file in find_all(place_of(folder))]
+        names = ("part-", "_errors-", ".tmp-")
+        return {path.name: open_place(path).read() for path in found if path.name.startswith(names)}
 
-    if contents(whole) != contents(output):
+    shards = contents(output)
+    if contents(whole) != shards:
         raise SystemExit(f"{output} differs from an undisturbed run")
-    state = load_journal(output)
+    tables = [
+        pyarrow.parquet.read_table(io.BytesIO(data), columns=["id"])
+        for name, data in shards.items()
+        if name.startswith("part-")
+    ]
+    ids = Counter(identity for table in tables for identity in table["id"].to_pylist())
+    if ids != Counter(index for index in range(num_records) if index % BAD_EVERY != BAD_FROM):
+        raise SystemExit(f"{output} has lost or repeated records")
+    state = load_journal(place_of(output))
     if state.num_records != num_records or sum(b.num_records for b in state.blocks.values()) != num_records:
         raise SystemExit(f"the journal of {output} counts other records")
 

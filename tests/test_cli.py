@@ -22,8 +22,9 @@ MODELS = Path(__file__).parent / "infer"
 
 FROZEN = {
     "infer": """
-        inputs model output/o weights input-format encoding delimiter quote=" allow-nan=False
-        first-frame=False output-format=parquet column id-column keep rename devices
+        inputs model output/o weights input-format query encoding delimiter quote=" allow-nan=False
+        first-frame=False output-format=parquet column id-column keep rename where sample
+        sample-seed=0 limit devices
         batch-size=32 max-batch-cost window=1024 shard-size=4096 order=input preprocess collate postprocess
         workers=1 worker-processes=False input-dtype dtype autocast compile=False on-error=stop max-errors
         shard resume=False allow-unsafe-pickle=False task prompt prompt-name truncate-dim precision
@@ -91,7 +92,7 @@ def test_help_fits_one_screen(columns):
     lines = result.output.splitlines()
     assert "Example:  asyncdp infer" in result.output
     assert "130 interrupted" in " ".join(result.output.split())
-    assert len(lines) <= 70
+    assert len(lines) <= 76
     assert max(map(len, lines)) <= columns
 
 

@@ -18,7 +18,7 @@ class Window:
     Attributes:
         block: number of the block.
         records: its records in order of position.
-        block_size: number of records of the whole block when this is its last window, else None.
+        block_size: number of selected records of the whole block when this is its last window, else None.
     """
 
     block: int
@@ -44,16 +44,19 @@ def cut_windows(
     while ahead:
         block = ahead[0].position // block_size
         end, size, is_wanted = (block + 1) * block_size, 0, wanted(block)
+        selected: list[Record] = []
         while ahead and ahead[0].position < end:
             most = min(window, end - ahead[0].position)
             ahead += itertools.islice(records, max(most - len(ahead), 0))
             # Where positions are left out, the next block may have begun.
             cut = min(most, bisect.bisect_left(ahead, end, key=_position))
             neighbours, ahead = ahead[:cut], ahead[cut:]
-            size += cut
-            if is_wanted:
-                yield Window(block, neighbours, None)
             ahead = ahead or list(itertools.islice(records, 1))
+            selected += [record for record in neighbours if record.is_selected] if is_wanted else []
+            while len(selected) >= window or (selected and not (ahead and ahead[0].position < end)):
+                size += len(selected[:window])
+                yield Window(block, selected[:window], None)
+                selected = selected[window:]
         if is_wanted:
             yield Window(block, [], size)
 

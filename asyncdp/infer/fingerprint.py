@@ -46,7 +46,12 @@ _FINGERPRINTED = (
     *(
         "id_column",
         "keep",
+        "where",
+        "sample",
+        "sample_seed",
+        "limit",
         "rename",
+        "query",
         "encoding",
         "delimiter",
         "quote",

@@ -61,6 +61,7 @@ class Job:
             options.selection,
             output=options.output,
             dialect=options.dialect,
+            subset=options.subset,
         )
         self.model = load_model(
             options.model,
@@ -123,19 +124,24 @@ class Job:
             write_shard(self.options.output_format, io.BytesIO(), *rows.finish())
             shapes.update(rows.schema)
 
-        first = itertools.islice(inputs.read(), size)
+        selected = (record for record in inputs.read() if record.is_selected)
+        # Numbered anew, so that they are one block.
+        first = (
+            record._replace(position=index) for index, record in enumerate(itertools.islice(selected, size))
+        )
+        monitor = Monitor()
         windows = cut_windows(first, block_size=size, window=size, wanted=lambda block: True)
         async with self._engine() as engine:
-            pipeline = Pipeline(engine, self.steps, self._options_of_plan, try_format, Monitor())
+            pipeline = Pipeline(engine, self.steps, self._options_of_plan, try_format, monitor)
             await pipeline.run(windows, abandon_reads=self._reads_stdin)
             names = tuple(lane.name for lane in engine.runtime.lanes)
         return Plan(
             input_format=inputs.format_name,
             num_files=len(inputs.files),
-            num_records=inputs.count_records(),
+            num_records=None if inputs.subset.chooses else inputs.count_records(),
             devices=names,
             columns=shapes,
-            num_tried=inputs.num_records_read,
+            num_tried=monitor.num_done,
             num_earlier=num_earlier,
         )
 
@@ -185,7 +191,8 @@ class Job:
         if total is None:
             part, num_parts = self.options.part
             first = next(block for block in itertools.count(part, num_parts) if block not in done)
-            records = self.inputs.read(first * size)
+            num_before = sum(block.num_records for block in output.finished.values() if block.index < first)
+            records = self.inputs.read(first * size, num_before=num_before)
             yield from cut_windows(
                 records, **sizes, wanted=lambda block: block % num_parts == part and block not in done
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -15,6 +16,7 @@ from .option_fields import described, option
 from .output.writers import WRITERS
 from .places import fetched, place_of
 from .readers import FORMATS, STDIN, Dialect, Selection
+from .where import Subset, Where
 
 _ALLOWED: dict[str, Collection[str]] = {
     "input_format": FORMATS,
@@ -24,7 +26,7 @@ _ALLOWED: dict[str, Collection[str]] = {
     "dtype": DTYPES,
     "autocast": ("float16", "bfloat16"),
 }
-_ONE_OR_MORE = ("batch_size", "max_batch_cost", "window", "shard_size", "workers")
+_ONE_OR_MORE = ("limit", "batch_size", "max_batch_cost", "window", "shard_size", "workers")
 _LEAST = {"max_errors": 0, **dict.fromkeys(_ONE_OR_MORE, 1)}
 
 
@@ -40,10 +42,11 @@ class InferOptions(TaskOptions):
         output: folder for the shards, by path or URL.
         window: records that are sorted by length together.
         shard_size: records per block, hence per shard.
-        encoding, delimiter, quote, allow_nan: see `readers.Dialect`.
+        encoding, delimiter, quote, allow_nan, query: see `readers.Dialect`.
         first_frame: whether further frames or pages of an image are left out.
         keep: columns of the input that are copied into the output.
         rename: new names of output columns, each as `old=new`.
+        where, sample, sample_seed, limit: which records the job is about, see `where.Subset`.
         input_dtype: dtype of the numbers that the model gets, for all or as `name=dtype` by input.
         shard: part of the blocks to do, as `i/n` counting from 1.
     """
@@ -53,6 +56,7 @@ class InferOptions(TaskOptions):
     output: Path = dataclasses.field(metadata=described("Folder for the shards."))
     weights: str | None = option(None, "A .safetensors file for the factory's model.")
     input_format: str | None = option(None, "jsonl csv lines parquet npz images ...")
+    query: str | None = option(None, "SQL for SQLite or DuckDB: SELECT a FROM input.")
     encoding: str | None = option(None, "Of text: cp1252, utf-16 ...; else UTF-8.")
     delimiter: str | None = option(None, "Between the fields of CSV.")
     quote: str = option('"', "Around fields of CSV.")
@@ -63,6 +67,10 @@ class InferOptions(TaskOptions):
     id_column: str | None = option(None, "Column with the id; else the row index.")
     keep: tuple[str, ...] = option((), "Column to copy to the output; repeatable.")
     rename: tuple[str, ...] = option((), "Of the output: old=new; repeatable.")
+    where: str | None = option(None, "Condition: price > 3 and lang == 'de'.")
+    sample: float | None = option(None, "Share of the records, 0.01, or number, 100.")
+    sample_seed: int = option(0, "Which sample.")
+    limit: int | None = option(None, "Most records, the first ones.")
     devices: str | None = option(None, "cpu*4, cuda, cuda:0,cuda:1 ...; else all.")
     batch_size: int = option(32, "Most records per batch.")
     max_batch_cost: int | None = option(None, "Most records times longest.")
@@ -124,6 +132,7 @@ class InferOptions(TaskOptions):
             raise JobUsageError(
                 f"--encoding {self.encoding} is unknown", "Give one of Python's, as cp1252 or utf-16."
             ) from None
+        _check_subset(self)
         for entry in self.rename:
             if not all(entry.partition("=")):
                 raise JobUsageError(f"--rename {entry} names no two columns", "Write old=new.")
@@ -140,18 +149,42 @@ class InferOptions(TaskOptions):
     @property
     def selection(self) -> Selection:
         """Which columns the readers should pick."""
-        return Selection(self.columns, self.id_column, self.keep)
+        return Selection(self.columns, self.id_column, self.keep, self.subset.where)
+
+    @functools.cached_property
+    def subset(self) -> Subset:
+        """Which records the job is about."""
+        where = None if self.where is None else Where.of(self.where)
+        return Subset(where, self.sample, self.sample_seed, self.limit)
 
     @property
     def dialect(self) -> Dialect:
         """How the text files are written."""
         delimiter = self.delimiter and self.delimiter.replace("\\t", "\t")
-        return Dialect(self.encoding, delimiter, self.quote, self.allow_nan)
+        return Dialect(self.encoding, delimiter, self.quote, self.allow_nan, self.query)
 
     @property
     def new_names(self) -> dict[str, str]:
         """New names of output columns by the old ones."""
         return dict(entry.split("=", 1) for entry in self.rename)
+
+
+def _check_subset(options: InferOptions) -> None:
+    sample = options.sample
+    if sample is not None and not (0 < sample < 1 or (sample >= 1 and sample == int(sample))):
+        raise JobUsageError(
+            f"--sample {sample} is neither a share nor a number of records", "Write 0.01 or 100."
+        )
+    if sample is not None and sample >= 1 and options.where is not None:
+        raise JobUsageError(
+            f"--sample {sample:g} beside --where would need all records to be read first",
+            "Give a share, as in --sample 0.01, or --limit.",
+        )
+    if options.subset.chooses and options.limit is not None and options.part[1] > 1:
+        raise JobUsageError(
+            "--limit beside --where or --sample counts records that the other parts of a split job read",
+            "Leave --shard or --limit out, or give a smaller --sample.",
+        )
 
 
 def _flag(name: str) -> str:

@@ -23,6 +23,8 @@ class Row(NamedTuple):
     where: str
     error: Exception | None = None
     kept: Mapping[str, Any] = {}
+    tested: Mapping[str, Any] | None = None
+    """Entries that `--where` asks of, None where the reader has looked at them itself."""
 
 
 class Record(NamedTuple):
@@ -35,6 +37,7 @@ class Record(NamedTuple):
         where: file and line or row, for a person to find it.
         error: why the reader could not read it, else None.
         kept: entries for the output, by column of the input; from Arrow they are its scalars.
+        is_selected: whether the job is about it; else it only fills its position.
     """
 
     position: int
@@ -43,6 +46,7 @@ class Record(NamedTuple):
     where: str
     error: Exception | None = None
     kept: Mapping[str, Any] = {}
+    is_selected: bool = True
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

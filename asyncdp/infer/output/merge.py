@@ -54,7 +54,7 @@ def merge_parts(folders: Sequence[str | Path], output: str | Path) -> Merged:
                 _copy(folder, block, target)
         target.widen_shards()
         target.finish(total)
-    return Merged(total, sum(block.num_bad for _, block in blocks))
+    return Merged(sum(block.num_records for _, block in blocks), sum(block.num_bad for _, block in blocks))
 
 
 def _same_job(parts: dict[Path, JournalState]) -> dict[str, Any]:

@@ -3,18 +3,42 @@
 from __future__ import annotations
 
 import glob
+import itertools
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ...errors import InputError
-from ..places import Found, find, find_all, find_matching, is_remote, lies_in, place_of, unreachable
-from ..records import Record
-from . import arrays, images, parquet, text
+from ..places import (
+    Found,
+    find,
+    find_all,
+    find_matching,
+    is_remote,
+    lies_in,
+    names_in,
+    open_place,
+    place_of,
+    unreachable,
+)
+from ..records import Record, Row
+from ..where import Sample, Subset, Where
+from . import arrays, arrow, databases, images, parquet, tar, text
 from .base import COMPRESSIONS, STDIN, Contents, Dialect, InputFile, Reader, Selection
 from .images import decode_image
 
-__all__ = ["FORMATS", "STDIN", "Dialect", "InputFile", "Inputs", "Selection", "decode_image", "open_inputs"]
+__all__ = [
+    "FORMATS",
+    "STDIN",
+    "Dialect",
+    "InputFile",
+    "Inputs",
+    "Selection",
+    "decode_image",
+    "known_format",
+    "open_inputs",
+]
 
 FORMATS: dict[str, Reader] = {
     "jsonl": text.JsonlReader(),
@@ -26,7 +50,13 @@ FORMATS: dict[str, Reader] = {
     "npz": arrays.NPZ,
     "safetensors": arrays.SAFETENSORS,
     "images": images.ImageReader(),
+    "arrow": arrow.ArrowReader(),
+    "webdataset": tar.TarReader(),
+    "sqlite": databases.SqliteReader(),
+    "duckdb": databases.DuckDBReader(),
 }
+
+_TESTED_AT_ONCE = 256
 
 _SUFFIXES = {
     ".jsonl": "jsonl",
@@ -38,6 +68,10 @@ _SUFFIXES = {
     ".npy": "npy",
     ".npz": "npz",
     ".safetensors": "safetensors",
+    **dict.fromkeys((".arrow", ".feather", ".arrows"), "arrow"),
+    ".tar": "webdataset",
+    **dict.fromkeys((".sqlite", ".sqlite3", ".db"), "sqlite"),
+    ".duckdb": "duckdb",
     **dict.fromkeys(images.SUFFIXES, "images"),
 }
 
@@ -49,6 +83,7 @@ def open_inputs(
     *,
     output: Path | None = None,
     dialect: Dialect | None = None,
+    subset: Subset | None = None,
 ) -> Inputs:
     """Find the files that `specs` name.
 
@@ -57,6 +92,7 @@ def open_inputs(
         format_name: one of `FORMATS`, or None to go by the suffixes.
         selection: which columns are wanted.
         dialect: how text files are written.
+        subset: which records are wanted; None for all.
         output: a folder whose files are passed over: a resumed job must not read its own shards.
 
     Raises:
@@ -71,7 +107,7 @@ def open_inputs(
             f"The inputs are of several formats ({', '.join(sorted(names))})",
             "Run one job per format, or name the format with --input-format.",
         )
-    return Inputs(files, names.pop(), selection, dict(sorted(passed_over.items())))
+    return Inputs(files, names.pop(), selection, dict(sorted(passed_over.items())), subset)
 
 
 class Inputs:
@@ -88,6 +124,7 @@ class Inputs:
         format_name: str,
         selection: Selection,
         passed_over: Mapping[str, int] | None = None,
+        subset: Subset | None = None,
     ) -> None:
         self.passed_over = passed_over or {}
         self.files = files
@@ -97,18 +134,38 @@ class Inputs:
         self.file_rows: dict[int, int] = {}
         self.unfit: dict[str, tuple[str, str]] = {}
         self._reader = FORMATS[format_name]
+        self.subset = subset or Subset()
         self._counts = [self._inspect(file) for file in files]
+        self._sample = self._make_sample()
 
-    def read(self, start: int = 0, stop: int | None = None) -> Iterator[Record]:
+    def read(self, start: int = 0, stop: int | None = None, num_before: int = 0) -> Iterator[Record]:
         """Yield the records from position `start` to `stop`; what files state that are outside is not read.
+
+        Those that the job is not about are among them, empty.
 
         Args:
             start: position of the first record.
             stop: position behind the last one, None for all.
+            num_before: how many records before `start` the job is about; counts for its limit.
 
         Raises:
             DamagedInputError: a file turns out to be damaged.
         """
+        limit = self.subset.limit
+        if limit is None or not self.subset.chooses:
+            yield from self._read(
+                start, stop if limit is None else min(limit, limit if stop is None else stop)
+            )
+            return
+        self.num_records_read = start
+        if num_before < limit:
+            for record in self._read(start, stop):
+                yield record
+                num_before += record.is_selected
+                if num_before == limit:
+                    return
+
+    def _read(self, start: int, stop: int | None) -> Iterator[Record]:
         first = 0
         for index, (file, count) in enumerate(zip(self.files, self._counts, strict=True)):
             if stop is not None and first >= stop:
@@ -121,13 +178,16 @@ class Inputs:
             is_cut = stop is not None and (count is None or first + count > stop)
             end = stop - first if is_cut and count is not None and stop is not None else None
             position = first + begin
-            for value, identity, where, error, kept in self._reader.rows(file, self.selection, begin, end):
+            for row in self._rows(file, begin, end):
                 if is_cut and position == stop:
                     return
                 self.num_records_read = position + 1
                 if position >= start:
-                    identity = position if identity is None else identity
-                    yield Record(position, identity, value, where, error, kept)
+                    if row is None or (self._sample is not None and position not in self._sample):
+                        yield Record(position, position, None, "", is_selected=False)
+                    else:
+                        identity = position if row.id is None else row.id
+                        yield Record(position, identity, row.value, row.where, row.error, row.kept)
                 position += 1
             if count is not None and position - first != (count if end is None else end):
                 raise file.broken(f"it states {count} rows, but has {position - first}")
@@ -136,10 +196,33 @@ class Inputs:
             first = position
         self.num_records_read = first
 
-    def count_records(self) -> int | None:
-        """Return the number of records where all files state it, else None."""
+    def _rows(self, file: InputFile, begin: int, end: int | None) -> Iterator[Row | None]:
+        rows = self._reader.rows(file, self.selection, begin, end)
+        where = self.selection.where
+        return rows if where is None or self._reader.applies_where else _fulfilling(where, rows)
+
+    def _make_sample(self) -> Sample | None:
+        size = self.subset.sample
+        if size is None:
+            return None
+        total = self._count_all()
+        if total is None and size >= 1:
+            raise InputError(
+                f"--sample {size:g} needs the number of records, which {self.format_name} files do not state",
+                "Give a share, as in --sample 0.01.",
+            )
+        return Sample(size, self.subset.seed, total)
+
+    def _count_all(self) -> int | None:
         counts = [count for count in self._counts if count is not None]
         return sum(counts) if len(counts) == len(self._counts) else None
+
+    def count_records(self) -> int | None:
+        """Return the number of positions that the job covers where it is known from the start, else None."""
+        total, limit = self._count_all(), self.subset.limit
+        if total is None or limit is None:
+            return total
+        return None if self.subset.chooses else min(total, limit)
 
     def check_fit(self) -> None:
         """Fail where the model would get numbers that torch does not have.
@@ -193,6 +276,22 @@ class Inputs:
         return num_rows
 
 
+def _fulfilling(where: Where, rows: Iterator[Row | None]) -> Iterator[Row | None]:
+    """Yield None in the place of rows that do not fulfil a condition; one that cannot be tested is bad."""
+    while some := list(itertools.islice(rows, _TESTED_AT_ONCE)):
+        tested = [row.tested for row in some if row is not None and row.tested is not None]
+        answers = iter(where.of_records(tested))
+        for row in some:
+            if row is None or row.tested is None:
+                yield row
+                continue
+            answer = next(answers)
+            if isinstance(answer, Exception):
+                yield row._replace(value=None, error=answer)
+            else:
+                yield row if answer else None
+
+
 def _outside(folder: Path, files: list[Found]) -> list[Found]:
     outside = [file for file in files if not lies_in(file.path, folder)]
     if not outside:
@@ -215,6 +314,8 @@ def _expand(spec: str, passed_over: Counter[str]) -> list[Found]:
                 f"{spec} is no file on disk, and its contents can be read only once",
                 "Send it to standard input, which is named -, or save it to a file.",
             )
+        if (listed := _of_saved_dataset(place)) is not None:
+            return listed
         found = _known_files(find_all(place), passed_over) or _matching(spec, place)
     except OSError as error:
         raise unreachable(spec, error) from error
@@ -225,10 +326,28 @@ def _expand(spec: str, passed_over: Counter[str]) -> list[Found]:
     return found
 
 
+def _of_saved_dataset(place: Path) -> list[Found] | None:
+    """Return the files of a folder that `datasets` saved, None for other folders.
+
+    There may be others beside them, which its functions have left.
+    """
+    names = names_in(place)
+    if "dataset_dict.json" in names:
+        with open_place(place / "dataset_dict.json") as file:
+            splits = json.load(file)["splits"]
+        raise InputError(
+            f"{place} holds several splits", f"Name one: {', '.join(f'{place}/{s}' for s in splits)}."
+        )
+    if not {"state.json", "dataset_info.json"} <= set(names):
+        return None
+    with open_place(place / "state.json") as file:
+        return [find(place / entry["filename"]) for entry in json.load(file)["_data_files"]]
+
+
 def _known_files(files: list[Found], passed_over: Counter[str]) -> list[Found]:
     seen = [file for file in files if not file.path.name.startswith((".", "_"))]
-    known = [file for file in seen if _known_format(file.path) is not None]
-    others = [file.path for file in seen if _known_format(file.path) is None]
+    known = [file for file in seen if known_format(file.path) is not None]
+    others = [file.path for file in seen if known_format(file.path) is None]
     passed_over.update(path.suffix.lower() or "without suffix" for path in others)
     return known
 
@@ -242,13 +361,14 @@ def _matching(spec: str, place: Path) -> list[Found]:
     return [find(Path(path)) for path in sorted(glob.glob(spec, recursive=True)) if Path(path).is_file()]
 
 
-def _known_format(path: Path) -> str | None:
+def known_format(path: Path) -> str | None:
+    """Return the format that the suffix of a file names, None where no reader takes it."""
     plain = path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path
     return _SUFFIXES.get(plain.suffix.lower())
 
 
 def _format_of(file: InputFile) -> str:
-    known = _known_format(file.path)
+    known = known_format(file.path)
     if known is None:
         raise InputError(
             f"The format of {file.name} is unknown",

@@ -29,6 +29,7 @@ class ArrayReader:
     """Reads arrays through `opener`, which gives them by name."""
 
     binary = True
+    applies_where = False
 
     def __init__(self, opener: _Opener) -> None:
         self._opener = opener
@@ -51,9 +52,11 @@ class ArrayReader:
                 for index in range(end - begin):
                     entry: Any = {name: part[index] for name, part in parts.items()}
                     kept = {name: entry[name] for name in selection.keep}
+                    tested = entry if selection.where else None
                     if not selection.columns and selection.id_column is None and len(entry) == 1:
                         (entry,) = entry.values()
-                    yield _row(selection, entry, f"{file.name} row {begin + index}", kept)
+                    row = _row(selection, entry, f"{file.name} row {begin + index}", kept)
+                    yield row._replace(tested=tested)
 
     @contextlib.contextmanager
     def _opened(self, file: InputFile) -> Iterator[_Arrays]:

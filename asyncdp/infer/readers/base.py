@@ -18,6 +18,7 @@ from typing import IO, Any, NamedTuple, Protocol
 from ...errors import DamagedInputError, InputError
 from ..places import Found, is_remote, open_place
 from ..records import Row
+from ..where import Where
 
 STDIN = Path("-")
 
@@ -42,16 +43,19 @@ class Selection:
         columns: names of the wanted columns; one gives its bare value, none the whole entry.
         id_column: name of the column that holds the id, else None.
         keep: names of the columns that are copied into the output.
+        where: what rows must fulfil; those that do not need not be read.
     """
 
     columns: tuple[str, ...] = ()
     id_column: str | None = None
     keep: tuple[str, ...] = ()
+    where: Where | None = None
 
     @property
     def named(self) -> list[str]:
         """All columns that were asked for by name, each once."""
-        return list(dict.fromkeys((*self.columns, *self.keep, *filter(None, [self.id_column]))))
+        tested = self.where.columns if self.where else ()
+        return list(dict.fromkeys((*self.columns, *self.keep, *filter(None, [self.id_column]), *tested)))
 
     @property
     def needed(self) -> list[str] | None:
@@ -71,13 +75,13 @@ class Selection:
             if kept is None:
                 kept = {name: _pick(entry, name) for name in self.keep} if self.keep else {}
             identity = self._id(entry) if identity is None else identity
-            return Row(self._value(entry), identity, where, kept=kept)
+            return Row(self._value(entry), identity, where, kept=kept, tested=self._tested(entry))
         except _Missing as missing:
             return Row(None, None, where, ValueError(str(missing)))
 
     def picker(self) -> Callable[[Any, str], Row]:
         """Return `row` as a function for many entries, quick where it picks one column of text or numbers."""
-        if len(self.columns) != 1 or self.keep:
+        if len(self.columns) != 1 or self.keep or self.where:
             return self.row
         (column,), id_column = self.columns, self.id_column
 
@@ -93,6 +97,11 @@ class Selection:
             return self.row(entry, where)  # which knows all that may be wrong
 
         return pick
+
+    def _tested(self, entry: Any) -> dict[str, Any] | None:
+        if self.where is None:
+            return None
+        return {name: entry.get(name) if isinstance(entry, dict) else None for name in self.where.columns}
 
     def _value(self, entry: Any) -> Any:
         if not self.columns:
@@ -142,12 +151,14 @@ class Dialect:
         delimiter: between the fields of a table, None for that of the format.
         quote: around fields of a table.
         allow_nan: whether JSON may hold NaN and Infinity.
+        query: of SQL, for files of databases.
     """
 
     encoding: str | None = None
     delimiter: str | None = None
     quote: str = '"'
     allow_nan: bool = False
+    query: str | None = None
 
 
 class Contents(NamedTuple):
@@ -165,11 +176,16 @@ class Reader(Protocol):
     binary: bool = False
     """Whether the file must be seekable and uncompressed."""
 
+    applies_where: bool = False
+    """Whether it leaves out the rows that do not fulfil `Selection.where`, and gives None for each."""
+
     def inspect(self, file: InputFile, selection: Selection) -> Contents:
         """Return what is cheap to know of a file; by default nothing."""
         return Contents()
 
-    def rows(self, file: InputFile, selection: Selection, start: int, stop: int | None) -> Iterator[Row]:
+    def rows(
+        self, file: InputFile, selection: Selection, start: int, stop: int | None
+    ) -> Iterator[Row | None] | Iterator[Row]:
         """Yield the rows from number `start` to `stop`, nothing else where the numbers are known.
 
         Args:

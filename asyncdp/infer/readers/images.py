@@ -24,6 +24,7 @@ class ImageReader:
     """Every file is one record; with the id column `path` its id is the file's path."""
 
     binary = True
+    applies_where = False
 
     def inspect(self, file: InputFile, selection: Selection) -> Contents:
         """Return that a file is one row, with the path that identifies it."""

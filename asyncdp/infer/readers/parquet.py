@@ -6,13 +6,13 @@ import contextlib
 import itertools
 import os
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
-from ...errors import InputError
 from ..places import is_remote, open_place
 from ..records import Row
-from ..values import as_python, holds_nanoseconds, is_id
+from ..where import Where
 from .base import Contents, InputFile, Selection
+from .columnar import check_schema, selected_rows
 
 _CHUNK = 1024
 _TAIL = 8  # the footer's length and the mark of the format
@@ -22,47 +22,35 @@ class ParquetReader:
     """Reads the wanted columns; a list column of numbers arrives as arrays."""
 
     binary = True
+    applies_where = True
 
     def inspect(self, file: InputFile, selection: Selection) -> Contents:
         """Return the number of rows that the footer states, and the columns of the schema."""
         with _open(file) as parquet:
             _check_counts(file, parquet.metadata)
-            names = parquet.schema_arrow.names
-            if len(set(names)) != len(names):
-                twice = next(name for name in names if names.count(name) > 1)
-                raise InputError(f"{file.name} has two columns {twice!r}", "Rename one: records go by names.")
+            check_schema(file, parquet.schema_arrow, selection)
             return Contents(parquet.metadata.num_rows, parquet.schema_arrow.names)
 
-    def rows(self, file: InputFile, selection: Selection, start: int, stop: int | None) -> Iterator[Row]:
+    def rows(
+        self, file: InputFile, selection: Selection, start: int, stop: int | None
+    ) -> Iterator[Row | None]:
         """Yield a dict per row, or the bare value of a single column; other row groups are not read."""
         with _open(file) as parquet:
             stop = parquet.metadata.num_rows if stop is None else stop
             groups, number = _groups_between(parquet, start, stop)
-            batches = parquet.iter_batches(_CHUNK, row_groups=groups, columns=selection.needed)
-            while number < stop and (batch := _next_batch(file, batches)) is not None:
-                skipped = max(0, start - number)
-                wanted = batch.slice(skipped, stop - number - skipped)
-                yield from _rows_of(wanted, selection, file.name, number + skipped)
-                number += batch.num_rows
-
-
-def _rows_of(batch: Any, selection: Selection, name: str, number: int) -> Iterator[Row]:
-    """Yield the rows of a batch; columns that are only copied never become Python's."""
-    wanted = [*selection.columns, selection.id_column] if selection.columns else batch.schema.names
-    python = {column: _values(batch.column(column)) for column in wanted if column is not None}
-    arrow = {column: list(batch.column(column)) for column in selection.keep}
-    identity = selection.id_column
-    ids = list(batch.column(identity)) if identity and is_id(batch.schema.field(identity).type) else None
-    if python and ids is None and not arrow and not any(map(_has_unreadable, python.values())):
-        pick, names = selection.picker(), list(python)
-        for index, values in enumerate(zip(*python.values(), strict=True), number):
-            yield pick(dict(zip(names, values, strict=True)), f"{name} row {index}")
-        return
-    for index in range(batch.num_rows):
-        entry = {column: values[index] for column, values in python.items()}
-        kept = {column: values[index] for column, values in arrow.items()}
-        own = ids[index] if ids is not None and ids[index].is_valid else None
-        yield _row(selection, entry, f"{name} row {number + index}", own, kept)
+            matching = _groups_that_may_match(file, selection.where)
+            for group in groups:
+                end = number + parquet.metadata.row_group(group).num_rows
+                if matching is not None and group not in matching:
+                    yield from itertools.repeat(None, min(end, stop) - max(number, start))
+                    number = end
+                    continue
+                batches = parquet.iter_batches(_CHUNK, row_groups=[group], columns=selection.needed)
+                while number < stop and (batch := _next_batch(file, batches)) is not None:
+                    skipped = max(0, start - number)
+                    wanted = batch.slice(skipped, stop - number - skipped)
+                    yield from selected_rows(wanted, selection, file.name, number + skipped)
+                    number += batch.num_rows
 
 
 @contextlib.contextmanager
@@ -122,6 +110,22 @@ def _groups_between(parquet: Any, start: int, stop: int) -> tuple[list[int], int
     return groups, ends[groups[0]] - counts[groups[0]] if groups else stop
 
 
+def _groups_that_may_match(file: InputFile, where: Where | None) -> set[int] | None:
+    """Return the row groups whose statistics leave room for rows that fulfil a condition, None for all."""
+    import pyarrow
+    import pyarrow.dataset
+
+    if where is None:
+        return None
+    try:
+        footer = pyarrow.BufferReader(_footer(file))
+        fragment = pyarrow.dataset.ParquetFileFormat().make_fragment(footer)
+        schema = fragment.physical_schema
+        return {group.id for group in fragment.subset(where.expression, schema=schema).row_groups}
+    except (pyarrow.ArrowException, OSError, ValueError):
+        return None  # told by the rows
+
+
 def _next_batch(file: InputFile, batches: Iterator[Any]) -> Any:
     import pyarrow
 
@@ -129,50 +133,3 @@ def _next_batch(file: InputFile, batches: Iterator[Any]) -> Any:
         return next(batches, None)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise file.broken(error) from error
-
-
-class _Unreadable(NamedTuple):
-    """In the place of a value that Python cannot hold, such as text that is no UTF-8."""
-
-    error: Exception
-
-
-def _has_unreadable(values: Any) -> bool:
-    return isinstance(values, list) and _Unreadable in set(map(type, values))
-
-
-def _row(selection: Selection, entry: dict[str, Any], where: str, identity: Any, kept: Any) -> Row:
-    for name, value in entry.items():
-        if isinstance(value, _Unreadable):
-            why = f"{type(value.error).__name__}: {value.error}"
-            return Row(None, None, where, ValueError(f"column {name!r} cannot be read: {why}"))
-    return selection.row(entry, where, identity, kept)
-
-
-def _values(column: Any) -> Any:
-    import pyarrow
-
-    kind = column.type
-    if not pyarrow.types.is_fixed_size_list(kind) or column.null_count:
-        return _as_python(column)
-    numbers = column.flatten()
-    if numbers.null_count or not pyarrow.types.is_primitive(numbers.type):
-        return _as_python(column)
-    return numbers.to_numpy(zero_copy_only=False).reshape(len(column), kind.list_size)
-
-
-def _as_python(column: Any) -> list[Any]:
-    if holds_nanoseconds(column.type):
-        return [_value(scalar) for scalar in column]
-    try:
-        values: list[Any] = column.to_pylist()
-        return values
-    except Exception:  # of any type: dates out of range, unknown time zones, text that is no UTF-8
-        return [_value(scalar) for scalar in column]
-
-
-def _value(scalar: Any) -> Any:
-    try:
-        return as_python(scalar)
-    except Exception as error:
-        return _Unreadable(error)
