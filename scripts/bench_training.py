@@ -7,7 +7,8 @@ is torch's fused one. For comparison, plain steps awaited through `asyncio.to_th
 
 Reported are medians over all timed steps, the peak memory of each contender's processes added up, and how
 asyncdp's median of a turn compares with that of the better peer in the same round: the median of those
-ratios, since the machine changes its pace from one round to the next.
+ratios, since the machine changes its pace from one round to the next. A turn of `engine.train` is a stream of
+its own, whose steps are timed from one result to the next.
 
 With lanes on a GPU (`--devices cuda:0,cuda:0`) all of them work on that GPU, every step is timed to its end
 there, and memory is what torch allocated on it. DDP takes part only where two different GPUs are named.
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import copy
+import itertools
 import json
 import operator
 import os
@@ -41,7 +43,8 @@ from torch.nn import functional
 import asyncdp
 
 SCRIPT = Path(__file__).resolve()
-CONTENDERS = ("plain", "ddp", "to_thread", "asyncdp", "asyncdp-all")
+CONTENDERS = ("plain", "ddp", "to_thread", "asyncdp", "asyncdp-train", "asyncdp-all")
+STALLS = ("asyncdp", "train", "inline")
 
 
 class Place:
@@ -71,7 +74,8 @@ class Place:
             "plain": "plain torch, all threads" if self.is_cpu else "plain torch",
             **({"ddp": ddp} if self.has_ddp else {}),
             "to_thread": "plain torch by asyncio.to_thread",
-            "asyncdp": "asyncdp",
+            "asyncdp": "asyncdp, step by step",
+            "asyncdp-train": "asyncdp, `engine.train`",
             "asyncdp-all": f"asyncdp, always {len(self.lanes)} lanes",
         }
 
@@ -262,6 +266,23 @@ async def run_asyncdp(workload: Workload, place: Place, num_lanes: str) -> None:
         await serve_async(lambda: engine.train_step(*batch, functional.cross_entropy, optimizer), place)
 
 
+async def run_train(workload: Workload, place: Place) -> None:
+    module, batch = made(workload, place.home)
+    optimizer = optimizer_of(module, place)
+
+    async def turn(count: int) -> list[float]:
+        seen = [time.perf_counter()]
+        async for _ in engine.train([batch] * count, functional.cross_entropy, optimizer):
+            seen.append(time.perf_counter())  # noqa: PERF401  while the next one runs
+        return [after - before for before, after in itertools.pairwise(seen)]
+
+    async with asyncdp.DataParallel(module, place.spec) as engine:
+        answer("ready")
+        for line in sys.stdin:
+            count = int(line)
+            answer(await turn(count) if count else place.peak_bytes())
+
+
 async def serve_async(step: Callable[[], Awaitable[object]], place: Place) -> None:
     """Do as `serve` does, with steps to await."""
     answer("ready")
@@ -275,8 +296,8 @@ async def serve_async(step: Callable[[], Awaitable[object]], place: Place) -> No
         answer(times if count else place.peak_bytes())
 
 
-async def run_stall(workload: Workload, place: Place, inline: bool) -> None:
-    """Answer how late a tick of 2 ms comes while steps are taken, in seconds."""
+async def run_stall(workload: Workload, place: Place, way: str) -> None:
+    """Answer how late a tick of 2 ms comes while steps are taken in one way of `STALLS`, in seconds."""
     module, batch = made(workload, place.home)
     optimizer = optimizer_of(module, place)
     late: list[float] = []
@@ -292,8 +313,12 @@ async def run_stall(workload: Workload, place: Place, inline: bool) -> None:
             await engine.train_step(*batch, functional.cross_entropy, optimizer)
         ticker = asyncio.create_task(tick())
         ends = time.perf_counter() + 3.0
+        if way == "train":
+            async for _ in engine.train(itertools.repeat(batch), functional.cross_entropy, optimizer):
+                if time.perf_counter() > ends:
+                    break
         while time.perf_counter() < ends:
-            if inline:
+            if way == "inline":
                 plain_step(module, optimizer, batch)
                 place.wait()
                 await asyncio.sleep(0)
@@ -384,15 +409,15 @@ def race(workload: str, num_launches: int, place: Place) -> dict[str, Any]:
     }
 
 
-def ratio_to(peer: str, found: dict[str, Any]) -> float:
+def ratio_to(peer: str, found: dict[str, Any], name: str = "asyncdp") -> float:
     """Return how many times a peer's step one of asyncdp takes: the median over the turns."""
-    turns = map(operator.truediv, found["asyncdp"]["turns_ms"], found[peer]["turns_ms"])
+    turns = map(operator.truediv, found[name]["turns_ms"], found[peer]["turns_ms"])
     return statistics.median(turns)
 
 
 def measure_stall(workload: str, place: Place) -> dict[str, Any]:
     found = {}
-    for name in ("asyncdp", "inline"):
+    for name in STALLS:
         asked = ["--stall", name, "--workload", workload, *place.options()]
         command = [sys.executable, str(SCRIPT), *asked]
         found[name] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
@@ -456,13 +481,17 @@ def table(report: dict[str, Any], titles: dict[str, str]) -> str:
         "",
         "| workload | rounds | "
         + " | ".join(f"{title}, ms" for title in titles.values())
-        + (" | asyncdp / better of plain and DDP |" if has_ddp else " | asyncdp / plain |"),
-        "|---|" + "---:|" * (len(titles) + 2),
+        + (" | step by step / better of plain and DDP |" if has_ddp else " | step by step / plain |")
+        + " `engine.train` / plain |",
+        "|---|" + "---:|" * (len(titles) + 3),
     ]
     for workload in report["workloads"].values():
         cells = [str(len(workload["contenders"]["plain"]["turns_ms"]))]
         cells += [f"{workload['contenders'][name]['median_ms']:.2f}" for name in titles]
-        lines.append(f"| {workload['title']} | {' | '.join(cells)} | {workload['ratio']:.3f} |")
+        lines.append(
+            f"| {workload['title']} | {' | '.join(cells)} | {workload['ratio']:.3f} "
+            f"| {workload['train_ratio']:.3f} |"
+        )
     lines += [
         "",
         "| workload | "
@@ -477,14 +506,15 @@ def table(report: dict[str, Any], titles: dict[str, str]) -> str:
         lines.append(f"| {workload['title']} | {' | '.join(cells)} |")
     lines += [
         "",
-        "| workload | lanes chosen | loop late by, p99 | the same inline, p99 |",
-        "|---|---|---:|---:|",
+        "| workload | lanes chosen | loop late by, p99 | by `engine.train` | steps inline |",
+        "|---|---|---:|---:|---:|",
     ]
     for workload in report["workloads"].values():
         stall = workload["stall"]
         chosen = "; ".join(f"{lanes} ({reason})" for _, lanes, reason in stall["asyncdp"]["choices"])
         lines.append(
             f"| {workload['title']} | {chosen} | {stall['asyncdp']['p99'] * 1e3:.2f} ms "
+            f"| {stall['train']['p99'] * 1e3:.2f} ms "
             f"| {stall['inline']['p99'] * 1e3:.1f} ms |"
         )
     equality = ", ".join(f"{value:.1e} in {dtype}" for dtype, value in report["equality"].items())
@@ -521,6 +551,7 @@ def drive(num_launches: int, workloads: list[str], place: Place, out: Path) -> N
             "title": WORKLOADS[name].title,
             "contenders": found,
             "ratio": ratio_to(better, found),
+            "train_ratio": ratio_to("plain", found, "asyncdp-train"),
         }
         if "ddp" in found:
             row["memory_ratio"] = found["asyncdp"]["peak_mib"] / found["ddp"]["peak_mib"]
@@ -545,7 +576,7 @@ def main() -> None:
         "--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), help="which ones to race"
     )
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
-    parser.add_argument("--stall", choices=["asyncdp", "inline"], help=argparse.SUPPRESS)
+    parser.add_argument("--stall", choices=STALLS, help=argparse.SUPPRESS)
     parser.add_argument("--workload", choices=WORKLOADS, help=argparse.SUPPRESS)
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
@@ -555,13 +586,15 @@ def main() -> None:
     if workload is None:
         drive(asked.launches, asked.workloads, place, asked.out)
     elif asked.stall:
-        asyncio.run(run_stall(workload, place, asked.stall == "inline"))
+        asyncio.run(run_stall(workload, place, asked.stall))
     elif asked.contender == "plain":
         run_plain(workload, place)
     elif asked.contender == "ddp":
         run_ddp(workload, place, asked.rank, asked.port)
     elif asked.contender == "to_thread":
         asyncio.run(run_to_thread(workload, place))
+    elif asked.contender == "asyncdp-train":
+        asyncio.run(run_train(workload, place))
     else:
         num_lanes = "all" if asked.contender == "asyncdp-all" else "auto"
         asyncio.run(run_asyncdp(workload, place, num_lanes))
