@@ -13,6 +13,7 @@ from .call import Call, Request
 from .collate import Collate, Padding, Split, Stack, StatedSample, Steps, unbind
 from .dispatcher import Dispatcher
 from .queue import BatchQueue
+from .shapes import checked_shapes
 from .slots import capture_of, open_slots
 from .statistics import BatcherStatistics, Recorder, check_name
 
@@ -38,6 +39,9 @@ class Batcher:
             unlike samples are slower than smaller batches of like ones.
         max_age: seconds after which a waiting call goes before every priority.
         pad: value that the default `collate` fills shorter tensors with.
+        pad_to: the shapes that batches are padded to, for code that is compiled or captured by shape: the
+            number of samples, then lengths of their first dimensions, `[(8, 64), (32, 128)]` say. A batch
+            takes the smallest that holds it, with its last sample repeated, and stays as it is if none does.
         collate: makes a batch of samples, on a lane; the default stacks tensors, arrays and numbers.
         split: makes results of an output and its samples, on a lane; the default gives row i of every
             tensor to sample i, as a view.
@@ -67,6 +71,7 @@ class Batcher:
         max_padding: float = 0.1,
         max_age: float = 1.0,
         pad: float | None = None,
+        pad_to: Sequence[int | Sequence[int]] | None = None,
         collate: Collate | None = None,
         split: Split = unbind,
         max_in_flight: int | None = None,
@@ -88,9 +93,11 @@ class Batcher:
             raise ValueError("hang_timeout must be more than 0 seconds. None waits for ever.")
         if retry not in ("halve", "none"):
             raise ValueError(f'retry must be "halve" or "none", but got {retry!r}.')
+        shapes = checked_shapes(pad_to, can_pad=pad is not None and collate is None)
         padding = Padding() if collate is None and pad is not None and size_of is None else None
         check_name(name)
-        slots = open_slots(engine, Steps(collate or Stack(pad, padding), split), runtime, max_in_flight)
+        steps = Steps(collate or Stack(pad, padding, shapes), split, shapes)
+        slots = open_slots(engine, steps, runtime, max_in_flight)
         queue: BatchQueue[Request] = BatchQueue(
             max_batch_size, max_queue, max_wait, max_age, max_cost, max_padding, sized=size_of is not None
         )

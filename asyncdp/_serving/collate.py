@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
-from operator import attrgetter, is_
+from operator import attrgetter, is_, lt
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from .._runtime import trace
 from .._tree import PerRow
 from .._verbs.batch import arguments
 from ..errors import CollateError, SplitError
+from .shapes import Shapes
 
 Collate = Callable[[Sequence[Any]], Any]
 """Makes one batch of some samples; a tuple holds positional arguments, a dict keyword arguments."""
@@ -43,15 +44,16 @@ class Steps:
 
     collate: Collate
     split: Split
+    shapes: Shapes | None = None
 
     def run(self, function: Callable[..., Any], samples: Sequence[Any]) -> Sequence[Any]:
         """Collate, call a function and split, in one go."""
         recorder = trace.recorder
         if recorder is None:
-            args, kwargs = arguments(self.collate(samples))
+            args, kwargs = self.arguments(samples)
             return self.results(function(*args, **kwargs), samples)
         with recorder.step("collate"):
-            args, kwargs = arguments(self.collate(samples))
+            args, kwargs = self.arguments(samples)
         with recorder.step("model"):
             output = function(*args, **kwargs)
         with recorder.step("split"):
@@ -78,14 +80,18 @@ class Steps:
 
     def arguments(self, samples: Sequence[Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
         """Return what to call an engine with."""
-        return arguments(self.collate(samples))
+        return arguments(self.collate(self._filled(samples)))
 
     def results(self, output: Any, samples: Sequence[Any]) -> Sequence[Any]:
         """Return one result for each sample."""
-        results = list(self.split(output, samples))
-        if len(results) != len(samples):
-            raise SplitError(f"split gave {len(results)} results instead of one for each", len(samples))
-        return results
+        filled = self._filled(samples)
+        results = list(self.split(output, filled))
+        if len(results) != len(filled):
+            raise SplitError(f"split gave {len(results)} results instead of one for each", len(filled))
+        return results[: len(samples)]
+
+    def _filled(self, samples: Sequence[Any]) -> Sequence[Any]:
+        return samples if self.shapes is None else self.shapes.filled(samples)
 
 
 class Padding:
@@ -136,10 +142,12 @@ class Stack:
         pad: what fills tensors up to the longest of the batch, at the end of each dimension; None
             refuses tensors of unlike shapes.
         padding: counts what is padded.
+        shapes: what to pad further to; needs `pad`.
     """
 
     pad: float | None = None
     padding: Padding | None = None
+    shapes: Shapes | None = None
 
     def __call__(self, samples: Sequence[Any]) -> Any:
         """Return a batch of the samples' structure, each leaf of shape [num_samples, ...].
@@ -152,9 +160,11 @@ class Stack:
             if spec is not specs[0] and spec != specs[0]:
                 raise CollateError(f"samples differ in structure: {specs[0]} and {spec}")
         columns = zip(*every, strict=True)
-        return _tree.unflatten(specs[0], list(map(self._stack, columns)))
+        shape = None if self.shapes is None else self.shapes.of(samples)
+        lengths = () if shape is None else shape[1:]
+        return _tree.unflatten(specs[0], [self._stack(column, lengths) for column in columns])
 
-    def _stack(self, column: tuple[Any, ...]) -> Any:
+    def _stack(self, column: tuple[Any, ...], lengths: Sequence[int]) -> Any:
         tensors = column
         if set(map(type, column)) != {Tensor}:
             if all(isinstance(leaf, (str, bytes)) for leaf in column):
@@ -168,12 +178,12 @@ class Stack:
                 raise CollateError(f"samples differ in dtype: {first.dtype} and {each.dtype}")
             if each.shape != first.shape:
                 other = each
-        if other is first:
+        if other is first and not any(map(lt, first.shape, lengths)):
             batch = torch.stack(tensors)
         elif self.pad is None or any(each.dim() != first.dim() for each in tensors):
             raise CollateError(f"samples differ in shape: {list(first.shape)} and {list(other.shape)}")
         else:
-            batch = _padded(tensors, self.pad)
+            batch = _padded(tensors, self.pad, lengths)
         if self.padding is not None:
             self.padding.add(tensors)
         return batch
@@ -190,12 +200,13 @@ def _tensor(leaf: Any) -> Tensor:
         raise CollateError(str(error).rstrip(".")) from None
 
 
-def _padded(tensors: Sequence[Tensor], pad: float) -> Tensor:
+def _padded(tensors: Sequence[Tensor], pad: float, lengths: Sequence[int]) -> Tensor:
     first = tensors[0]
     for each in tensors:
         if each.device != first.device:
             raise CollateError(f"samples differ in device: {first.device} and {each.device}")
-    longest = [max(lengths) for lengths in zip(*(each.shape for each in tensors), strict=True)]
+    longest = [max(each) for each in zip(*(each.shape for each in tensors), strict=True)]
+    longest[: len(lengths)] = map(max, longest, lengths)
     batch = first.new_full((len(tensors), *longest), pad)
     for row, each in zip(batch, tensors, strict=True):
         row[tuple(slice(length) for length in each.shape)] = each
