@@ -1,8 +1,10 @@
 """The proof on a GPU; run by scripts/gpu_check.
 
-Prints versions, runs the tests marked `gpu`, the kernels' benchmarks and training steps on two lanes of one
-GPU, writes gpu.json and gpu.md, and ends with a line of what passed, failed and was skipped. Without a GPU
-it says so, writes nothing and ends well.
+Prints versions, runs the tests marked `gpu`, the kernels' benchmarks, calls, steps and a batcher on one lane
+beside plain torch, and training steps on two lanes of one GPU. gpu.json and gpu.md are written after every
+part, so that a run which is cut off leaves what it has. Ends with a line of what passed, failed and was
+skipped. Without a GPU it says so, writes nothing and ends well; `--dry` runs all but the kernels and the two
+lanes with tiny sizes on the CPU, to see that the check itself works.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -26,7 +29,8 @@ from asyncdp import _kernels as kernels
 
 ROOT = Path(__file__).parent.parent
 # Together under 10 minutes, with a margin for start and the report.
-TESTS_SECONDS, BENCHMARKS_SECONDS, TRAINING_SECONDS = 270, 80, 220
+TESTS_SECONDS, BENCHMARKS_SECONDS, TRAINING_SECONDS, DEVICE_SECONDS = 240, 70, 120, 140
+NUM_PROCESSES = 3
 TRAINING = ("--devices", "cuda:0,cuda:0", "--workloads", "mlp1024", "encoder", "--launches", "1")
 PACKAGES = (
     *("torch", "numpy", "numba", "numba-cuda", "cuda-core"),
@@ -77,7 +81,18 @@ def run_tests() -> dict[str, object]:
     ]
     with tempfile.TemporaryDirectory() as directory:
         report = Path(directory, "report.xml")
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rs", f"--junitxml={report}", *files]
+        spread = ["-n", str(NUM_PROCESSES), "--dist", "loadfile"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-m",
+            "gpu",
+            "-rs",
+            *spread,
+            f"--junitxml={report}",
+            *files,
+        ]
         try:
             subprocess.run(command, cwd=ROOT, timeout=TESTS_SECONDS, check=False)
             suite = next(ElementTree.parse(report).iter("testsuite"))
@@ -127,6 +142,19 @@ def run_training() -> tuple[dict[str, object], str]:
         return json.loads(Path(directory, "bench_training.json").read_text()), page
 
 
+def run_device(*, dry: bool) -> list[dict[str, object]]:
+    """Run scripts/bench_device.py; return the rows that it has written, also if it was cut off."""
+    with tempfile.TemporaryDirectory() as directory:
+        rows = Path(directory, "rows.jsonl")
+        rows.touch()
+        command = [sys.executable, str(ROOT / "scripts" / "bench_device.py"), "--json", str(rows)]
+        try:
+            subprocess.run([*command, *["--dry"] * dry], cwd=ROOT, timeout=DEVICE_SECONDS, check=True)
+        except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
+            print(f"calls, steps and batcher did not end: {error}")
+        return [json.loads(line) for line in rows.read_text().splitlines()]
+
+
 def verdicts(benchmarks: dict[str, dict[str, float]]) -> list[tuple[str, float, float]]:
     """Return each aim that was measured: what, its figure, and the least it should be."""
     return [
@@ -164,6 +192,30 @@ def markdown(result: dict[str, object], aims: list[tuple[str, float, float]]) ->
     return "\n".join(lines) + "\n"
 
 
+def device_table(rows: Sequence[dict[str, object]]) -> list[str]:
+    """Write the rows of scripts/bench_device.py for a reader."""
+    lines = ["", "## One lane beside plain torch", "", "| what | measured | aim |", "| --- | --- | --- |"]
+    for row in rows:
+        figures = [
+            f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}"
+            for name, value in row.items()
+            if name not in ("row", "aim")
+        ]
+        lines.append(f"| {row['row']} | {', '.join(figures)} | {row['aim']} |")
+    return lines
+
+
+def write(folder: Path, result: dict[str, object], page: str = "") -> None:
+    """Write what there is so far."""
+    benchmarks, rows = result["benchmarks"], result["device"]
+    assert isinstance(benchmarks, dict)
+    assert isinstance(rows, list)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "gpu.json").write_text(json.dumps(result, indent=2) + "\n")
+    text = markdown(result, verdicts(benchmarks)) + "\n".join(device_table(rows)) + "\n"
+    (folder / "gpu.md").write_text(text + (f"\n#{page}" if page else ""))
+
+
 def met(figure: float, least: float) -> str:
     """Say whether an aim was met."""
     return "met" if figure >= least else "not met"
@@ -173,12 +225,13 @@ def main() -> None:
     """Check, write and sum up; the exit status is 1 where a test failed or a benchmark did not end."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results")
+    parser.add_argument("--dry", action="store_true", help="tiny sizes on the CPU; name an --output")
     arguments = parser.parse_args()
     found = versions()
     for name, version in found.items():
         print(f"{name}: {version}")
     report = kernels.report("cuda:0")
-    if report.implementation != "numba":
+    if report.implementation != "numba" and not arguments.dry:
         print(
             f"No GPU check was run: {'; '.join(report.missing) or report.reason}. To run it: {report.remedy}."
         )
@@ -186,24 +239,29 @@ def main() -> None:
         return
     date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     tests = run_tests()
-    benchmarks = run_benchmarks()
-    training, page = run_training()
     result: dict[str, object] = {
         "date": date,
         "versions": found,
         "tests": tests,
-        "benchmarks": benchmarks,
-        "training": training,
+        "benchmarks": {},
+        "device": [],
+        "training": {},
     }
+    write(arguments.output, result)
+    benchmarks = {} if arguments.dry else run_benchmarks()
+    result["benchmarks"] = benchmarks
+    write(arguments.output, result)
+    rows = result["device"] = run_device(dry=arguments.dry)
+    write(arguments.output, result)
+    training, page = ({}, "") if arguments.dry else run_training()
+    result["training"] = training
+    write(arguments.output, result, page)
     aims = verdicts(benchmarks)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "gpu.json").write_text(json.dumps(result, indent=2) + "\n")
-    text = markdown(result, aims) + (f"\n#{page}" if page else "")
-    (arguments.output / "gpu.md").write_text(text)
     missed = [what for what, figure, least in aims if figure < least]
     print(f"aims: {len(aims) - len(missed)} met, {len(missed)} not met {missed or ''}")
     print(f"passed {tests['passed']}, failed {tests['failed']}, skipped {tests['skipped']}")
-    sys.exit(bool(tests["failed"]) or not benchmarks or not training)
+    is_whole = bool(rows) and (arguments.dry or (bool(benchmarks) and bool(training)))
+    sys.exit(bool(tests["failed"]) or not is_whole)
 
 
 if __name__ == "__main__":
