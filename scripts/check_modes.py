@@ -60,7 +60,7 @@ async def predict_by(kind: str, caller: Any, stack: AsyncExitStack) -> Predict:
 
         async def mapped(x: Tensor) -> Any:
             async with caller.map([x]) as results:
-                return [each async for each in results][0]
+                return await anext(aiter(results))
 
         return mapped
     return caller.on_one_lane if kind == "on_one_lane" else caller
@@ -126,9 +126,9 @@ def as_table(result: dict[str, Any]) -> str:
         f"{result['python']}, torch {result['torch']}.",
         "",
         f"A module with dropout on {DEVICES} is trained by one task and called by another, which calls "
-        "`module.eval()` before (or calls a view in eval mode). Each answer, and each snapshot, is compared bit "
-        "for bit with the weights after every step: *wrong* is one that equals none of them, by dropout or by "
-        "half a step.",
+        "`module.eval()` before (or calls a view in eval mode). Each answer, and each snapshot, is compared "
+        "bit for bit with the weights after every step: *wrong* is one that equals none of them, by dropout "
+        "or by half a step.",
         "",
         "| way | num_lanes | answers | steps beside | different weights seen | wrong |",
         "|---|---|---|---|---|---|",
