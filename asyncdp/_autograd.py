@@ -171,6 +171,10 @@ def concatenate(shards: Sequence[Tensor], dim: int, device: torch.device) -> Ten
             return _kernels.gather(shards, dim, device)
         return torch.cat([shard if shard.device == device else shard.to(device) for shard in shards], dim)
     except (RuntimeError, IndexError) as error:
+        layout = shards[0].layout
+        if layout not in (torch.strided, torch.sparse_coo):
+            remedy = "Return tensor.to_sparse_coo() or tensor.to_dense()."
+            raise GatherError(f"torch does not concatenate {layout} tensors", remedy) from error
         if _fit(shards, dim):
             raise
         shapes = ", ".join(str(list(shard.shape)) for shard in shards)

@@ -19,6 +19,9 @@ from ..errors import GatherError
 from .route import Route
 from .tuner import LaneChoice, Tuner, Workload
 
+# A forward may make a table once. All of the first `TURN` calls of a kind take all lanes.
+_MIN_CHANGING = 2
+
 NOT_ROWS = "outputs are not made of rows of the batch"
 
 
@@ -110,12 +113,20 @@ class Adaptive:
     def _workload(self, kind: str, batch: Batch, snapshot: ModuleSnapshot) -> Workload:
         """Return the workload of a call; one that may not be tuned is fixed here."""
         mode = "train" if snapshot.training[0] else "eval"
-        reason = why_fixed(snapshot)
+        reason = why_fixed(snapshot) or self._why_stateful(snapshot)
         shapes = tuple(ShapeBucket.of(leaf) for leaf in batch.shaped)
         workload = self._tuner.workload(WorkloadKey(kind, mode, _torch_mode(), shapes, reason))
         if reason is not None:
             workload.fix(reason)
         return workload
+
+    def _why_stateful(self, snapshot: ModuleSnapshot) -> str | None:
+        """Return why what is left in the module depends on how a batch is split, or None."""
+        replicas = self._route.replicas
+        num_changing = replicas.carried.num_changing[snapshot.training[0]]
+        if replicas.written or num_changing >= _MIN_CHANGING:
+            return "forwards change the state of the module, of which lane 0's rows survive"
+        return None
 
     def _keeps_its_meaning(self, workload: Workload, result: Any, batch: Batch) -> bool:
         num_rows = batch.num_rows

@@ -18,6 +18,7 @@ from .._runtime.schedule import PassState
 from .._runtime.task import last_seconds
 from .._verbs.batch import arguments
 from .prefetch import Prefetcher
+from .source import sayable
 
 _QUICK_SECONDS = 1e-3
 _QUICK_PER_LANE = 8
@@ -164,7 +165,7 @@ class Flow:
         failure, self.failure = self.failure, None
         if failure is not None:
             try:
-                raise failure
+                raise sayable(failure)
             finally:
                 # The traceback refers to this frame: they would keep each other alive.
                 del failure

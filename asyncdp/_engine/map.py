@@ -15,7 +15,7 @@ from .. import _loops
 from .._loops import ends_tasks, is_cancelled
 from .._runtime.lane_runner import StatefulLaneRunner
 from .flow import Flow
-from .source import END, Source, check_iterable
+from .source import END, Source, check_iterable, sayable
 
 ON_ERROR = ("raise", "skip", "return")
 
@@ -66,7 +66,7 @@ class BatchStream:
                 return outcome.error
             if self._on_error == "raise" or is_fatal:
                 try:
-                    raise outcome.error
+                    raise sayable(outcome.error)
                 finally:
                     del outcome  # its error's traceback refers to this frame
                     await self.aclose()

@@ -9,6 +9,8 @@ import anyio
 import anyio.to_thread
 import torch
 
+from .._tree import PerRow
+
 END = object()
 """What a source gives once it has nothing more."""
 
@@ -67,10 +69,22 @@ class Source:
             await anyio.to_thread.run_sync(iterator.close)
 
 
+def sayable(error: BaseException) -> BaseException:
+    """Return an error as a stream can raise it: `StopAsyncIteration` would pass for its end."""
+    if not isinstance(error, StopAsyncIteration):
+        return error
+    wrapped = RuntimeError(
+        "a batch, or the source of batches, raised StopAsyncIteration (the cause of this error). "
+        "Call anext() with a default there, or catch it."
+    )
+    wrapped.__cause__ = error
+    return wrapped
+
+
 def check_iterable(batches: object) -> None:
     """Raise `TypeError` for what is no iterable of batches, or a single batch."""
-    is_one_batch = isinstance(batches, (torch.Tensor, Mapping, str, bytes))
-    if is_one_batch or not isinstance(batches, (Iterable, AsyncIterable)):
+    is_one_batch = isinstance(batches, (torch.Tensor, Mapping, str, bytes, PerRow))
+    if hasattr(batches, "__array__") or is_one_batch or not isinstance(batches, (Iterable, AsyncIterable)):
         raise TypeError(
             f"expected an iterable or an async iterable of batches, but got {type(batches).__qualname__}. "
             "Wrap a single batch in a list."

@@ -21,7 +21,7 @@ from .._verbs.batch import Batch
 from ..errors import NotAPairError
 from .adaptive import Adaptive
 from .prefetch import Prefetcher
-from .source import END, Source
+from .source import END, Source, sayable
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +189,7 @@ class _Run:
         failure, self.failure = self.failure, None
         if failure is not None:
             try:
-                raise failure
+                raise sayable(failure)
             finally:
                 del failure  # its traceback refers to this frame
 
@@ -277,7 +277,7 @@ class StepStream:
             return outcome
         if outcome is not None:
             try:
-                raise outcome
+                raise sayable(outcome)
             finally:
                 del outcome  # its traceback refers to this frame
                 await self.aclose()

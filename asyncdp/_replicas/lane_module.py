@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import compress
@@ -24,10 +25,14 @@ class CarriedValues:
 
     A pass whose state was captured before gets them all the same, as it gets the buffers. Each state refers
     to the latest link of a chain at its time; links that no state refers to go.
+
+    Attributes:
+        num_changing: by the mode, how many forwards have changed tensors that survive.
     """
 
     def __init__(self) -> None:
         self.latest = _Link()
+        self.num_changing: Counter[bool] = Counter()
 
     def add(self, values: AttributeMap) -> None:
         """Add the values that one forward set."""
@@ -121,6 +126,7 @@ class LaneModule:
                 self._note(written)
             if survivors is not None:
                 survivors.apply()
+                self.carried.num_changing[self.state.training[0]] += survivors.is_counted
                 if survivors.values:
                     self.carried.add(survivors.values)
         finally:

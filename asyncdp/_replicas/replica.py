@@ -15,7 +15,7 @@ from ..errors import LazyModuleError
 from .copier import Copier, bare_copy, substitute
 from .refusals import warn_if_compiled
 from .snapshot import AttributeMap, ModuleSnapshot, is_plain
-from .state import HOOKS, OF_ALL_MODULES, Watch, is_same, refill, shallow
+from .state import HOOKS, OF_ALL_MODULES, Watch, entries, is_same, refill, shallow
 from .survivors import Survivors
 
 Substitutions = Mapping[int, Tensor]
@@ -152,11 +152,13 @@ class Replica:
             return None
         if not (differs or written or snapshot.buffer_owners or snapshot.loose):
             return None
-        found = Survivors(snapshot)
+        found = Survivors(snapshot, is_counted=bool(written))
         owners = range(len(self._modules)) if differs else snapshot.buffer_owners
         for position in owners:
             # Flags about parameters may be anywhere: one device would have them all.
-            if (self._buffers_changed(position, found, versions) or written) and differs:
+            is_changed = self._buffers_changed(position, found, versions)
+            found.is_counted |= is_changed
+            if (is_changed or written) and differs:
                 self._collect_values(position, found)
         for position in written:
             original = snapshot.parameters[position]
@@ -166,6 +168,7 @@ class Replica:
         for original in snapshot.loose:
             own = self._bound[id(original)]
             if own.is_inference() or versions.get(id(own)) != version_of(own):
+                found.is_counted = True
                 if own is not original:
                     found.loose.append((original, own))
                 for position, namespace in enumerate(self._namespaces if differs else ()):
@@ -244,6 +247,13 @@ class Replica:
                         raise LazyModuleError(
                             f"{prefix}.{name}" if prefix else name, f"forward added the {kind}"
                         )
+        for container in self._containers:
+            before = content[id(container)]
+            for value in entries(container):
+                is_new = isinstance(value, nn.Module) and not any(value is each for each in entries(before))
+                if is_new and id(value) not in known and any(_tensors_of(value)):
+                    name = type(value).__name__
+                    raise LazyModuleError(name, "forward put into a container of its module the submodule")
 
     def _restore(self) -> None:
         for module, kind in zip(self._modules, self._types, strict=True):

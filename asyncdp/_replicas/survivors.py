@@ -20,12 +20,15 @@ class Survivors:
         buffers: position and name of each buffer to be changed; what it was before, what it is now, and
             whether it was put in the other's place.
         values: plain values that were set beside buffers that changed.
+        is_counted: whether the forward is known to have changed a tensor that survives. Lane 0 may have
+            changed the original's own, which leaves nothing to carry.
         loose: tensors to be written to, and from what.
     """
 
     snapshot: ModuleSnapshot
     buffers: list[tuple[int, str, Tensor | None, Tensor | None, bool]] = field(default_factory=list)
     values: dict[tuple[int, str], Any] = field(default_factory=dict)
+    is_counted: bool = False
     loose: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     transient: list[tuple[int, str]] = field(default_factory=list)
     """New buffers that are not to be saved."""

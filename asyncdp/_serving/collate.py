@@ -100,13 +100,21 @@ class Padding:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._real = self._padded = 0
+        self._of_batches: dict[int, tuple[Any, int]] = {}  # by the first sample, which keeps its `id` so
 
-    def add(self, tensors: Sequence[Tensor]) -> None:
-        """Count the tensors of one leaf of a batch."""
-        real, padded = _num_elements(tensors)
+    def add(self, samples: Sequence[Any], counts: Sequence[tuple[int, int]]) -> None:
+        """Count a batch, by what `_num_elements` gave for each of its leaves."""
+        real, padded = (sum(each) for each in zip((0, 0), *counts, strict=True))
         with self._lock:
             self._real += real
             self._padded += padded
+            if trace.recorder is not None:
+                self._of_batches[id(samples[0])] = samples[0], padded - real
+
+    def take(self, samples: Sequence[Any]) -> int | None:
+        """Return what was padded in a batch that was traced, once; None if it was not collated."""
+        found = [self._of_batches.pop(id(each), None) for each in map(_unstated, samples)]
+        return sum(each[1] for each in found if each is not None) if any(found) else None
 
     def totals(self) -> tuple[int, int]:
         """Return how many elements the samples had, and how many the batches; from any thread."""
@@ -114,15 +122,8 @@ class Padding:
             return self._real, self._padded
 
 
-def padding_of(samples: Sequence[Any]) -> int | None:
-    """Return the elements by which the default `collate` pads a batch; None if it cannot make one."""
-    padding = Padding()
-    try:
-        Stack(0, padding)([each.sample if isinstance(each, StatedSample) else each for each in samples])
-    except Exception:
-        return None
-    real, padded = padding.totals()
-    return padded - real
+def _unstated(sample: Any) -> Any:
+    return sample.sample if isinstance(sample, StatedSample) else sample
 
 
 def _num_elements(tensors: Sequence[Tensor]) -> tuple[int, int]:
@@ -159,12 +160,16 @@ class Stack:
         for spec in specs:
             if spec is not specs[0] and spec != specs[0]:
                 raise CollateError(f"samples differ in structure: {specs[0]} and {spec}")
+        counts: list[tuple[int, int]] = []
         columns = zip(*every, strict=True)
         shape = None if self.shapes is None else self.shapes.of(samples)
         lengths = () if shape is None else shape[1:]
-        return _tree.unflatten(specs[0], [self._stack(column, lengths) for column in columns])
+        batch = _tree.unflatten(specs[0], [self._stack(column, lengths, counts) for column in columns])
+        if self.padding is not None:
+            self.padding.add(samples, counts)
+        return batch
 
-    def _stack(self, column: tuple[Any, ...], lengths: Sequence[int]) -> Any:
+    def _stack(self, column: tuple[Any, ...], lengths: Sequence[int], counts: list[tuple[int, int]]) -> Any:
         tensors = column
         if set(map(type, column)) != {Tensor}:
             if all(isinstance(leaf, (str, bytes)) for leaf in column):
@@ -185,7 +190,7 @@ class Stack:
         else:
             batch = _padded(tensors, self.pad, lengths)
         if self.padding is not None:
-            self.padding.add(tensors)
+            counts.append(_num_elements(tensors))
         return batch
 
 
@@ -196,7 +201,7 @@ def _tensor(leaf: Any) -> Tensor:
         raise CollateError(f"a {type(leaf).__qualname__} cannot be stacked")
     try:
         return torch.as_tensor(leaf)
-    except TypeError as error:
+    except (TypeError, RuntimeError) as error:
         raise CollateError(str(error).rstrip(".")) from None
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
 from .call import CallState, Request
+
+_MAX_COMPARED = 500  # characters of what an error says
+_WITH_DIGITS = re.compile(r"\S*\d\S*")
 
 Signature = tuple[type[BaseException], str]
 
@@ -229,5 +233,8 @@ def _success_chance(raised_cost: float) -> float:
 
 
 def signature(error: BaseException) -> Signature:
-    """Return what an error says; unlike the error, it keeps nothing alive."""
-    return type(error), str(error)
+    """Return what an error says, but for what may differ from run to run: times, sizes, addresses, ids.
+
+    Unlike the error, it keeps nothing alive.
+    """
+    return type(error), _WITH_DIGITS.sub("#", str(error)[:_MAX_COMPARED])

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 from .._runtime import trace
 from ..errors import BatcherClosedError, DeviceLostError, QueueFullError
 from .call import CallState, Outcomes, Request
-from .collate import Padding, padding_of
+from .collate import Padding
 
 _NUM_KEPT = 4096  # the latest durations, which percentiles are made of
 
@@ -203,7 +203,7 @@ class Recorder:
             sizes = [call.size for call in run.calls]
             longest = max(sizes)
             return len(sizes) * longest - sum(sizes) if longest else None
-        return padding_of([call.sample for call in run.calls])
+        return self.padding.take([call.sample for call in run.calls])
 
     def on_closed(self) -> None:
         """Tell the observers that the batcher has ended."""

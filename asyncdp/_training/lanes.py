@@ -151,13 +151,12 @@ class TrainingLane:
             leaf.grad = None
         return gradients
 
-    def write_back_buffers(self) -> AttributeMap:
-        """Carry what the forward did to this lane's buffers into the module's; return the values beside."""
+    def write_back_buffers(self) -> Survivors | None:
+        """Carry what the forward did to this lane's buffers into the module's; return all that survives."""
         survivors, self._survivors = self._survivors, None
-        if survivors is None:
-            return {}
-        survivors.apply()
-        return survivors.values
+        if survivors is not None:
+            survivors.apply()
+        return survivors
 
 
 def _hook(lane: weakref.ref[TrainingLane], position: int) -> Callable[[Tensor], None]:

@@ -262,9 +262,11 @@ class Step:
         return Use(self._state.snapshot, changes=True, optimizer=self.options.optimizer)
 
     def _write_back(self, lane: TrainingLane) -> None:
-        values = lane.write_back_buffers()
-        if values:
-            self._modules.carried.add(values)
+        survivors, carried = lane.write_back_buffers(), self._modules.carried
+        if survivors is not None:
+            carried.num_changing[self._state.training[0]] += survivors.is_counted
+            if survivors.values:
+                carried.add(survivors.values)
 
     def undo(self) -> None:
         """Restore the gradients after a failure or a cancellation, when all lanes are done."""

@@ -416,6 +416,31 @@ async def test_parts_made_in_forward_are_refused(name: str, kind: str) -> None:
         assert torch.equal(torch.stack([*await run(torch.ones(2, 1))]), module(torch.ones(2, 1)))
 
 
+@every_way
+@pytest.mark.parametrize("kind", [list, dict])
+async def test_modules_put_into_containers_in_forward_are_refused(name: str, kind: type) -> None:
+    """A module with weights that the first forward puts into a list or dict would differ per lane as well."""
+
+    class Growing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.made: Any = kind()
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.made:
+                layer = nn.Linear(1, 1)
+                self.made.append(layer) if kind is list else self.made.update({0: layer})
+            return self.made[0](x)  # type: ignore[no-any-return]
+
+    module = Growing()
+    async with way(name, module) as run:
+        with pytest.raises(LazyModuleError, match=r"'Linear'.*[Rr]un one batch"):
+            await run(torch.ones(2, 1))
+        assert not module.made
+        module(torch.ones(2, 1))
+        assert torch.equal(torch.stack([*await run(torch.ones(2, 1))]), module(torch.ones(2, 1)))
+
+
 async def test_slots_are_refused() -> None:
     """Attributes in `__slots__`, which no replica could have its own of, are named before anything runs."""
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from asyncdp import Batcher, DataParallel, Runtime
+from asyncdp import Batcher, DataParallel, PerRow, Runtime
 from asyncdp.testing.fake import FakeDevice, fake_devices
 
 pytestmark = pytest.mark.anyio
@@ -216,7 +216,8 @@ async def test_mistakes_are_told_at_once() -> None:
     async with DataParallel(Double(), "cpu") as engine:
         with pytest.raises(TypeError, match="but got int"):
             engine.map(7)  # type: ignore[arg-type]
-        for batch in (torch.ones(2), {"x": torch.ones(2)}, "text", b"text"):
+        ones = torch.ones(2)
+        for batch in (ones, ones.numpy(), {"x": ones}, PerRow(["a", "b"]), "text", b"text"):
             with pytest.raises(TypeError, match="Wrap a single batch in a list"):
                 engine.map(batch)
         with pytest.raises(ValueError, match="on_error"):

@@ -115,6 +115,24 @@ async def test_a_cancellation_that_the_engine_raises_is_its_batchs_error(error: 
         assert [kept[0].item(), kept[2].item()] == [2.0, 6.0]
 
 
+@pytest.mark.parametrize("of_source", [False, True])
+async def test_no_error_passes_for_the_end_of_the_stream(of_source: bool) -> None:
+    """A batch, or a source, that raises `StopAsyncIteration` fails: the results after it are not lost."""
+
+    def source() -> Iterator[torch.Tensor]:
+        yield from batches(1.0)
+        if of_source:
+            raise StopAsyncIteration
+        yield from batches(-1.0, 3.0)
+
+    async with DataParallel(Raising(StopAsyncIteration), "cpu") as engine:
+        results = engine.map(source())
+        assert (await anext(results)).item() == 2.0
+        with pytest.raises(RuntimeError, match="raised StopAsyncIteration") as caught:
+            await anext(results)
+        assert isinstance(caught.value.__cause__, StopAsyncIteration)
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize("on_error", ["skip", "return"])
 async def test_no_policy_holds_up_the_end_of_the_program(error: type[BaseException], on_error: Any) -> None:

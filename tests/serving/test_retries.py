@@ -96,6 +96,28 @@ async def test_a_model_that_is_down_costs_three_runs() -> None:
         assert len(model.sizes) == 6  # it worked a moment ago: more has to fail before the model is blamed
 
 
+@pytest.mark.parametrize("is_warm", [False, True])
+@pytest.mark.parametrize(
+    "text", ["out of memory: {} of 80 GiB free", "no answer at 0x7f{:x} after {} s", "request {}-a{} failed"]
+)
+async def test_errors_that_differ_in_numbers_are_the_same(text: str, is_warm: bool) -> None:
+    """A model that is down is found out too if each run names another time, size, address or id."""
+    sizes: list[int] = []
+
+    def down(x: torch.Tensor) -> torch.Tensor:
+        if is_warm and not sizes:
+            sizes.append(len(x))
+            return x
+        sizes.append(len(x))
+        raise ConnectionError(text.format(len(sizes), 7919 * len(sizes)))
+
+    async with Runtime("cpu") as runtime, Batcher(down, runtime=runtime) as batcher:
+        if is_warm:
+            await batcher(torch.tensor(1.0))
+        assert await outcomes_of(batcher, [1.0] * 32) == [ConnectionError] * 32
+        assert len(sizes) <= (7 if is_warm else 3)
+
+
 async def test_no_retry_fails_the_batch() -> None:
     """By `retry="none"` a batch that raises runs once, and all its calls get the error."""
     model = Model()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -93,6 +94,30 @@ async def test_a_batch_that_raises_names_its_error(kind: str, tmp_path: Path) ->
     if kind != "async":
         runs = [span["args"] for span in spans if (span["name"], span["cat"]) == ("run", "on lane")]
         assert sum("error" in args for args in runs) == sum("error" in args for args in batches)
+
+
+@pytest.mark.parametrize("kind", ["engine", "function", "async"])
+async def test_padding_is_found_where_batches_are_made(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a trace is recorded, too, each batch is padded once, and not on the event loop."""
+    threads: list[threading.Thread] = []
+
+    def noted(*args: Any) -> torch.Tensor:
+        threads.append(threading.current_thread())
+        return new_full(*args)
+
+    new_full = torch.Tensor.new_full  # what a padded batch is made by
+    monkeypatch.setattr(torch.Tensor, "new_full", noted)
+    path = tmp_path / "trace.json"
+    async with serving(kind) as batcher, TraceRecorder(path):
+        await call_all(batcher, [torch.ones(length) for length in (2, 5, 3)])
+        await call_all(batcher, [torch.ones(length) for length in (4, 1)])
+        assert batcher.statistics().padding_tokens == 5 + 3
+    found = [span["args"]["padding"] for span in await spans_of(path) if span["cat"] == "batch"]
+    assert found == [5, 3]
+    assert len(threads) == 2
+    assert threading.current_thread() not in threads
 
 
 async def test_padding_that_nobody_knows_is_left_out(tmp_path: Path) -> None:

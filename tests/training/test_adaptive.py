@@ -113,6 +113,68 @@ async def test_batch_statistics_fix_the_choice() -> None:
     assert free.num_probes == 14
 
 
+class Counter(nn.Module):
+    """Counts its rows, in whatever mode, in a buffer, another tensor or a parameter."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.weight = kind, nn.Parameter(torch.ones(1))
+        if kind in ("buffer", "new buffer"):
+            self.register_buffer("count", torch.zeros(()))
+        else:
+            count = torch.zeros(())
+            self.count = nn.Parameter(count, requires_grad=False) if kind == "parameter" else count
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "new buffer":
+            self.count = self.count + len(x)
+        else:
+            self.count += len(x)
+        return x * self.weight
+
+
+@pytest.mark.parametrize("kind", ["buffer", "new buffer", "tensor", "parameter"])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("steps", [False, True])
+async def test_modules_that_change_their_state_stay_on_all_lanes(
+    kind: str, training: bool, steps: bool
+) -> None:
+    """What is left in the module never depends on a choice: each pass counts the rows of lane 0's shard."""
+    module = Counter(kind).train(training)
+    optimizer = torch.optim.SGD(module.parameters(), 0.0)
+    x = torch.ones(6, 1)
+    async with adaptive(module) as one:
+        for _ in range(14):
+            if steps:
+                await one.train_step(x, x, functional.mse_loss, optimizer)
+            else:
+                await one(x)
+        assert module.count.item() == 14 * 2
+        assert "state" in one.statistics().choices[-1].reason or (training and "buffer" in kind)
+
+
+async def test_a_table_made_once_does_not_fix_the_choice() -> None:
+    """A forward that changes a buffer in its first call alone is no reason to stay on all lanes."""
+
+    class Table(nn.Module):
+        table: Tensor | None
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", None)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.table is None:
+                self.table = torch.ones(1)
+            return x * self.table
+
+    async with adaptive(Table().eval()) as one:
+        for _ in range(14):
+            await one(torch.ones(6, 1))
+        (choice,) = one.statistics().choices
+        assert choice.num_probes == 14
+
+
 async def test_deterministic_mode_fixes_the_choice() -> None:
     """In torch's deterministic mode calls and steps never depend on what was measured."""
     module = mlp()

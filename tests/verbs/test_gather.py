@@ -124,12 +124,14 @@ def test_packed_inputs_reach_their_modules() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
-def test_what_torch_cannot_concatenate_is_not_called_unfit() -> None:
-    """Equal sizes are never said not to fit: the error of torch comes out as it is."""
-    rows = torch.eye(2).to_sparse_csr()
-    with pytest.raises(RuntimeError, match="Sparse CSR") as caught:
+@pytest.mark.parametrize("convert", [Tensor.to_sparse_csr, Tensor.to_sparse_csc])
+def test_what_torch_cannot_concatenate_is_named(convert: Any) -> None:
+    """Of tensors in a layout that torch cannot concatenate the error says so, and what to return instead."""
+    rows = convert(torch.eye(2))
+    with pytest.raises(GatherError, match=r"concatenate torch.sparse_cs. .* Return tensor.to_sparse_coo"):
         asyncdp.gather([rows, rows], "cpu")
-    assert not isinstance(caught.value, GatherError)
+    coo = asyncdp.gather([rows.to_sparse_coo()] * 2, "cpu")
+    assert torch.equal(coo.to_dense(), torch.eye(2).repeat(2, 1))
 
 
 @pytest.mark.parametrize("others", [[2], [2, 3, 4], [2, 4], []])
