@@ -28,6 +28,7 @@ def written(format_name, columns, ids=None):
 
 REFUSED = {
     "parquet": [[1, "text"], [object(), 1], ["\ud800", "a"], [torch.zeros(2), torch.zeros(2)], [2**70, 1]],
+    "arrow": [[1, "text"], [object(), 1], ["\ud800", "a"], [torch.zeros(2), torch.zeros(2)], [2**70, 1]],
     "jsonl": [[b"bytes", b"b"], [{1, 2}, 1], ["\ud800", "a"], [torch.zeros(2), 1], [{("a",): 1}, 1]],
     "npy": [["text", "a"], [[1], [1, 2]], [None, 1]],
     "safetensors": [["text", "a"], [[1], [1, 2]], np.array([1 + 2j, 3])],

@@ -27,11 +27,15 @@ from .journal import (
     StoredFile,
     load_journal,
 )
-from .schema import conform, described, read_schema, read_table, unify, write_table
+from .schema import common_names, conform, described, unify
+from .tables import TABLE_FORMATS, read_schema, read_table, write_table
 from .writers import make_table, naming_culprit, write_shard
 
 _LOCK_NAME = ".lock"
 _ERRORS_PREFIX = "_errors-"
+
+WIDENED = (*TABLE_FORMATS, "jsonl")
+"""Formats whose shards are written again where later ones have further columns."""
 
 # What a job may leave in a folder before its journal is complete.
 _NOTHING_YET = (_LOCK_NAME, TEMPORARY_PREFIX + JOURNAL_NAME)
@@ -102,7 +106,7 @@ class OutputFolder:
             files.append(self._write_errors(f"{index:06d}", failures))
         if len(rows):
             path = self.path / f"part-{index:06d}.{self._format}"
-            write = self._write_table if self._format == "parquet" else self._write_rows
+            write = self._write_table if self._format in TABLE_FORMATS else self._write_rows
             schema, stored = write(path, rows, self.journal.state.place_of(index))
             files.append(stored)
         self.journal.finish_block(Block(index, num_records, num_records - len(rows), tuple(files), schema))
@@ -121,7 +125,7 @@ class OutputFolder:
         Raises:
             JobError: there is no common type.
         """
-        if self._format == "parquet" and self._common_schema() is not None:
+        if self._format in TABLE_FORMATS and self._common_schema() is not None:
             self._rewrite(self._common_schema())
         elif self._format == "jsonl":
             schemas = [block.schema for block in self.finished.values() if block.schema]
@@ -169,7 +173,7 @@ class OutputFolder:
         self.journal.finish_block(dataclasses.replace(block, files=tuple(files), schema=schema))
 
     def _write_table(self, path: Path, rows: BlockRows, where: str) -> tuple[dict[str, str], StoredFile]:
-        """Write a shard of parquet; the shards before are written again if they need wider types for it."""
+        """Write a table of Arrow; the shards before are written again if they need wider types for it."""
         ids, columns = rows.finish()
         check_same_schema(self.journal.state.schema or rows.schema, rows.schema, where)
         with naming_culprit(self._format, ids, columns):
@@ -181,7 +185,7 @@ class OutputFolder:
             self._rewrite(schema)
         names = described(schema, fixed_columns(rows.schema))
         with self._whole(path) as file:
-            write_table(file, table, names)
+            write_table(self._format, file, table, names)
         return names, StoredFile.of(path, file)
 
     def _common_schema(self) -> Any:
@@ -190,7 +194,8 @@ class OutputFolder:
             written = {str(block.schema): block for block in self.finished.values() if block.schema}
             for block in written.values():
                 place = self.journal.state.place_of(block.index)
-                self._schema = unify(self._schema, read_schema(self.path / _shard_of(block)), place)
+                schema = common_names(read_schema(self.path / _shard_of(block)))
+                self._schema = unify(self._schema, schema, place)
         return self._schema
 
     def _rewrite(self, schema: Any) -> None:
@@ -201,7 +206,7 @@ class OutputFolder:
             path = self.path / _shard_of(block)
             table = conform(read_table(path), schema, self.journal.state.place_of(block.index))
             with self._whole(path) as file:
-                write_table(file, table, names)
+                write_table(self._format, file, table, names)
             self._finish_again(block, StoredFile.of(path, file), names)
         self._schema = schema
 

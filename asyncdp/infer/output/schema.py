@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from ...errors import JobError
 from ..blocks import OBJECTS, merged
-from ..places import open_place
 
 _REMEDY = (
     "Return values of one type with --postprocess, None where there is none, or write --output-format jsonl."
@@ -83,37 +81,11 @@ def conform(table: Any, schema: Any, where: str) -> Any:
     return pyarrow.table(columns, schema=schema)
 
 
-def read_schema(path: Path) -> Any:
-    """Return the schema of a shard on disk."""
+def common_names(schema: Any) -> Any:
+    """Return the schema of a file with the names that Arrow gives, and without the file's notes."""
     import pyarrow
-    import pyarrow.parquet
 
-    with open_place(path, in_order=False) as file:
-        fields = pyarrow.parquet.read_schema(file).remove_metadata()
-    return pyarrow.schema([(field.name, _normal(field.type)) for field in fields])
-
-
-def read_table(path: Path) -> Any:
-    """Return a shard on disk."""
-    import pyarrow.parquet
-
-    with open_place(path, in_order=False) as file:
-        return pyarrow.parquet.read_table(file, partitioning=None)
-
-
-def write_table(file: IO[bytes], table: Any, schema: dict[str, str]) -> None:
-    """Write a shard.
-
-    Args:
-        file: where it goes.
-        table: ids and columns.
-        schema: type and shape of the columns, as `blocks.schema_of` gives them.
-    """
-    import pyarrow.parquet
-
-    # A dictionary of floats that hardly repeat costs time and memory, and is thrown away.
-    repeating = [name for name, kind in schema.items() if kind.startswith(OBJECTS)]
-    pyarrow.parquet.write_table(table, file, use_dictionary=repeating or False)
+    return pyarrow.schema([(field.name, _normal(field.type)) for field in schema])
 
 
 def _without_id(fields: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import math
@@ -15,14 +16,14 @@ from ...errors import JobError, MissingExtraError
 from ..blocks import schema_of
 from ..records import Columns
 from ..values import as_json, as_python, as_text, is_arrow
-from .schema import write_table
+from .tables import TABLE_FORMATS, write_table
 
 Encoder = Callable[[IO[bytes], Sequence[Any], Columns], None]
 
 
-def _write_parquet(file: IO[bytes], ids: Sequence[Any], columns: Columns) -> None:
+def _write_as_table(format_name: str, file: IO[bytes], ids: Sequence[Any], columns: Columns) -> None:
     """Write one row per record."""
-    write_table(file, make_table(ids, columns), schema_of(columns))
+    write_table(format_name, file, make_table(ids, columns), schema_of(columns))
 
 
 def make_table(ids: Sequence[Any], columns: Columns) -> Any:
@@ -84,7 +85,7 @@ def _write_safetensors(file: IO[bytes], ids: Sequence[Any], columns: Columns) ->
 
 
 WRITERS: dict[str, Encoder] = {
-    "parquet": _write_parquet,
+    **{name: functools.partial(_write_as_table, name) for name in TABLE_FORMATS},
     "jsonl": _write_jsonl,
     "npy": _write_npy,
     "safetensors": _write_safetensors,
