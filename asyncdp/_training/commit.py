@@ -40,6 +40,18 @@ class StepOptions:
         """Refuse what cannot work, before any lane runs."""
         if self.loss_reduction not in ("mean", "sum"):
             raise LossReductionError(self.loss_reduction)
+        if not callable(self.loss_fn):
+            raise TypeError(
+                f"loss_fn must be a function of outputs and targets, but got {self.loss_fn!r}. "
+                "Pass torch.nn.functional.cross_entropy, say, or lambda outputs, targets: outputs.mean()."
+            )
+        if self.before_step is not None and not callable(self.before_step):
+            raise TypeError(
+                f"before_step must be a function without arguments, but got {self.before_step!r}. "
+                "Pass lambda: clip_grad_norm_(module.parameters(), 1.0), say."
+            )
+        if self.scaler is not None and not hasattr(self.scaler, "scale"):
+            raise TypeError(f"scaler must be a torch.amp.GradScaler or None, but got {self.scaler!r}.")
         if self.reduce_only:
             return
         if not callable(getattr(self.optimizer, "step", None)) or not hasattr(self.optimizer, "zero_grad"):

@@ -341,6 +341,11 @@ async def test_mistakes_are_refused_before_anything_runs() -> None:
             await one.train_step(x, y, loss_fn, torch.optim.LBFGS(module.parameters()))
         with pytest.raises(NotAnOptimizerError, match="NoneType"):
             await one.train_step(x, y, loss_fn, None)
+        with pytest.raises(TypeError, match=r"loss_fn must be a function .*, but got None"):
+            await one.train_step(x, y, None, sgd(module))  # type: ignore[arg-type]
+        for option in ("before_step", "scaler"):
+            with pytest.raises(TypeError, match=f"{option} must be .*, but got 3"):
+                await one.train_step(x, y, loss_fn, sgd(module), **{option: 3})  # type: ignore[arg-type]
         with pytest.raises(LengthMismatchError):
             await one.train_step(x, y[:5], loss_fn, sgd(module))
     assert not calls

@@ -154,6 +154,17 @@ def test_bad_output_device(form: Form) -> None:
     assert not ran
 
 
+@pytest.mark.parametrize("form", INPUTS)
+@pytest.mark.parametrize("dim", ["0", 0.0, None, True])
+def test_bad_dim(form: Form, dim: Any) -> None:
+    """A dimension that is no whole number is told before any forward runs."""
+    ran: list[int] = []
+    module = Fn(lambda m, x: ran.append(1) or x)
+    with pytest.raises(TypeError, match=f"dim must be a whole number, but got {dim!r}"):
+        asyncio.run(form(module, X, "cpu*2", dim=dim))
+    assert not ran
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
