@@ -62,7 +62,7 @@ class InferOptions(TaskOptions):
     quote: str = option('"', "Around fields of CSV.")
     allow_nan: bool = option(False, "Read NaN and Infinity in JSON.")
     first_frame: bool = option(False, "Leave out an image's further frames or pages.")
-    output_format: str = option("parquet", "parquet arrow jsonl npy safetensors")
+    output_format: str = option("parquet", "parquet arrow jsonl npy safetensors sqlite")
     columns: tuple[str, ...] = option((), "Column for the model; repeatable.", name="column")
     id_column: str | None = option(None, "Column with the id; else the row index.")
     keep: tuple[str, ...] = option((), "Column to copy to the output; repeatable.")

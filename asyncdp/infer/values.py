@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import decimal
+import json
+import math
 import re
 from typing import Any
 
@@ -82,6 +84,28 @@ def as_json(value: Any) -> Any:
     if isinstance(value, decimal.Decimal):
         return str(value)
     raise TypeError(f"JSON cannot hold {type(value).__name__}")
+
+
+def json_text(value: Any) -> str:
+    """Return a value as JSON, which has no word for NaN and infinity: they are null.
+
+    Raises:
+        TypeError: JSON has nothing like it.
+    """
+    try:
+        return json.dumps(value, ensure_ascii=False, default=as_json, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), ensure_ascii=False, default=as_json, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind not in "mM":
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def as_text(identity: Any) -> str | int:

@@ -1,11 +1,14 @@
-"""Outputs of Arrow: what others read of them, and that faults, parts and stores change no byte of them."""
+"""Outputs of Arrow and SQLite: what others read of them; faults, parts and stores change no byte of them."""
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import decimal
 import errno
 import itertools
 import json
+import sqlite3
 
 import fsspec
 import numpy as np
@@ -16,12 +19,14 @@ import pytest
 from asyncdp.errors import JobError, OutputError
 from asyncdp.infer import files
 from asyncdp.infer.output.merge import merge_parts
+from asyncdp.infer.output.writers import write_shard
+from asyncdp.infer.readers import Selection, open_inputs
 
 SHAPE = {"shard_size": 10, "window": 5, "batch_size": 2}
 SINGLE = {"shard_size": 1, "window": 1, "batch_size": 1, "devices": "cpu", "columns": ()}
 SINGLE |= {"collate": "models_for_tests:records_of"}
 ECHO = "models_for_tests:Echo"
-FORMATS = ["arrow"]
+FORMATS = ["arrow", "sqlite"]
 ODD_NAN = np.array([0x7FC00123, 0xFF800000, 0x80000000], np.uint32).view(np.float32)
 COLUMNS = {
     "x": pa.array([[1.0, 2.0, 3.0]] * 3, pa.list_(pa.float32())),
@@ -127,6 +132,71 @@ def test_types_of_arrow_widen_as_those_of_parquet(run, work, records):
     assert table(work / "arrow").cast(expected.schema).equals(expected)
     with pytest.raises(JobError, match=r"column 'a' is int64, then string in the shard .* record 1\b"):
         run(records({"a": 1}, {"a": "x"}), ECHO, output_format="arrow", **SINGLE)
+
+
+def rows_of(shard):
+    """The columns and rows of a shard of SQLite, as any program reads them."""
+    with contextlib.closing(sqlite3.connect(f"{shard.as_uri()}?mode=ro", uri=True)) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        answer = connection.execute("SELECT * FROM records")
+        return [name for name, *_ in answer.description], answer.fetchall()
+
+
+def test_what_sqlite_holds(tmp_path):
+    """Numbers, texts and bytes as they are, arrays as their bytes, all else as JSON or ISO text."""
+    day = datetime.date(2024, 1, 31)
+    columns = {
+        "vector": np.array([[1, -0.0], [np.nan, np.inf]], ">f4"),
+        "half": np.array([0.5, np.nan], np.float16),
+        "large": np.array([2**63 - 1, -(2**63)]),
+        "flag": np.array([True, False]),
+        'q"uote': ["5", "a\0ü"],
+        "any": [5, 0.1],
+        "bytes": [b"\xff\0", None],
+        "times": np.array(["2024-01-31T00:00:00", "NaT"], "datetime64[s]"),
+        "day": [day, decimal.Decimal("1.50")],
+        "scalar": [pa.scalar(7, pa.int8()), pa.scalar([1.5, None])],
+        "json": [{"a": [float("nan"), "é"]}, [1, (2,)]],
+    }
+    path = tmp_path / "part-000000.sqlite"
+    with open(path, "wb") as file:
+        write_shard("sqlite", file, [0, "b"], columns)
+    names, (first, second) = rows_of(path)
+    assert names == ["id", *columns]
+    vectors = [np.frombuffer(row[1], "<f4").tobytes() for row in (first, second)]
+    assert vectors == [row.astype("<f4").tobytes() for row in columns["vector"]]
+    iso = ["2024-01-31T00:00:00", "2024-01-31"]
+    assert first[2:] == (0.5, 2**63 - 1, 1, "5", 5, b"\xff\0", iso[0], iso[1], 7, '{"a": [null, "é"]}')
+    assert second[2:8] == (None, -(2**63), 0, "a\0ü", 0.1, None)
+    assert second[9:] == ("1.50", "[1.5, null]", "[1, [2]]")
+    assert (first[0], second[0]) == (0, "b")
+
+
+def test_columns_of_sqlite_are_those_of_the_job(run, work, records):
+    """A key that is missing is null, in other shards and in other parts; a further job reads them."""
+    path, options = records({"b": 1, "a": [2]}, {"b": "3"}, {"c": 0.1}), {**SINGLE, "output_format": "sqlite"}
+    run(path, ECHO, **options)
+    parts = [work / "one", work / "two"]
+    for index, part in enumerate(parts, 1):
+        run(path, ECHO, output=part, shard=f"{index}/2", **options)
+    merge_parts(parts, work / "whole")
+    assert contents(work / "out") == contents(work / "whole")
+    found = [rows_of(shard) for shard in sorted((work / "out").glob("part-*"))]
+    assert [names for names, _ in found] == [["id", "a", "b", "c"]] * 3
+    expected = [(0, "[2]", 1, None), (1, None, "3", None), (2, None, None, 0.1)]
+    assert [row for _, rows in found for row in rows] == expected
+    inputs = open_inputs([str(work / "out")], None, Selection(("b", "c")))
+    assert [tuple(record.value.values()) for record in inputs.read()] == [(1, None), ("3", None), (None, 0.1)]
+
+
+def test_columns_that_sqlite_cannot_tell_apart(run, work, records):
+    """The error names them; the shard before stays as it was, and a resume ends the same way."""
+    path = records({"a": 1}, {"A": 2})
+    for _ in range(2):
+        with pytest.raises(JobError, match=r"'a'.*duplicate column name.*--rename"):
+            run(path, ECHO, resume=True, output_format="sqlite", **SINGLE)
+    (shard,) = (work / "out").glob("part-*")
+    assert len(rows_of(shard)[0]) == 2
 
 
 @pytest.mark.parametrize("output_format", FORMATS)

@@ -30,6 +30,7 @@ REFUSED = {
     "parquet": [[1, "text"], [object(), 1], ["\ud800", "a"], [torch.zeros(2), torch.zeros(2)], [2**70, 1]],
     "arrow": [[1, "text"], [object(), 1], ["\ud800", "a"], [torch.zeros(2), torch.zeros(2)], [2**70, 1]],
     "jsonl": [[b"bytes", b"b"], [{1, 2}, 1], ["\ud800", "a"], [torch.zeros(2), 1], [{("a",): 1}, 1]],
+    "sqlite": [[2**63, 1], ["\ud800", "a"], [torch.zeros(2), 1], [[b"a"], 1], [1j, 1], [{1, 2}, 1]],
     "npy": [["text", "a"], [[1], [1, 2]], [None, 1]],
     "safetensors": [["text", "a"], [[1], [1, 2]], np.array([1 + 2j, 3])],
 }

@@ -29,12 +29,12 @@ from .journal import (
 )
 from .schema import common_names, conform, described, unify
 from .tables import TABLE_FORMATS, read_schema, read_table, write_table
-from .writers import make_table, naming_culprit, write_shard
+from .writers import WIDENERS, make_table, naming_culprit, write_shard
 
 _LOCK_NAME = ".lock"
 _ERRORS_PREFIX = "_errors-"
 
-WIDENED = (*TABLE_FORMATS, "jsonl")
+WIDENED = (*TABLE_FORMATS, *WIDENERS)
 """Formats whose shards are written again where later ones have further columns."""
 
 # What a job may leave in a folder before its journal is complete.
@@ -127,7 +127,7 @@ class OutputFolder:
         """
         if self._format in TABLE_FORMATS and self._common_schema() is not None:
             self._rewrite(self._common_schema())
-        elif self._format == "jsonl":
+        elif self._format in WIDENERS:
             schemas = [block.schema for block in self.finished.values() if block.schema]
             self._rewrite_rows(functools.reduce(merged, schemas, {}))
 
@@ -140,7 +140,7 @@ class OutputFolder:
         ids, columns = rows.finish()
         before = self.journal.state.schema or rows.schema
         check_same_schema(before, rows.schema, where)
-        if self._format == "jsonl":
+        if self._format in WIDENERS:
             schema = merged(before, rows.schema)
             self._rewrite_rows(schema)
         else:
@@ -152,15 +152,13 @@ class OutputFolder:
         return schema, StoredFile.of(path, file)
 
     def _rewrite_rows(self, schema: dict[str, str]) -> None:
-        """Write the shards of JSON again that lack a column."""
+        """Write the shards again that lack a column."""
         for block in self._blocks_unlike(schema):
             path = self.path / _shard_of(block)
             with open_place(path) as old:
-                rows = [json.loads(line) for line in old.read().splitlines()]
+                data = WIDENERS[self._format](old.read(), list(schema))
             with self._whole(path) as file:
-                for row in rows:
-                    row = {"id": row["id"], **{name: row.get(name) for name in schema}}
-                    file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+                file.write(data)
             self._finish_again(block, StoredFile.of(path, file), schema)
 
     def _blocks_unlike(self, schema: dict[str, str]) -> list[Block]:

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import io
 import json
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
 
@@ -15,7 +14,8 @@ import numpy as np
 from ...errors import JobError, MissingExtraError
 from ..blocks import schema_of
 from ..records import Columns
-from ..values import as_json, as_python, as_text, is_arrow
+from ..values import as_python, as_text, is_arrow, json_text
+from .sqlite import widened_sqlite, write_sqlite
 from .tables import TABLE_FORMATS, write_table
 
 Encoder = Callable[[IO[bytes], Sequence[Any], Columns], None]
@@ -39,26 +39,14 @@ def _write_jsonl(file: IO[bytes], ids: Sequence[Any], columns: Columns) -> None:
     lists = [_listed(values) for values in columns.values()]
     for identity, *entries in zip(map(as_text, ids), *lists, strict=True):
         row = {"id": identity, **dict(zip(columns, entries, strict=True))}
-        file.write(_json_line(row))
+        file.write(json_text(row).encode() + b"\n")
 
 
-def _json_line(row: dict[str, Any]) -> bytes:
-    """Return a line of JSON, which has no word for NaN and infinity: they are null."""
-    try:
-        text = json.dumps(row, ensure_ascii=False, default=as_json, allow_nan=False)
-    except ValueError:
-        text = json.dumps(_finite(row), ensure_ascii=False, default=as_json, allow_nan=False)
-    return text.encode() + b"\n"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind not in "mM":
-        value = value.tolist()
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _widened_jsonl(data: bytes, names: Sequence[str]) -> bytes:
+    """Return a shard with these columns beside the ids, in this order; those that it lacks are null."""
+    rows = [json.loads(line) for line in data.splitlines()]
+    wide = ({"id": row["id"], **{name: row.get(name) for name in names}} for row in rows)
+    return b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in wide)
 
 
 def _write_npy(file: IO[bytes], ids: Sequence[Any], columns: Columns) -> None:
@@ -89,7 +77,11 @@ WRITERS: dict[str, Encoder] = {
     "jsonl": _write_jsonl,
     "npy": _write_npy,
     "safetensors": _write_safetensors,
+    "sqlite": write_sqlite,
 }
+
+WIDENERS = {"jsonl": _widened_jsonl, "sqlite": widened_sqlite}
+"""How a shard gets the columns that only others have, in formats without types."""
 
 
 def write_shard(format_name: str, file: IO[bytes], ids: Sequence[Any], columns: Columns) -> None:
