@@ -11,6 +11,7 @@ from types import CellType, FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .._torch_private import COMPILED_CALL
 from .snapshot import PLAIN, ModuleSnapshot
@@ -45,6 +46,8 @@ class Copier:
         self.templates: list[tuple[Any, Any, Any]] = []
         self.holders: list[Any] = []
         self.containers: list[Any] = []
+        self._hooks: dict[int, Any] = {}  # a copy of each dictionary of hooks, by the `id` of the original
+        self._handles: list[tuple[Any, Any, RemovableHandle]] = []
 
     def fill(self, namespace: dict[str, Any]) -> None:
         """Make all that one namespace holds the replica's own."""
@@ -64,13 +67,22 @@ class Copier:
                 continue
             if name in OF_ALL_MODULES:
                 if type(value) in MUTABLE:
-                    namespace[name] = self._filled(empty_like(value), value)
+                    namespace[name] = self._hooks[id(value)] = self._filled(empty_like(value), value)
                     self.holders.append(namespace[name])
-            elif self._memo is None:
+            elif self._memo is None or type(value) is RemovableHandle:
                 namespace[name] = self._own(value)
                 self._note(namespace, name, value)
             else:
                 namespace[name] = self._deep(namespace, name, value, self._memo)
+
+    def bind_handles(self) -> None:
+        """Have the handles of hooks remove the replica's own, once all namespaces are filled."""
+        for holder, key, handle in self._handles:
+            refs = [handle.hooks_dict_ref, *handle.extra_dict_ref]
+            dicts = [self._hooks.get(id(ref())) for ref in refs]
+            if None not in dicts:
+                own = holder[key] = object.__new__(RemovableHandle)  # with no `id` of its own
+                own.__setstate__((dicts[0], handle.id, tuple(dicts[1:])))
 
     def _own(self, value: Any) -> Any:
         """Return the replica's own of a value; a container that is met twice is still one container."""
@@ -114,6 +126,8 @@ class Copier:
         if isinstance(value, Tensor):
             if id(value) in self._tensor_ids:
                 self.places.append((holder, key, id(value)))
+        elif type(value) is RemovableHandle:
+            self._handles.append((holder, key, value))
         elif type(value) is tuple and _refers_to(value, self._tensor_ids):
             self.templates.append((holder, key, holder[key]))
 

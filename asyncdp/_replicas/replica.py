@@ -64,6 +64,7 @@ class Replica:
             copier.fill(replica.__dict__)
             if isinstance(original, nn.RNNBase) and not deep:
                 replica.__dict__["flatten_parameters"] = _Flatten(original, replica)
+        copier.bind_handles()
         self._places, self._templates = copier.places, copier.templates
         self._non_parameters = [place for place in copier.places if place[2] not in parameters]
         self._namespaces = [each.__dict__ for each in self._modules]

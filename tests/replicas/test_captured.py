@@ -105,3 +105,48 @@ async def test_replicate_copies_them_too() -> None:
     first(torch.ones(1, 1))
     assert (first.num_updates, second.num_updates, module.num_updates) == (1, 0, 0)
     assert module.update.__name__ == "update"
+
+
+class Renewing(nn.Module):
+    """Takes its hook off in forward and registers it anew, by a handle that it keeps."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.layer = kind, nn.Identity()
+        self.handles: Any = {"attribute": None, "list": [None], "dict": {0: None}}[kind]
+        self.renew()
+
+    def renew(self) -> None:
+        handle = self.layer.register_forward_hook(
+            lambda _module, _args, _kwargs, output: output + 1, with_kwargs=True
+        )
+        if self.kind == "attribute":
+            self.handles = handle
+        else:
+            self.handles[0] = handle
+
+    def forward(self, x: Tensor) -> Tensor:
+        (self.handles if self.kind == "attribute" else self.handles[0]).remove()
+        self.renew()
+        return self.layer(x)  # type: ignore[no-any-return]
+
+
+@every_way
+@pytest.mark.parametrize("kind", ["attribute", "list", "dict"])
+async def test_handles_remove_the_hooks_of_their_replica(name: str, kind: str) -> None:
+    """A hook removed by a handle that the module keeps is the replica's; the module has its own as before."""
+    module = Renewing(kind)
+    hooks = [*module.layer._forward_hooks]
+    x = torch.tensor([[1.0], [2.0], [3.0], [4.0]])
+    async with way(name, module) as run:
+        for _ in range(6):
+            assert torch.equal(torch.stack([*await run(x)]), x + 1)
+    assert [*module.layer._forward_hooks] == [*module.layer._forward_hooks_with_kwargs] == hooks
+
+
+def test_handles_of_replicas_are_their_own() -> None:
+    """Of what `replicate` makes, handles remove nothing of the original either."""
+    module = Renewing("attribute")
+    for replica in asyncdp.replicate(module, "cpu*2"):
+        assert torch.equal(replica(torch.ones(1)), torch.full((1,), 2.0))
+    assert len(module.layer._forward_hooks) == 1
