@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -54,7 +55,8 @@ class Batcher:
         name: what traces and exported metrics call this batcher.
 
     Raises:
-        ValueError: a number is out of range, or `max_cost` comes without `size_of`.
+        ValueError: a number is none or out of range, or `max_cost` comes without `size_of`.
+        TypeError: `size_of`, `collate` or `split` cannot be called.
         NotServableError: `engine` cannot be called.
     """
 
@@ -80,12 +82,15 @@ class Batcher:
         runtime: Runtime | None = None,
         name: str | None = None,
     ) -> None:
-        _check_counts(max_batch_size=max_batch_size, max_queue=max_queue, max_in_flight=max_in_flight)
+        _check_counts(max_batch_size=max_batch_size, max_queue=max_queue)
+        if max_in_flight is not None:
+            _check_counts(max_in_flight=max_in_flight)
+        _check_functions(size_of=size_of, collate=collate, split=split)
         _check_seconds(max_wait=max_wait, max_age=max_age, timeout=timeout)
-        if not 0 <= max_padding <= 1:
-            raise ValueError(f"max_padding is a share from 0 to 1, but got {max_padding}.")
-        if max_cost is not None and not max_cost > 0:
-            raise ValueError(f"max_cost must be more than 0, but got {max_cost}. None sets no limit.")
+        if not (_is_number(max_padding) and 0 <= max_padding <= 1):
+            raise ValueError(f"max_padding is a share from 0 to 1, but got {max_padding!r}.")
+        if max_cost is not None and not (_is_number(max_cost) and max_cost > 0):
+            raise ValueError(f"max_cost must be more than 0, but got {max_cost!r}. None sets no limit.")
         if max_cost is not None and size_of is None:
             raise ValueError("max_cost needs to know how long samples are. Pass size_of= too.")
         _check_seconds(hang_timeout=hang_timeout)
@@ -241,16 +246,25 @@ class Batcher:
         return sample, size, priority, timeout
 
 
-def _check_counts(**counts: int | None) -> None:
+def _check_functions(**functions: object) -> None:
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise TypeError(f"{name} must be a function, but got {function!r}.")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _check_counts(**counts: int) -> None:
     for name, count in counts.items():
-        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(f"{name} must be 1 or more, an int, but got {count!r}.")
 
 
 def _check_seconds(**durations: float | None) -> None:
     for name, seconds in durations.items():
-        is_number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
-        if seconds is not None and not (is_number and seconds >= 0):  # nor is NaN
+        if seconds is not None and not (_is_number(seconds) and seconds >= 0):  # nor is NaN
             raise ValueError(f"{name} is in seconds and not negative, but got {seconds!r}.")
 
 

@@ -509,6 +509,12 @@ async def test_results_are_not_kept() -> None:
         (lambda: Batcher(double, max_wait=-1), ValueError, "max_wait"),
         (lambda: Batcher(double, max_cost=5), ValueError, "size_of"),
         (lambda: Batcher(double, max_padding=2), ValueError, "from 0 to 1"),
+        (lambda: Batcher(double, max_padding="a"), ValueError, "from 0 to 1, but got 'a'"),  # type: ignore[arg-type]
+        (lambda: Batcher(double, max_cost="a", size_of=len), ValueError, "max_cost must be"),  # type: ignore[arg-type]
+        (lambda: Batcher(double, max_queue=None), ValueError, "max_queue must be 1"),  # type: ignore[arg-type]
+        (lambda: Batcher(double, size_of=3), TypeError, "size_of must be a function"),  # type: ignore[arg-type]
+        (lambda: Batcher(double, collate=3), TypeError, "collate must be a function"),  # type: ignore[arg-type]
+        (lambda: Batcher(double, split=3), TypeError, "split must be a function"),  # type: ignore[arg-type]
         (lambda: Batcher(7), NotServableError, "but got int"),
         (lambda: Batcher(double).call_nowait(1), BatcherClosedError, "batcher is new"),
     ],
