@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -39,6 +41,10 @@ if TYPE_CHECKING:
     from ._verbs.scatter import scatter
 
 __version__ = "0.1.0"
+
+# A worker process of anyio has none if its parent's has no file, as in a notebook, and dill, which torch
+# imports where it is installed, needs one.
+sys.modules.setdefault("__main__", ModuleType("__main__"))
 
 __all__ = [
     "BatchStream",

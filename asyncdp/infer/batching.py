@@ -51,14 +51,17 @@ def cut_windows(
             # Where positions are left out, the next block may have begun.
             cut = min(most, bisect.bisect_left(ahead, end, key=_position))
             neighbours, ahead = ahead[:cut], ahead[cut:]
-            ahead = ahead or list(itertools.islice(records, 1))
             selected += [record for record in neighbours if record.is_selected] if is_wanted else []
-            while len(selected) >= window or (selected and not (ahead and ahead[0].position < end)):
-                size += len(selected[:window])
+            while len(selected) >= window:
+                size += window
                 yield Window(block, selected[:window], None)
                 selected = selected[window:]
+            # Only now: whoever writes into a pipe may write no more for long.
+            ahead = ahead or list(itertools.islice(records, 1))
+        if selected:
+            yield Window(block, selected, None)
         if is_wanted:
-            yield Window(block, [], size)
+            yield Window(block, [], size + len(selected))
 
 
 _position = operator.attrgetter("position")
