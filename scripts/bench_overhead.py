@@ -104,6 +104,19 @@ async def call_overhead(rounds: int) -> dict[str, float]:
             )
 
 
+async def spin_overhead(rounds: int) -> dict[str, float]:
+    """Time one awaited call of a function that does nothing, on lanes that sleep at once or spin before."""
+    async with asyncdp.Runtime("cpu") as sleeping, asyncdp.Runtime("cpu", spin=1e-3) as spinning:
+        return await interleaved(
+            {
+                "runtime.run": lambda: sleeping.run(nothing),
+                "runtime.run, spin=1e-3": lambda: spinning.run(nothing),
+                "asyncio.to_thread": lambda: asyncio.to_thread(nothing),
+            },
+            rounds,
+        )
+
+
 async def pass_overhead(rounds: int) -> dict[str, float]:
     """Time a whole pass of an identity module over two CPU lanes."""
     module, x = nn.Identity(), torch.randn(64, 16)
@@ -301,6 +314,10 @@ def report(result: dict[str, Any]) -> str:
             for name in ("engine", "inline")
         ),
         "",
+        "| one call, lanes that spin beside others | us |",
+        "|---|---|",
+        *(f"| {name} | {us:.0f} |" for name, us in result["spin_us"].items()),
+        "",
         "| fresh interpreter | s |",
         "|---|---|",
         *(f"| {name} | {seconds:.2f} |" for name, seconds in imports.items()),
@@ -325,6 +342,7 @@ def main() -> None:
         "rounds": options.rounds,
         "call_us": call_us,
         "pass_us": pass_us,
+        "spin_us": asyncio.run(spin_overhead(options.rounds)),
         "stream_us": asyncio.run(stream_cost(max(3, options.rounds // 20))),
         "tracing_us": asyncio.run(tracing_cost(options.rounds)),
         "stall_ms": asyncio.run(loop_stalls(options.seconds)),

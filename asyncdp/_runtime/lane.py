@@ -13,6 +13,7 @@ from typing import Any
 from .._devices.threads import set_intra_op_threads
 from . import trace
 from .ambient import LaneModes
+from .spin import SpinSignal
 from .task import Lane, Task, this_thread
 
 
@@ -27,6 +28,7 @@ class LaneThread:
         on_lost: called with the error that keeps the device from being opened, without the lock.
         wake: called without the lock after what may have given others something to do.
         to_wake: functions for `wake` to call; appended to under the lock.
+        spin: seconds to spin before the thread sleeps.
 
     Attributes:
         started: the tasks that have begun and not ended, the oldest first, and when each began.
@@ -42,6 +44,7 @@ class LaneThread:
         on_lost: Callable[[Lane, BaseException], None],
         wake: Callable[[], None],
         to_wake: deque[Callable[[], None]],
+        spin: float,
     ) -> None:
         self._lane = lane
         self._driver = lane._driver
@@ -59,8 +62,9 @@ class LaneThread:
         self._is_stopping = False
         self._is_given_up = False
         self._ended = threading.Event()
-        self._signal = threading.Lock()  # released by others once for each sleep
-        self._signal.acquire()
+        self._signal = SpinSignal(spin) if spin else threading.Lock()  # released by others for each sleep
+        if not spin:
+            self._signal.acquire()
         self._thread = threading.Thread(target=self._run, name=f"asyncdp-{lane.name}", daemon=True)
 
     def start(self) -> None:

@@ -30,6 +30,7 @@ class Scheduler(HangWatch):
         num_threads: intra-op threads for all CPU lanes together.
         grows: whether `lanes_for` makes the lanes that are missing.
         hang_timeout: seconds after which a task makes its lane suspect; None for never.
+        spin: seconds that a lane spins before it sleeps.
 
     Attributes:
         lock: guards the schedule, the queues of the lanes and the progress of passes.
@@ -37,13 +38,20 @@ class Scheduler(HangWatch):
     """
 
     def __init__(
-        self, max_queue: int, num_threads: int, *, grows: bool = False, hang_timeout: float | None = None
+        self,
+        max_queue: int,
+        num_threads: int,
+        *,
+        grows: bool = False,
+        hang_timeout: float | None = None,
+        spin: float = 0.0,
     ) -> None:
         self.lock = threading.Lock()
         self.schedule = Schedule(max_queue)
         self.lanes: list[Lane] = []
         self.closed_cause = "the runtime is closed"
         self.hang_timeout = hang_timeout
+        self._spin = spin
         self._is_stopped = threading.Event()
         self._grows = grows
         self._num_threads = num_threads
@@ -66,6 +74,7 @@ class Scheduler(HangWatch):
             on_lost=self._on_lost,
             wake=self._wake,
             to_wake=self._to_wake,
+            spin=self._spin,
         )
         lane._started = thread.started
         self.lanes.append(lane)

@@ -369,3 +369,26 @@ async def test_a_device_that_cannot_be_opened_refuses_its_passes() -> None:
         with pytest.raises(DeviceLostError, match="no context for you"):
             await rt.run(int)
         assert rt.statistics().lanes[0].state is asyncdp.LaneState.LOST
+
+
+async def test_lanes_may_spin_before_they_sleep() -> None:
+    """Passes on lanes that spin give the same, one after the other and many at once, and they end."""
+    async with asyncdp.Runtime("cpu*2", spin=1e-3) as runtime:
+        alone = [await runtime.run(abs, -number) for number in range(50)]
+        together: list[int] = []
+
+        async def run(number: int) -> None:
+            together.append(await runtime.run(abs, -number))
+
+        async with anyio.create_task_group() as group:
+            for number in range(50):
+                group.start_soon(run, number)
+    assert alone == sorted(together) == list(range(50))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("asyncdp-cpu")]
+
+
+@pytest.mark.parametrize("spin", [-1e-3, 1.0, True, "1", float("nan")])
+def test_a_spin_out_of_range_is_refused(spin: object) -> None:
+    """The error names the argument, its unit and its range, and no lane is started."""
+    with pytest.raises(ValueError, match=r"spin is in seconds, from 0 to 0\.1"):
+        asyncdp.Runtime("cpu", spin=spin)  # type: ignore[arg-type]
