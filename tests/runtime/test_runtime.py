@@ -373,6 +373,7 @@ async def test_a_device_that_cannot_be_opened_refuses_its_passes() -> None:
 
 async def test_lanes_may_spin_before_they_sleep() -> None:
     """Passes on lanes that spin give the same, one after the other and many at once, and they end."""
+    before = lane_threads()
     async with asyncdp.Runtime("cpu*2", spin=1e-3) as runtime:
         alone = [await runtime.run(abs, -number) for number in range(50)]
         together: list[int] = []
@@ -384,7 +385,7 @@ async def test_lanes_may_spin_before_they_sleep() -> None:
             for number in range(50):
                 group.start_soon(run, number)
     assert alone == sorted(together) == list(range(50))
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("asyncdp-cpu")]
+    assert lane_threads() <= before
 
 
 @pytest.mark.parametrize("spin", [-1e-3, 1.0, True, "1", float("nan")])
