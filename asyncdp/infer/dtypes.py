@@ -156,7 +156,8 @@ def _kinds_of(items: Sequence[Any]) -> set[type]:
 def _holds_integers(numbers: torch.Tensor, dtype: torch.dtype) -> bool:
     """Return whether all are so small that the integers among them are exact, as doubles and in `dtype`."""
     eps = torch.finfo(dtype if dtype.is_floating_point else torch.float64).eps
-    return not bool((numbers.abs() > 2 / eps).any())
+    # Not the first one beyond either: the next integer is rounded to it.
+    return not bool((numbers.abs() >= 2 / eps).any())
 
 
 def _wide(item: Any) -> torch.Tensor:

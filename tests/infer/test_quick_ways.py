@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from asyncdp.infer.batching import plan_batches
@@ -77,6 +77,8 @@ def outcome(function):
 
 
 @given(items=ITEMS, given_dtype=DTYPES, of_model=DTYPES)
+@example(items=[2**53 + 1, 0.5], given_dtype=None, of_model=torch.float64)
+@example(items=[2**24 + 1, 0.5], given_dtype=None, of_model=torch.float32)
 def test_stacking_at_once_gives_what_stacking_one_by_one_gives(items, given_dtype, of_model):
     """The same values, dtypes and refusals, whatever numbers are side by side."""
     dtypes = InputDtypes(
