@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,14 +17,16 @@ from .._replicas.replica_set import ReplicaSet, replica_set_of
 from .._replicas.snapshot import check_module
 from .._runtime import Lane, Runtime, RuntimeStatistics, default_lanes, scheduler_of
 from .._runtime.hangs import grace_of
+from .._training.checkpoint.content import Content
+from .._training.checkpoint.keeper import Checkpoint, CheckpointKeeper
 from .._training.commit import StepOptions
+from .._training.state import copy_state
 from .._training.trainer import Trainer
 from .._verbs.batch import Batch, positional
 from ..errors import NotAModuleError, NotAnOptimizerError
 from .calls import Calls, EngineView
 from .route import Route
 from .source import Source, check_iterable
-from .state import copy_state
 from .train import Steps, StepStream
 from .tuner import LaneChoice
 
@@ -83,7 +86,8 @@ class DataParallelStatistics:
     num_passes: int
     """Passes that succeeded."""
     num_steps: int
-    """Optimizer steps taken, including those whose caller was cancelled while the optimizer ran."""
+    """Optimizer steps taken, including those whose caller was cancelled while the optimizer ran, and those
+    before a checkpoint that was loaded."""
     num_lanes: int
     choices: tuple[LaneChoice, ...]
     """With num_lanes="auto": how many lanes each kind of call takes, and why."""
@@ -146,6 +150,7 @@ class DataParallel(Calls):
         super().__init__(self.runtime, route, most, num_lanes == "auto" and len(lanes) > 1)
         self._views: dict[bool, EngineView] = {}
         self._trainer = Trainer(module, replicas, scheduler, lanes, output)
+        self._checkpoints = CheckpointKeeper(replicas, self._trainer, scheduler, lanes)
 
     def _choose_lanes(self, devices: Devices) -> tuple[Lane, ...]:
         if self._owns_runtime or devices is None:
@@ -210,6 +215,67 @@ class DataParallel(Calls):
             raise NotAnOptimizerError(optimizer)
         lane = scheduler_of(self.runtime).least_busy(self.lanes)[0]
         return await self.runtime.run(copy_state, self.module, self._route.parts(), optimizer, lane=lane)
+
+    async def save(
+        self,
+        path: str | os.PathLike[str],
+        optimizer: Any = None,
+        scheduler: Any = None,
+        *,
+        scaler: Any = None,
+        extra: Any = None,
+    ) -> Checkpoint:
+        """Save a checkpoint by torch.distributed.checkpoint: all that a training needs to go on elsewhere.
+
+        Copied to the CPU on a lane between two steps, and written by a thread while further steps run. The
+        folder is whole or not there, and an earlier checkpoint stays until the new one is whole.
+
+        Args:
+            path: its folder.
+            optimizer: of torch.optim; its state is saved too.
+            scheduler: of torch.optim.lr_scheduler; likewise.
+            scaler: a `torch.amp.GradScaler`; likewise.
+            extra: something of yours that can be pickled: the epoch, the state of a data loader.
+
+        Raises:
+            NotAnOptimizerError, NotASchedulerError, TypeError, ValueError: an argument is none of the above.
+            CheckpointError: something else is at the path, or it cannot be written.
+        """
+        content = Content(self.module, optimizer, scheduler, scaler)
+        return await self._checkpoints.save(path, content, extra)
+
+    async def load(
+        self,
+        path: str | os.PathLike[str],
+        optimizer: Any = None,
+        scheduler: Any = None,
+        *,
+        scaler: Any = None,
+        restore_generators: bool = True,
+    ) -> Checkpoint:
+        """Load a checkpoint into the module, and into what else is given; between two steps, all or nothing.
+
+        Gradients, also accumulated ones, are discarded. Load only what you trust: pickle reads parts of it.
+
+        Args:
+            path: the folder that `save` wrote, in this process or in another one.
+            optimizer: as saved; it keeps `foreach`, `fused` and `capturable` as it was made.
+            scheduler: as saved.
+            scaler: as saved.
+            restore_generators: set the random generators of torch, Python and NumPy to what they were too.
+
+        Returns:
+            What was loaded: `num_steps` is also that of the engine now, `extra` what was given to `save`.
+
+        Raises:
+            NotAnOptimizerError, NotASchedulerError, TypeError, ValueError: an argument is none of the above.
+            NotACheckpointError, DamagedCheckpointError: nothing whole is there.
+            CheckpointMismatchError: names, shapes, dtypes or classes differ.
+        """
+        content = Content(self.module, optimizer, scheduler, scaler)
+        loaded = await self._checkpoints.load(path, content, restores_generators=restore_generators)
+        self.refresh()
+        return loaded
 
     async def train_step(
         self,
