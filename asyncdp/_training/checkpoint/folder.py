@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import shutil
+import time
 import uuid
 import zlib
 from collections.abc import Collection, Iterator, Mapping
@@ -140,7 +141,8 @@ def _sweep(path: Path) -> None:
     """Remove what killed processes have left beside a checkpoint."""
     for partial in path.parent.glob(f".{_escaped(path.name)}.*{_PARTIAL}"):
         with contextlib.suppress(OSError), _locked(partial, wait=False) as is_locked:
-            if is_locked and any(partial.iterdir()):  # an empty one may be about to be locked
+            # An empty one may have been made just now, and be about to be locked.
+            if is_locked and (any(partial.iterdir()) or partial.stat().st_mtime < time.time() - 60):
                 shutil.rmtree(partial, ignore_errors=True)
 
 
