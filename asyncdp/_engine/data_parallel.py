@@ -235,7 +235,7 @@ class DataParallel(Calls):
             optimizer: of torch.optim; its state is saved too.
             scheduler: of torch.optim.lr_scheduler; likewise.
             scaler: a `torch.amp.GradScaler`; likewise.
-            extra: something of yours that can be pickled: the epoch, the state of a data loader.
+            extra: something small of yours that can be pickled: the epoch, the state of a sampler.
 
         Raises:
             NotAnOptimizerError, NotASchedulerError, TypeError, ValueError: an argument is none of the above.

@@ -178,14 +178,15 @@ class Opened:
     """A checkpoint whose files are known to be whole.
 
     Attributes:
+        path: its folder, without links.
         about: its manifest.
         kinds: the kind of every entry.
     """
 
     def __init__(self, path: Path, about: Mapping[str, Any], reader: Reader) -> None:
+        self.path = path
         self.about = about
         self.kinds: Mapping[Path_, Kind | None] = reader.kinds
-        self._path = path
         self._reader = reader
 
     def read(self, paths: Collection[Path_], stop: Stop) -> Entries:
@@ -195,7 +196,7 @@ class Opened:
             DamagedCheckpointError: that is not possible.
             CalledOff: it was given up.
         """
-        with _as_damage(self._path):
+        with _as_damage(self.path):
             return self._reader.read(paths, stop)
 
 
@@ -209,6 +210,7 @@ def open_whole(path: Path, stop: Stop) -> Opened:
     """
     from . import dcp  # on this thread, as it takes most of a second
 
+    path = path.resolve()
     about = _manifest_of(path, stop)
     for name, facts in about["files"].items():
         file = path / name

@@ -77,8 +77,8 @@ class CheckpointKeeper:
         self, path: str | os.PathLike[str], content: Content, *, restores_generators: bool
     ) -> Checkpoint:
         """Load a checkpoint; see `DataParallel.load`."""
-        place = _place(path)
-        opened = await on_thread(folder.open_whole, place)
+        opened = await on_thread(folder.open_whole, _place(path))
+        place = opened.path
         lane = self._lanes[0]  # no other may write to the module's buffers
         choose = partial(content.choose, place, opened.kinds, opened.about)
         parts = self._modules.snapshots.parts(content.module)
