@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,16 +16,15 @@ from .._replicas.replica_set import ReplicaSet, replica_set_of
 from .._replicas.snapshot import check_module
 from .._runtime import Lane, Runtime, RuntimeStatistics, default_lanes, scheduler_of
 from .._runtime.hangs import grace_of
-from .._training.checkpoint.content import Content
-from .._training.checkpoint.keeper import Checkpoint, CheckpointKeeper
+from .._training.checkpoint.keeper import CheckpointKeeper
 from .._training.commit import StepOptions
-from .._training.state import copy_state
 from .._training.trainer import Trainer
 from .._verbs.batch import Batch, positional
-from ..errors import NotAModuleError, NotAnOptimizerError
-from .calls import Calls, EngineView
+from ..errors import NotAModuleError
+from .calls import EngineView
 from .route import Route
 from .source import Source, check_iterable
+from .stateful import StatefulCalls
 from .train import Steps, StepStream
 from .tuner import LaneChoice
 
@@ -98,7 +96,7 @@ class DataParallelStatistics:
 _accumulating: ContextVar[tuple[object, ...]] = ContextVar("asyncdp_accumulating", default=())
 
 
-class DataParallel(Calls):
+class DataParallel(StatefulCalls):
     """A module with persistent replicas on several lanes.
 
     An async context manager. Replicas that share the module's device share its parameters, so that
@@ -141,14 +139,12 @@ class DataParallel(Calls):
         self._owns_runtime = runtime is None
         self.runtime = Runtime(devices) if runtime is None else runtime
         lanes = self._choose_lanes(devices)
-        self.module = module
         output = lanes[0].device if output is None else output
         scheduler = scheduler_of(self.runtime)
         most = _check_num_lanes(num_lanes, len(lanes))
         replicas = ReplicaSet(module, [lane.device for lane in lanes], bucket_bytes, checksum)
         route = Route(module, replicas, scheduler, lanes, output, dim)
         super().__init__(self.runtime, route, most, num_lanes == "auto" and len(lanes) > 1)
-        self._views: dict[bool, EngineView] = {}
         self._trainer = Trainer(module, replicas, scheduler, lanes, output)
         self._checkpoints = CheckpointKeeper(replicas, self._trainer, scheduler, lanes)
 
@@ -194,88 +190,6 @@ class DataParallel(Calls):
                 self.runtime, route, self._num_lanes, self._adaptive is not None, training
             )
         return self._views[training]
-
-    async def snapshot(self, optimizer: Any = None) -> dict[str, Any]:
-        """Return a copy of the module's state, and of the optimizer's, as of a whole step.
-
-        Copied on a lane, where no step of any engine over the module changes it meanwhile. Forward and
-        backward of a step may go on, and only its end waits for the copy.
-
-        Args:
-            optimizer: of torch.optim; its state is that of the same moment.
-
-        Returns:
-            `{"module": module.state_dict()}`, and `"optimizer": optimizer.state_dict()` if one was given,
-            on the devices where they are.
-
-        Raises:
-            NotAnOptimizerError: the optimizer has no state to copy.
-        """
-        if optimizer is not None and not callable(getattr(optimizer, "state_dict", None)):
-            raise NotAnOptimizerError(optimizer)
-        lane = scheduler_of(self.runtime).least_busy(self.lanes)[0]
-        return await self.runtime.run(copy_state, self.module, self._route.parts(), optimizer, lane=lane)
-
-    async def save(
-        self,
-        path: str | os.PathLike[str],
-        optimizer: Any = None,
-        scheduler: Any = None,
-        *,
-        scaler: Any = None,
-        extra: Any = None,
-    ) -> Checkpoint:
-        """Save a checkpoint by torch.distributed.checkpoint: all that a training needs to go on elsewhere.
-
-        Copied to the CPU on a lane between two steps, and written by a thread while further steps run. The
-        folder is whole or not there, and an earlier checkpoint stays until the new one is whole.
-
-        Args:
-            path: its folder.
-            optimizer: of torch.optim; its state is saved too.
-            scheduler: of torch.optim.lr_scheduler; likewise.
-            scaler: a `torch.amp.GradScaler`; likewise.
-            extra: something small of yours that can be pickled: the epoch, the state of a sampler.
-
-        Raises:
-            NotAnOptimizerError, NotASchedulerError, TypeError, ValueError: an argument is none of the above.
-            CheckpointError: something else is at the path, or it cannot be written.
-        """
-        content = Content(self.module, optimizer, scheduler, scaler)
-        return await self._checkpoints.save(path, content, extra)
-
-    async def load(
-        self,
-        path: str | os.PathLike[str],
-        optimizer: Any = None,
-        scheduler: Any = None,
-        *,
-        scaler: Any = None,
-        restore_generators: bool = True,
-    ) -> Checkpoint:
-        """Load a checkpoint into the module, and into what else is given; between two steps, all or nothing.
-
-        Gradients, also accumulated ones, are discarded. Load only what you trust: pickle reads parts of it.
-
-        Args:
-            path: the folder that `save` wrote, in this process or in another one.
-            optimizer: as saved; it keeps `foreach`, `fused` and `capturable` as it was made.
-            scheduler: as saved.
-            scaler: as saved.
-            restore_generators: set the random generators of torch, Python and NumPy to what they were too.
-
-        Returns:
-            What was loaded: `num_steps` is also that of the engine now, `extra` what was given to `save`.
-
-        Raises:
-            NotAnOptimizerError, NotASchedulerError, TypeError, ValueError: an argument is none of the above.
-            NotACheckpointError, DamagedCheckpointError: nothing whole is there.
-            CheckpointMismatchError: names, shapes, dtypes or classes differ.
-        """
-        content = Content(self.module, optimizer, scheduler, scaler)
-        loaded = await self._checkpoints.load(path, content, restores_generators=restore_generators)
-        self.refresh()
-        return loaded
 
     async def train_step(
         self,
@@ -405,17 +319,6 @@ class DataParallel(Calls):
     def discard_accumulated(self) -> None:
         """Discard the gradients of steps under `no_sync` that no later step has used."""
         self._trainer.discard_accumulated()
-
-    def refresh(self) -> None:
-        """Notice changes made behind autograd's back (`parameter.data.add_(...)`) at the next call.
-
-        Needed only for lanes on another device than the module's.
-        """
-        for route in self._routes():
-            route.replicas.refresh()
-
-    def _routes(self) -> list[Route]:
-        return [self._route, *(view._route for view in self._views.values())]
 
     def statistics(self) -> DataParallelStatistics:
         """Return a snapshot of the engine and its runtime."""
