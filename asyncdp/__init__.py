@@ -33,13 +33,13 @@ if TYPE_CHECKING:
         export_opentelemetry,
         export_prometheus,
     )
-    from ._training.checkpoint.keeper import Checkpoint
     from ._tree import PerRow, Whole
     from ._verbs.backward import backward
     from ._verbs.gather import gather
     from ._verbs.parallel_apply import parallel_apply
     from ._verbs.replicate import replicate
     from ._verbs.scatter import scatter
+    from .errors import PeerStepError
 
 __version__ = "0.1.0"
 
@@ -52,7 +52,6 @@ __all__ = [
     "Batcher",
     "BatcherStatistics",
     "Call",
-    "Checkpoint",
     "DataParallel",
     "DataParallelStatistics",
     "EngineView",
@@ -60,6 +59,7 @@ __all__ = [
     "LaneChoice",
     "LaneState",
     "LaneStatistics",
+    "PeerStepError",
     "PerRow",
     "Percentiles",
     "QueueFull",
@@ -95,7 +95,6 @@ _MODULES = (
     "_engine.tuner",
     "_runtime",
     "_serving",
-    "_training.checkpoint.keeper",
     "_tree",
     "_verbs.backward",
     "_verbs.gather",

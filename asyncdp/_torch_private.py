@@ -7,6 +7,7 @@ A new version of torch is tried against this file first.
 from __future__ import annotations
 
 import sys
+from datetime import timedelta
 from operator import attrgetter
 from typing import Any
 
@@ -60,6 +61,28 @@ def storage_address(tensor: Tensor) -> int:
 
 hooks_of = attrgetter("_backward_hooks", "_post_accumulate_grad_hooks")
 """Return the two dictionaries of hooks for the gradient of a leaf; None, or empty, where there are none."""
+
+
+def store_of_group(group: Any) -> Any:
+    """Return the store by which the processes of a group have met; KeyError or ValueError without one.
+
+    Connections of an engine's own need one, and `torch.distributed.new_group` would need processes that are
+    not in the group. Tried with 2.6 and 2.13.
+    """
+    from torch.distributed import distributed_c10d  # a build of torch may lack it
+
+    return distributed_c10d._get_process_group_store(group)
+
+
+def timeout_of_group(group: Any) -> timedelta:
+    """Return how long a collective of a group may take: only its backends' options tell. 2.6 to 2.13."""
+    from torch.distributed import distributed_c10d
+
+    for device in group._device_types:
+        options = getattr(group._get_backend(device), "options", None)
+        if options is not None:
+            return options._timeout  # type: ignore[no-any-return]
+    return distributed_c10d.default_pg_timeout
 
 
 def flat_weights(module: nn.RNNBase) -> list[Tensor | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -11,20 +11,22 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._devices import DeviceLike, Devices, parse_devices
+from .._distributed.transport import group_of
 from .._replicas.copies import DEFAULT_BUCKET_BYTES
+from .._replicas.order import Use
 from .._replicas.replica_set import ReplicaSet, replica_set_of
 from .._replicas.snapshot import check_module
 from .._runtime import Lane, Runtime, RuntimeStatistics, default_lanes, scheduler_of
-from .._runtime.hangs import grace_of
-from .._training.checkpoint.keeper import CheckpointKeeper
+from .._runtime.hangs import GRACE_SECONDS, grace_of
 from .._training.commit import StepOptions
+from .._training.processes import meet, meet_again, refusing
 from .._training.trainer import Trainer
 from .._verbs.batch import Batch, positional
-from ..errors import NotAModuleError
-from .calls import EngineView
+from ..errors import NotAModuleError, NotAnOptimizerError
+from .calls import Calls, EngineView
 from .route import Route
 from .source import Source, check_iterable
-from .stateful import StatefulCalls
+from .state import copy_state
 from .train import Steps, StepStream
 from .tuner import LaneChoice
 
@@ -84,8 +86,7 @@ class DataParallelStatistics:
     num_passes: int
     """Passes that succeeded."""
     num_steps: int
-    """Optimizer steps taken, including those whose caller was cancelled while the optimizer ran, and those
-    before a checkpoint that was loaded."""
+    """Optimizer steps taken, including those whose caller was cancelled while the optimizer ran."""
     num_lanes: int
     choices: tuple[LaneChoice, ...]
     """With num_lanes="auto": how many lanes each kind of call takes, and why."""
@@ -96,7 +97,7 @@ class DataParallelStatistics:
 _accumulating: ContextVar[tuple[object, ...]] = ContextVar("asyncdp_accumulating", default=())
 
 
-class DataParallel(StatefulCalls):
+class DataParallel(Calls):
     """A module with persistent replicas on several lanes.
 
     An async context manager. Replicas that share the module's device share its parameters, so that
@@ -115,11 +116,16 @@ class DataParallel(StatefulCalls):
         bucket_bytes: gradients that one reduce-add covers in a backward of the caller's own.
         checksum: read all weights at every pass that has copies of them on another device, so as to
             notice changes made behind autograd's back without a `refresh`.
+        process_group: of torch.distributed, or one dimension of a `DeviceMesh`: training steps are taken by
+            all of its processes together, or by none. Making the engine blocks until all of them do, compares
+            their modules, and gives the parameters and buffers of process 0 to all.
 
     Raises:
         NotAModuleError, LazyModuleError, UnsupportedModuleError: the module cannot be replicated.
         UnknownDeviceError, NoCudaDeviceError, NoDevicesError: a device cannot be used.
         ValueError: `num_lanes` is none of the above.
+        ProcessGroupError: `process_group` is none, or this process is not in it.
+        ProcessMismatchError: the modules of the processes are not alike; on all of them.
     """
 
     def __init__(
@@ -133,20 +139,25 @@ class DataParallel(StatefulCalls):
         runtime: Runtime | None = None,
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
         checksum: bool = False,
+        process_group: Any = None,
     ) -> None:
         check_module(module)
+        group = None if process_group is None else group_of(process_group)
         output = None if output_device is None else parse_devices(output_device)[0]
         self._owns_runtime = runtime is None
         self.runtime = Runtime(devices) if runtime is None else runtime
         lanes = self._choose_lanes(devices)
+        self.module = module
         output = lanes[0].device if output is None else output
         scheduler = scheduler_of(self.runtime)
         most = _check_num_lanes(num_lanes, len(lanes))
         replicas = ReplicaSet(module, [lane.device for lane in lanes], bucket_bytes, checksum)
         route = Route(module, replicas, scheduler, lanes, output, dim)
         super().__init__(self.runtime, route, most, num_lanes == "auto" and len(lanes) > 1)
+        self._views: dict[bool, EngineView] = {}
         self._trainer = Trainer(module, replicas, scheduler, lanes, output)
-        self._checkpoints = CheckpointKeeper(replicas, self._trainer, scheduler, lanes)
+        if group is not None:
+            self._trainer.shared = meet(group, module)
 
     def _choose_lanes(self, devices: Devices) -> tuple[Lane, ...]:
         if self._owns_runtime or devices is None:
@@ -169,6 +180,10 @@ class DataParallel(StatefulCalls):
         """Drain what runs and end the lanes, if they are the engine's own; `timeout` as `Runtime.aclose`."""
         if self._owns_runtime:
             await self.runtime.aclose(timeout)
+        if self._trainer.shared is not None:
+            await self._trainer.shared.aclose(
+                GRACE_SECONDS if timeout is None else min(timeout, GRACE_SECONDS)
+            )
 
     def in_mode(self, training: bool) -> EngineView:
         """Return a view of this engine whose calls run in train mode, or in eval mode.
@@ -191,6 +206,27 @@ class DataParallel(StatefulCalls):
             )
         return self._views[training]
 
+    async def snapshot(self, optimizer: Any = None) -> dict[str, Any]:
+        """Return a copy of the module's state, and of the optimizer's, as of a whole step.
+
+        Copied on a lane, where no step of any engine over the module changes it meanwhile. Forward and
+        backward of a step may go on, and only its end waits for the copy.
+
+        Args:
+            optimizer: of torch.optim; its state is that of the same moment.
+
+        Returns:
+            `{"module": module.state_dict()}`, and `"optimizer": optimizer.state_dict()` if one was given,
+            on the devices where they are.
+
+        Raises:
+            NotAnOptimizerError: the optimizer has no state to copy.
+        """
+        if optimizer is not None and not callable(getattr(optimizer, "state_dict", None)):
+            raise NotAnOptimizerError(optimizer)
+        lane = scheduler_of(self.runtime).least_busy(self.lanes)[0]
+        return await self.runtime.run(copy_state, self.module, self._route.parts(), optimizer, lane=lane)
+
     async def train_step(
         self,
         inputs: Any,
@@ -205,18 +241,16 @@ class DataParallel(StatefulCalls):
     ) -> Tensor:
         """Train on one batch: forward, loss and backward on every lane, then one optimizer step.
 
-        The step is the one that a single device would take with the whole batch. Gradients that
-        parameters already hold are added to, as a plain backward would; after the optimizer's step all
-        are cleared to None.
+        The step is the one that a single device would take with the whole batch. Gradients that parameters
+        already hold are added to, as a plain backward would; after the optimizer's step all are None.
 
-        A step that fails or is cancelled changes no parameter, gradient, buffer or optimizer state.
-        Once the optimizer has begun it runs to its end, and a cancellation goes on after a whole step.
-        Only an error that the optimizer itself raises can leave a step half done, and says so.
-        Steps of one module run one after the other, whichever engine and event loop they come from.
+        A step that fails or is cancelled changes no parameter, gradient, buffer or optimizer state. Once
+        the optimizer has begun it runs to its end, and a cancellation goes on after a whole step. Only an
+        error that the optimizer itself raises can leave a step half done, and says so. Steps of one
+        module run one after the other, whichever engine and event loop they come from.
 
         Args:
-            inputs: a tuple holds positional arguments, anything else is the only one. They are data:
-                no gradient flows back to them.
+            inputs: as `asyncdp.data_parallel` takes them. No gradient flows back to them.
             targets: what `loss_fn` compares with; split like the inputs. May be None.
             loss_fn: called on every lane with its outputs and its targets; returns one number.
             optimizer: of torch.optim, over the module's parameters. None only with `reduce_only`.
@@ -233,13 +267,15 @@ class DataParallel(StatefulCalls):
         Raises:
             LossReductionError, NotAnOptimizerError, ClosureOptimizerError: before anything runs.
             LossNotScalarError: `loss_fn` returned no single number that depends on the parameters.
-            LengthMismatchError: inputs and targets differ in length along the engine's dim.
+            LengthMismatchError: inputs and targets differ in length.
+            PeerStepError: another process has failed or is gone, or processes are out of step.
             BaseException: the first exception in time on any lane, after all have ended.
         """
         options = StepOptions(loss_fn, optimizer, loss_reduction, before_step, scaler, reduce_only)
-        options.check()
-        state = self._trainer.capture()
-        batch = Batch.of_step(inputs, targets, self._route.dim, self._num_lanes)
+        with nullcontext() if self._trainer.shared is None else refusing(self._trainer.shared):
+            options.check()
+            state = self._trainer.capture()
+            batch = Batch.of_step(inputs, targets, self._route.dim, self._num_lanes)
         num_lanes, record = self._num_lanes, None
         if self._adaptive is not None:
             num_lanes, record = self._adaptive.choose_for_step([batch], state.snapshot)
@@ -287,20 +323,20 @@ class DataParallel(StatefulCalls):
 
         Raises:
             TypeError, ValueError: an argument is none of the above.
-            LossReductionError, NotAnOptimizerError, ClosureOptimizerError, NotASchedulerError: likewise.
         """
         options = StepOptions(loss_fn, optimizer, loss_reduction, before_step, scaler, scheduler=scheduler)
-        options.check()
-        check_iterable(batches)
-        for name, count in (("accumulate", accumulate), ("max_ahead", max_ahead)):
-            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                raise ValueError(f"{name} must be a whole number of 1 or more, but got {count!r}.")
-        if self in _accumulating.get():
-            raise ValueError(
-                "train() steps by itself and cannot accumulate under no_sync(). "
-                "Call it outside of the block, with accumulate=."
+        with nullcontext() if self._trainer.shared is None else refusing(self._trainer.shared):
+            options.check()
+            check_iterable(batches)
+            _check_counts(accumulate=accumulate, max_ahead=max_ahead)
+            if self in _accumulating.get():
+                raise ValueError(
+                    "train() steps by itself and cannot accumulate under no_sync(). "
+                    "Call it outside of the block, with accumulate=."
+                )
+            steps = Steps(
+                self._trainer, options, self._adaptive, self._num_lanes, self._route.dim, self.lanes
             )
-        steps = Steps(self._trainer, options, self._adaptive, self._num_lanes, self._route.dim, self.lanes)
         return StepStream(steps, Source(batches), accumulate, max_ahead)
 
     @contextmanager
@@ -316,9 +352,48 @@ class DataParallel(StatefulCalls):
         finally:
             _accumulating.reset(token)
 
+    async def rejoin(self, process_group: Any, optimizer: Any = None, scheduler: Any = None) -> int:
+        """Train on together with the processes that are left or came back, all of which call this.
+
+        The module, and the optimizer and scheduler if given, get the state of the process that has taken the
+        most steps: it may be one ahead of the others, if a process was lost just as all agreed to take one.
+        Gradients under `no_sync` are discarded. A process that is new makes its engine without a
+        `process_group`, and then calls this too. Calls go on meanwhile; no step may be under way.
+
+        Args:
+            process_group: a new one, as for `DataParallel`.
+            optimizer: what steps are taken with; all processes give it, or none.
+            scheduler: likewise, of torch.optim.lr_scheduler.
+
+        Returns:
+            How many steps have been taken together, accumulating ones included.
+
+        Raises:
+            ProcessGroupError: `process_group` is none, or this process is not in it.
+            ProcessMismatchError: the modules of the processes are not alike; on all of them.
+        """
+        group = group_of(process_group)
+        change = Use(self._route.parts(), changes=True, optimizer=optimizer)
+        self._trainer.discard_accumulated()
+        self._trainer.shared, num_done = await meet_again(
+            group, self.module, (optimizer, scheduler), change, self._trainer.shared
+        )
+        return num_done
+
     def discard_accumulated(self) -> None:
         """Discard the gradients of steps under `no_sync` that no later step has used."""
         self._trainer.discard_accumulated()
+
+    def refresh(self) -> None:
+        """Notice changes made behind autograd's back (`parameter.data.add_(...)`) at the next call.
+
+        Needed only for lanes on another device than the module's.
+        """
+        for route in self._routes():
+            route.replicas.refresh()
+
+    def _routes(self) -> list[Route]:
+        return [self._route, *(view._route for view in self._views.values())]
 
     def statistics(self) -> DataParallelStatistics:
         """Return a snapshot of the engine and its runtime."""
@@ -329,6 +404,12 @@ class DataParallel(StatefulCalls):
             choices=(*self._choices(), *(each for view in self._views.values() for each in view._choices())),
             runtime=self.runtime.statistics(),
         )
+
+
+def _check_counts(**counts: object) -> None:
+    for name, count in counts.items():
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"{name} must be a whole number of 1 or more, but got {count!r}.")
 
 
 def _check_num_lanes(num_lanes: int | str, available: int) -> int:

@@ -30,7 +30,7 @@ class StepResult:
 
     Attributes:
         index: its number in the stream, from 0.
-        rows: how many rows its batches have; None if they have none.
+        rows: how many rows its batches have in this process; None if they have none.
         loss: of all these rows, 0-d and detached, on the engine's output device.
         learning_rate: of the optimizer's first group, as it stepped; a tensor where the optimizer has one,
             None where it has none.
@@ -89,12 +89,26 @@ class Steps:
             NotAPairError, ValueError: the batches cannot be trained on; nothing was queued.
         """
         batches = [self._batch(pair) for pair in pairs]
+        self._queue(batches, on_end)
+
+    def join(self, on_end: OnEnd) -> bool:
+        """Queue a step for which only other processes have batches; return False if there is none."""
+        if self._trainer.shared is not None:
+            self._queue([], on_end)
+        return self._trainer.shared is not None
+
+    def leave(self, error: BaseException | None) -> None:
+        """Have the streams of other processes end too, because of an error or an end before its time."""
+        if self._trainer.shared is not None and not self.pipeline.has_failed:
+            self._trainer.shared.leave(error)
+
+    def _queue(self, batches: Sequence[Batch], on_end: OnEnd) -> None:
         rows = [batch.rows_if_any for batch in batches]
         counts = [count for count in rows if count is not None]
         num_rows = sum(counts) if len(counts) == len(rows) else None
         state = self._trainer.capture(self._training)
         num_lanes, record = self._num_lanes, None
-        if self._adaptive is not None:
+        if self._adaptive is not None and batches:
             num_lanes, record = self._adaptive.choose_for_step(batches, state.snapshot)
 
         def end(queued: QueuedStep) -> None:
@@ -175,6 +189,7 @@ class _Run:
                 while self._num_running:
                     await _wait(self._filler)
             self.steps.close()
+            self.steps.leave(self.failure)
             self.end()
 
     def end(self) -> None:
@@ -198,10 +213,10 @@ class _Run:
             try:
                 while batches := await self._read():
                     self.steps.add(batches, self._on_end)
-                    self._num_running += 1
-                    self._room -= 1
-                    if self._room:  # else it waits anyway
-                        await anyio.lowlevel.checkpoint()
+                    await self._note_begun()
+                # Until the batches of all processes have ended, this one takes part without any.
+                while await self._has_room() and self.steps.join(self._on_end):
+                    await self._note_begun()
             finally:
                 with anyio.CancelScope(shield=True):
                     await self.source.aclose()
@@ -213,14 +228,25 @@ class _Run:
     async def _read(self) -> list[Any]:
         """Return the batches of the next step once there is room for it; none at the end."""
         batches: list[Any] = []
-        while self._room == 0 and not self.steps.pipeline.is_stopped:
-            await _wait(self._filler)
+        await self._has_room()
         while len(batches) < self._accumulate and not self.steps.pipeline.is_stopped:
             batch = await self.source.next()
             if batch is END:
                 break
             batches.append(batch)
         return [] if self.steps.pipeline.is_stopped else batches
+
+    async def _has_room(self) -> bool:
+        """Wait until another step may be queued; return False if none will be."""
+        while self._room == 0 and not self.steps.pipeline.is_stopped:
+            await _wait(self._filler)
+        return not self.steps.pipeline.is_stopped
+
+    async def _note_begun(self) -> None:
+        self._num_running += 1
+        self._room -= 1
+        if self._room:  # else it waits anyway
+            await anyio.lowlevel.checkpoint()
 
     def _on_end(self, index: int, outcome: StepResult | BaseException | None) -> None:
         self._num_running -= 1
@@ -309,6 +335,7 @@ class StepStream:
         with anyio.CancelScope(shield=True):
             if self._cancel is None:
                 run.steps.close()
+                run.steps.leave(None)
                 run.end()
                 await run.source.aclose()
                 return

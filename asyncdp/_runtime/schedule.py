@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 
@@ -41,6 +41,7 @@ class Progress:
         lanes: the lane of each task of the current stage.
         num_stages_left: stages that follow the current one.
         num_tasks_left: tasks of the current stage that have not ended.
+        on_cancel: called when it is cancelled, for tasks that wait for something.
     """
 
     lanes: Sequence[int]
@@ -49,6 +50,7 @@ class Progress:
     state: PassState = field(default=PassState.NEW, init=False)
     has_failed: bool = field(default=False, init=False)
     is_cancelled: bool = field(default=False, init=False)
+    on_cancel: Callable[[], object] | None = field(default=None, init=False)
 
     @property
     def is_ended(self) -> bool:

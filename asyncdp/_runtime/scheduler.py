@@ -213,6 +213,8 @@ class Scheduler(HangWatch):
             self._perform(self.schedule.cancel(pass_))
             self._abandon_cancelled()
         self._wake()
+        if pass_.on_cancel is not None:
+            pass_.on_cancel()
 
     def close(self, timeout: float | None) -> None:
         """Take nothing more, and wait for the lanes' threads, `timeout` seconds in all if given."""
@@ -385,7 +387,7 @@ class Scheduler(HangWatch):
         if pass_.has_failed or pass_.failures or pass_.is_cancelled:
             pass_.results = []
         pass_.stage = pass_.following = ()
-        pass_.setting = None
+        pass_.setting = pass_.on_cancel = None
         self._to_wake.append(pass_.completion.finish)
 
     def _mark_lost(self, lane: Lane, error: BaseException) -> None:

@@ -175,6 +175,15 @@ def begin_stage() -> bool:
     return not task.pass_.is_cancelled
 
 
+def on_cancel(call: Callable[[], object]) -> None:
+    """Have `call` called, from any thread, once the pass is cancelled whose task this lane runs."""
+    task = this_thread.task
+    assert task is not None
+    task.pass_.on_cancel = call
+    if task.pass_.is_cancelled:
+        call()
+
+
 def is_lost(lane: Lane) -> bool:
     """Return whether the lane's device is lost."""
     return lane.state is LaneState.LOST

@@ -224,8 +224,6 @@ def commit(
     Returns:
         Whether the optimizer has stepped: a scaler has it skip gradients that overflowed.
     """
-    if options.before_step is not None:
-        _before_step(options, options.before_step)
     if write_back_buffers is not None:
         write_back_buffers()
     if options.reduce_only:
@@ -237,7 +235,7 @@ def commit(
         else:
             has_stepped = _step_scaled(options.scaler, options.optimizer)
     except BaseException as error:
-        _forget_unscaling(options)
+        forget_unscaling(options)
         error.add_note("raised by the optimizer itself, which may have changed some parameters already")
         raise
     clear(saved.tensors)
@@ -279,17 +277,19 @@ def learning_rate_of(optimizer: Any) -> float | Tensor | None:
     return rate.clone() if isinstance(rate, Tensor) else rate
 
 
-def _before_step(options: StepOptions, call: Callable[[], object]) -> None:
+def prepare(options: StepOptions) -> None:
+    """Unscale the gradients and call `before_step`: the step can still fail."""
     try:
         if options.scaler is not None and not options.reduce_only:
             options.scaler.unscale_(options.optimizer)
-        call()
+        if options.before_step is not None:
+            options.before_step()
     except BaseException:
-        _forget_unscaling(options)
+        forget_unscaling(options)
         raise
 
 
-def _forget_unscaling(options: StepOptions) -> None:
+def forget_unscaling(options: StepOptions) -> None:
     """Let the next step unscale its gradients although this failed one already has."""
     if options.scaler is not None and not options.reduce_only:
         options.scaler.update(options.scaler.get_scale())

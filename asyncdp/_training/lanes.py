@@ -75,7 +75,8 @@ class TrainingLane:
         self._parameters = [self._tensors[id(each)] for each in cache.snapshot.parameters]
         self._watch: ParameterWatch | None = None
         self._versions: dict[int, int] = {}
-        self._survivors: Survivors | None = None
+        self.survivors: Survivors | None = None
+        """What the forward did to buffers, until `write_back_buffers`."""
         self._report: Report | None = None
         self._hooks: list[RemovableHandle] = []
 
@@ -118,7 +119,7 @@ class TrainingLane:
         """
         assert self._watch is not None, "the forward has begun"
         written = self._watch.written()
-        self._survivors = self._replica.survivors(self._cache.snapshot, self._versions, written)
+        self.survivors = self._replica.survivors(self._cache.snapshot, self._versions, written)
         return written
 
     def report(self, position: int, leaf: Tensor) -> None:
@@ -153,7 +154,7 @@ class TrainingLane:
 
     def write_back_buffers(self) -> Survivors | None:
         """Carry what the forward did to this lane's buffers into the module's; return all that survives."""
-        survivors, self._survivors = self._survivors, None
+        survivors, self.survivors = self.survivors, None
         if survivors is not None:
             survivors.apply()
         return survivors

@@ -73,10 +73,12 @@ class Pipeline:
 
     Attributes:
         is_stopped: whether no more steps begin.
+        has_failed: whether a step that several processes were to take together has ended without being taken.
     """
 
     def __init__(self, trainer: Trainer, options: StepOptions, ambient: Ambient) -> None:
         self.is_stopped = False
+        self.has_failed = False
         self._trainer = trainer
         self._scheduler = trainer.scheduler
         self._options = options
@@ -152,6 +154,10 @@ class Pipeline:
         if not step.is_done or queued.pass_.failures:
             self.is_stopped = True
             step.undo()
+            if step.exchange is not None and step.exchange.has_begun:
+                self.has_failed = True
+                failures = queued.pass_.failures
+                step.exchange.fail(failures[0][1] if failures else "its stream of steps was left")
         del step
         with self._lock:
             del self._steps[queued]

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._distributed.exchange import StepExchange
 from .._replicas.copies import wait_issued
 from .._replicas.lane_module import ModuleState
 from .._replicas.order import Use, in_turn
@@ -31,6 +32,7 @@ from .commit import (
     commit,
     deliver,
     learning_rate_of,
+    prepare,
     step_scheduler,
     threads,
 )
@@ -95,6 +97,9 @@ class _Prepared(NamedTuple):
 class Step:
     """One step, from the first lane's forward to the optimizer.
 
+    Attributes:
+        exchange: this process's part in a step that several processes take together.
+
     Args:
         state: the module to train, as of the call.
         modules: its replica set, which knows what forwards have carried into it since.
@@ -105,6 +110,8 @@ class Step:
         options: what the user said.
         accumulate: accumulate the gradients instead of stepping.
     """
+
+    exchange: StepExchange | None = None
 
     def __init__(
         self,
@@ -251,6 +258,8 @@ class Step:
         assert self._saved is not None, "a lane has begun"
         self.learning_rate = learning_rate_of(self.options.optimizer)
         with in_turn(self._change()):
+            if self.options.before_step is not None:
+                prepare(self.options)
             has_stepped = commit(self._saved, self.options, write_back_buffers)
             self._accumulated.clear()
             self.is_done = True

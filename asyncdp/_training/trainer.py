@@ -21,6 +21,8 @@ from .._runtime.task import begin_stage
 from .._verbs.batch import Batch
 from .commit import AccumulatedGradients, StepOptions
 from .lanes import TrainingLanes
+from .processes import SharedSteps
+from .shared_step import SharedStep
 from .step import Piece, Step, recording
 
 Bring = Callable[[Lane, list[Any]], Callable[[], list[Any]]]
@@ -52,6 +54,7 @@ class Trainer:
         scheduler: whose lanes these are.
         lanes: a step uses the first ones of them.
         output: where losses go.
+        shared: makes this process's part in steps that several processes take together; None for one process.
     """
 
     def __init__(
@@ -61,7 +64,9 @@ class Trainer:
         scheduler: Scheduler,
         lanes: Sequence[Lane],
         output: torch.device,
+        shared: SharedSteps | None = None,
     ) -> None:
+        self.shared = shared
         self.scheduler = scheduler
         self._lanes = lanes
         self._output = output
@@ -92,6 +97,9 @@ class Trainer:
     ) -> Tensor:
         """Take one step; see `DataParallel.train_step`. `record` gets its duration in seconds."""
         plan = self.plan([batch], options, num_lanes, state, accumulate=accumulate)
+        exchange = plan.step.exchange
+        if exchange is not None:
+            exchange.take_number()
         use = plan.use(_loops.current())
         ambient = None
         try:
@@ -103,8 +111,10 @@ class Trainer:
             results = await self.scheduler.run(
                 plan.stage, plan.following, num_threads=plan.num_threads, ambient=ambient
             )
-        except BaseException:
+        except BaseException as error:
             plan.step.undo()
+            if exchange is not None:
+                exchange.fail("its caller was cancelled" if _loops.ends_tasks(error) else error)
             raise
         finally:
             passes.leave(use)
@@ -134,16 +144,21 @@ class Trainer:
         """
         pieces = _divide(batches, num_lanes, options.loss_reduction, self._lanes, bring)
         lanes = self._lanes[: len(pieces)]
-        step = Step(
-            state, self._modules, self._replicas, self._accumulated, lanes, pieces, options, accumulate
-        )
+        parts = state, self._modules, self._replicas, self._accumulated, lanes, pieces, options, accumulate
+        if self.shared is None:
+            step = Step(*parts)
+        else:
+            exchange = self.shared.exchange(batches, options, state, accumulate=accumulate)
+            step = SharedStep(exchange, self.shared.communicator, *parts)
         stage, following = self._stages(step, lanes)
         share = self._all_threads if len(lanes) == 1 else self.scheduler.thread_share(len(lanes))
         return StepPlan(step, state, lanes, stage, following, share)
 
     def _stages(self, step: Step, lanes: Sequence[Lane]) -> tuple[Stage, Sequence[NextStage]]:
+        run = step.run if isinstance(step, SharedStep) else None
         if len(lanes) == 1:
-            return [Task(lanes[0], partial(self._run_single_lane, step), "train", is_replica=True)], ()
+            single = partial(self._run_single_lane, step)
+            return [Task(lanes[0], partial(run, single) if run else single, "train", is_replica=True)], ()
 
         def last_stage(shares: list[Any], last: Lane) -> Stage:
             # The lane that is awake, if it can reach the first lane's tensors. But only the first lane
@@ -151,13 +166,16 @@ class Trainer:
             # waits become slow for good.
             is_able = last.device == lanes[0].device and not (step.takes_all_threads or step.needs_first_lane)
             lane = last if is_able else lanes[0]
-            return [Task(lane, partial(self._finish, step, shares), "reduce")]
+            finish = partial(self._finish, step, shares)
+            return [Task(lane, partial(run, finish) if run else finish, "reduce")]
 
-        stage = [
-            Task(lane, partial(step.run_lane, index), "train", is_replica=True)
-            for index, lane in enumerate(lanes)
-        ]
-        return stage, [last_stage]
+        functions: list[Callable[[], Any]] = [partial(step.run_lane, index) for index in range(len(lanes))]
+        if run:
+            functions = [partial(run, function) for function in functions]
+        return [
+            Task(lane, function, "train", is_replica=True)
+            for lane, function in zip(lanes, functions, strict=True)
+        ], [last_stage]
 
     def _run_single_lane(self, step: Step) -> Tensor | None:
         """Run a whole step on the thread of its only lane; return None if it was cancelled meanwhile."""
@@ -180,6 +198,8 @@ class Trainer:
         loss = shares[0].to(self._output)
         for other in shares[1:]:
             loss = loss + other.to(self._output)
+        if isinstance(step, SharedStep):
+            loss = step.settle(loss)
         if step.accumulate:
             step.accumulate_gradients()
         else:
@@ -211,7 +231,7 @@ def _divide(
 
 def _parts(batches: Sequence[Batch], loss_reduction: str) -> list[float]:
     """Return each batch's part in the loss of the step: by their rows, if all have some."""
-    if len(batches) == 1 or loss_reduction == "sum":
+    if len(batches) <= 1 or loss_reduction == "sum":
         return [1.0] * len(batches)
     rows = [batch.rows_if_any or 0 for batch in batches]
     if not any(rows) or any(batch.rows_if_any is None for batch in batches):

@@ -9,16 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from .base import AsyncDPError as AsyncDPError
-from .checkpoints import CheckpointError as CheckpointError
-from .checkpoints import CheckpointMismatchError as CheckpointMismatchError
-from .checkpoints import DamagedCheckpointError as DamagedCheckpointError
-from .checkpoints import NotACheckpointError as NotACheckpointError
 from .inputs import AmbiguousSequenceError as AmbiguousSequenceError
 from .inputs import GatherError as GatherError
 from .inputs import LengthMismatchError as LengthMismatchError
 from .inputs import MetaTensorError as MetaTensorError
 from .inputs import OffloadedModuleError as OffloadedModuleError
 from .inputs import UnsplittableError as UnsplittableError
+from .processes import PeerStepError as PeerStepError
+from .processes import ProcessGroupError as ProcessGroupError
+from .processes import ProcessMismatchError as ProcessMismatchError
 from .serving import BatcherClosedError as BatcherClosedError
 from .serving import CallCancelledError as CallCancelledError
 from .serving import CallTimeoutError as CallTimeoutError

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -119,10 +118,11 @@ class Late(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(1, 1)
-        self.calls = itertools.count(1)  # an iterator, which lanes share
+        self.calls: Any = type("Calls", (), {"number": 0})()
 
     def forward(self, x: Tensor) -> Tensor:
-        if next(self.calls) > 4:
+        self.calls.number += 1
+        if self.calls.number > 4:
             halve(self.layer.weight)
         return self.layer(x)
 

@@ -1,0 +1,1 @@
+"""What processes of one group say to each other about training steps."""

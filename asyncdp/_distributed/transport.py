@@ -1,0 +1,120 @@
+"""The collectives of one engine, over connections of its own.
+
+They are made beside the user's process group, of the same processes: collectives pair by order, and the
+user's own, called on another thread, must not come in between.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from .._torch_private import store_of_group, timeout_of_group
+from ..errors import ProcessGroupError
+
+dist: Any = torch.distributed  # exports part of what it documents
+
+
+def group_of(process_group: Any) -> Any:
+    """Return the process group that a user means.
+
+    Raises:
+        ProcessGroupError: it is none.
+    """
+    if not dist.is_available():
+        raise ProcessGroupError("needs torch.distributed, which this build of torch lacks")
+    if isinstance(process_group, DeviceMesh):
+        if process_group.ndim != 1:
+            raise ProcessGroupError(f"must be one dimension of a mesh, but this one has {process_group.ndim}")
+        process_group = process_group.get_group()
+    if process_group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ProcessGroupError("does not contain this process")
+    if not isinstance(process_group, dist.ProcessGroup):
+        raise ProcessGroupError(f"must be a ProcessGroup or a DeviceMesh, but got {process_group!r}")
+    return process_group
+
+
+class Transport:
+    """Connections between the processes of a group. Used by one thread at a time; every call blocks.
+
+    Numbers, texts and CPU tensors go over gloo; CUDA tensors over NCCL where it is there, else through the
+    CPU. Whoever drops the last reference closes the connections, which the other processes notice.
+
+    Args:
+        process_group: which processes, and how long a collective may take.
+
+    Attributes:
+        rank: of this process in the group.
+        size: how many processes there are.
+    """
+
+    def __init__(self, process_group: Any) -> None:
+        self.rank, self.size = process_group.rank(), process_group.size()
+        timeout = timeout_of_group(process_group)
+        try:
+            store = store_of_group(process_group)
+        except (KeyError, ValueError):
+            raise ProcessGroupError("was destroyed, or not made by torch.distributed") from None
+        # Engines are made in the same order everywhere; the name keeps apart what earlier ones left behind.
+        turn = store.add(f"asyncdp/{self.rank}", 1)
+        if self.rank == 0:
+            store.set(f"asyncdp/name/{turn}", uuid.uuid4().hex)
+        store.wait([f"asyncdp/name/{turn}"], timeout)
+        store = dist.PrefixStore(f"asyncdp/{store.get(f'asyncdp/name/{turn}').decode()}", store)
+        self._gloo: Any = dist.ProcessGroupGloo(
+            dist.PrefixStore("gloo", store), self.rank, self.size, timeout=timeout
+        )
+        self._nccl = self._make_nccl(store, timeout)
+
+    def _make_nccl(self, store: Any, timeout: timedelta) -> Any:
+        if not (torch.cuda.is_available() and dist.is_nccl_available()):
+            return None
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = timeout
+        return dist.ProcessGroupNCCL(dist.PrefixStore("nccl", store), self.rank, self.size, options)
+
+    def exchange(self, numbers: Sequence[int]) -> list[list[int]]:
+        """Give signed 64-bit numbers to all processes, as many as they give; return those of each."""
+        table = torch.zeros(self.size, len(numbers), dtype=torch.int64)
+        table[self.rank] = torch.tensor(numbers, dtype=torch.int64)
+        self._gloo.allreduce([table]).wait()
+        return table.tolist()
+
+    def exchange_texts(self, text: str) -> list[str]:
+        """Give a text to all processes; return the text of each."""
+        own = text.encode()
+        lengths = [length for (length,) in self.exchange([len(own)])]
+        table = torch.zeros(self.size, max(lengths), dtype=torch.uint8)
+        if own:
+            table[self.rank, : len(own)] = torch.frombuffer(bytearray(own), dtype=torch.uint8)
+        if table.numel():
+            self._gloo.allreduce([table]).wait()
+        return [
+            bytes(row[:length].tolist()).decode(errors="replace")
+            for row, length in zip(table, lengths, strict=True)
+        ]
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum a contiguous tensor over all processes; it may be written to."""
+        if tensor.device.type == "cpu":
+            self._gloo.allreduce([tensor]).wait()
+            return tensor
+        if tensor.device.type == "cuda" and self._nccl is not None:
+            self._nccl.allreduce([tensor]).wait()
+            torch.cuda.current_stream(tensor.device).synchronize()
+            return tensor
+        return self.sum(tensor.cpu()).to(tensor.device)
+
+    def share(self, tensor: Tensor, owner: int) -> Tensor:
+        """Give a contiguous tensor on the CPU to all processes; the others' are written to."""
+        options = dist.BroadcastOptions()
+        options.rootRank = owner
+        self._gloo.broadcast([tensor], options).wait()
+        return tensor

@@ -1,1 +1,0 @@
-"""Checkpoints: the state of a training, on disk as torch.distributed.checkpoint has it."""

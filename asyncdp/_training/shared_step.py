@@ -1,0 +1,222 @@
+"""One training step that several processes take together, or none of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .._distributed.communicator import Communicator
+from .._distributed.exchange import Computed, StepExchange
+from .._replicas.order import in_turn
+from .._runtime.task import on_cancel
+from ..errors import UnsupportedModuleError
+from .commit import clear, commit, deliver, forget_unscaling, learning_rate_of, prepare, step_scheduler
+from .processes import StepGivenUpError, digest_of_gradients
+from .reducer import Gradients, add_up
+from .shared_state import decoded, encoded
+from .step import Piece, Step
+
+T = TypeVar("T")
+
+
+class SharedStep(Step):
+    """One step of this process among several.
+
+    The weight of this process in the step is part of its loss, so that all that follows of it (gradients that
+    are accumulated, or that reach tensors outside of the module) needs only to be added up.
+
+    Args:
+        exchange: this process's part, as the others see it.
+        communicator: talks to them.
+        *args: of a `Step`.
+    """
+
+    def __init__(self, exchange: StepExchange, communicator: Communicator, *args: Any) -> None:
+        super().__init__(*args)
+        self.exchange = exchange
+        self._communicator = communicator
+        self._totals: Gradients = []
+
+    def run(self, function: Callable[[], T]) -> T | None:
+        """Run a task of this step on its lane; if it fails or is cancelled, the step fails everywhere.
+
+        Returns:
+            What the function did; None if the step is not taken and another task says why, or none needs to.
+        """
+        assert self.exchange is not None
+        on_cancel(partial(self.exchange.fail, "its caller was cancelled"))
+        self.exchange.begin()
+        try:
+            return function()
+        except StepGivenUpError:
+            return None
+        except BaseException as error:
+            self.exchange.fail(error)
+            raise
+
+    def compute(self, index: int) -> Tensor:
+        """Run one lane's forward, loss and backward, unless only other processes have rows."""
+        if not self._has_nothing():
+            return super().compute(index)
+        trainable = self._prepare().trainable
+        self._own_gradients = [None] * len(trainable)
+        return torch.zeros(())
+
+    def compute_in_place(self) -> Tensor | None:
+        """Do the same with the module's own parameters, where that is possible."""
+        return None if self._has_nothing() else super().compute_in_place()
+
+    def settle(self, loss: Tensor) -> Tensor:
+        """Sum loss and gradients over all processes, after every lane has succeeded; return the loss."""
+        assert self.exchange is not None
+        assert self._saved is not None, "a lane has begun"
+        saved, agreed = self._saved, self.exchange.agreed
+        assert agreed is not None, "its weight is known"
+        is_owner = agreed.owner == self._communicator.rank
+        lane = None if self._in_place is not None else self._prepare().lanes[0]
+        totals = self.exchange.reduce(
+            Computed(
+                gradients=self._local_gradients(),
+                loss=None if self._has_nothing() else loss,
+                earlier=0 if saved.is_empty else digest_of_gradients(saved.gradients),
+                state=encoded(lane.survivors) if lane is not None and is_owner else b"",
+            )
+        )
+        if totals is None:
+            raise StepGivenUpError
+        self._totals = totals.gradients
+        if lane is not None and not is_owner:
+            lane.survivors = decoded(totals.state, self._state.snapshot, self._lanes[0].device)
+        return torch.tensor(totals.loss, dtype=totals.loss_dtype, device=loss.device)
+
+    def accumulate_gradients(self) -> None:
+        """Accumulate this process's gradients, if all processes accumulate theirs."""
+        self._agree_to_take()
+        with self._diverging():
+            super().accumulate_gradients()
+
+    def _has_nothing(self) -> bool:
+        assert self.exchange is not None
+        return self.exchange.intent.rows == 0 and self._weight() == 0.0
+
+    def _weight(self) -> float:
+        assert self.exchange is not None
+        weight = self.exchange.weight()
+        if weight is None:
+            raise StepGivenUpError
+        return weight
+
+    def _loss_of(self, piece: Piece, module: nn.Module, device: torch.device) -> Tensor:
+        return super()._loss_of(piece, module, device) * self._weight()
+
+    def _note_writes(self, positions: Sequence[int]) -> None:
+        super()._note_writes(positions)
+        if positions:
+            self._communicator.diverge()
+            raise UnsupportedModuleError(
+                self._module,
+                "its forward writes into its own parameters, of which every process has its own",
+                "Write them in before_step, the same on every process, and call engine.rejoin(group) now.",
+            )
+
+    def _local_gradients(self) -> Gradients:
+        """Return this process's gradients: of what is trainable, then of the optimizer's other tensors."""
+        assert self.exchange is not None
+        assert self._saved is not None, "a lane has begun"
+        saved, trainable = self._saved, self._in_place
+        if self.accumulate:
+            return [None] * self._num_tensors()
+        if trainable is not None and not self._accumulated:
+            return saved.direct()
+        if trainable is not None:
+            sums: Gradients = [None] * len(trainable)
+            accumulated = self._accumulated.of(trainable)
+        else:
+            trainable, reducer = self._prepare()[1:3]
+            sums = self._own_sums(trainable) if reducer is None else reducer.sums()
+            accumulated = []
+            if not saved.outsiders and saved.direct().count(None) == len(saved.tensors):
+                return sums
+        direct = {id(tensor): tensor.grad for tensor in saved.tensors}
+        own = [*sums, *[None] * len(saved.outsiders)]
+        tensors = [*trainable, *saved.outsiders]
+        earlier = [[*each, *[None] * len(saved.outsiders)] for each in accumulated]
+        earlier += [[*[None] * len(trainable), *each] for each in self._accumulated.of(saved.outsiders)]
+        groups = [
+            ([own[place], direct.get(id(tensor))], [each[place] for each in earlier])
+            for place, tensor in enumerate(tensors)
+        ]
+        return add_up(groups, [tensor.device for tensor in tensors])
+
+    def _num_tensors(self) -> int:
+        assert self.exchange is not None
+        assert self.exchange.intent.workload is not None
+        return self.exchange.intent.workload.layout.num_tensors
+
+    def _commit(self) -> None:
+        lanes, trainable, _, _ = self._prepare()
+        self._deliver(trainable)
+        self._take(partial(self._write_back, lanes[0]))
+
+    def _commit_in_place(self, trainable: list[Tensor]) -> None:
+        self._deliver(trainable)
+        self._take(None)
+
+    def _deliver(self, trainable: list[Tensor]) -> None:
+        """Put the gradients of all processes into `.grad`."""
+        assert self._saved is not None, "a lane has begun"
+        saved, count = self._saved, len(trainable)
+        clear(saved.tensors)
+        for tensor, total in zip(saved.outsiders, self._totals[count:], strict=True):
+            tensor.grad = total
+        if self._in_place is None or not saved.is_empty:
+            deliver(saved, trainable, self._totals[:count], ())
+            return
+        for tensor, total in zip(trainable, self._totals[:count], strict=True):
+            tensor.grad = total
+
+    def _take(self, write_back_buffers: Callable[[], None] | None) -> None:
+        assert self._saved is not None, "a lane has begun"
+        self.learning_rate = learning_rate_of(self.options.optimizer)
+        with in_turn(self._change()):
+            prepare(self.options)
+        try:
+            self._agree_to_take()  # holds up no forward of the module meanwhile
+        except BaseException:
+            forget_unscaling(self.options)
+            raise
+        with self._diverging(), in_turn(self._change()):
+            has_stepped = commit(self._saved, self.options, write_back_buffers)
+            self._accumulated.clear()
+            self.is_done = True
+            if has_stepped:
+                step_scheduler(self.options)
+
+    def _agree_to_take(self) -> None:
+        assert self.exchange is not None
+        if not self.exchange.vote():
+            raise StepGivenUpError
+
+    def _diverging(self) -> _Diverging:
+        return _Diverging(self._communicator)
+
+
+class _Diverging:
+    """A block that has other processes go on without this one's steps if it raises."""
+
+    def __init__(self, communicator: Communicator) -> None:
+        self._communicator = communicator
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if error is not None:
+            self._communicator.diverge()
+            error.add_note(
+                "the other processes have taken this step: call `await engine.rejoin(group)` on all of them"
+            )
