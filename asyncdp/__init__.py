@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         export_opentelemetry,
         export_prometheus,
     )
+    from ._training.checkpoint.keeper import Checkpoint
     from ._tree import PerRow, Whole
     from ._verbs.backward import backward
     from ._verbs.gather import gather
@@ -52,6 +53,7 @@ __all__ = [
     "Batcher",
     "BatcherStatistics",
     "Call",
+    "Checkpoint",
     "DataParallel",
     "DataParallelStatistics",
     "EngineView",
@@ -95,6 +97,7 @@ _MODULES = (
     "_engine.tuner",
     "_runtime",
     "_serving",
+    "_training.checkpoint.keeper",
     "_tree",
     "_verbs.backward",
     "_verbs.gather",

@@ -18,15 +18,16 @@ from .._replicas.replica_set import ReplicaSet, replica_set_of
 from .._replicas.snapshot import check_module
 from .._runtime import Lane, Runtime, RuntimeStatistics, default_lanes, scheduler_of
 from .._runtime.hangs import GRACE_SECONDS, grace_of
+from .._training.checkpoint.keeper import CheckpointKeeper
 from .._training.commit import StepOptions
 from .._training.processes import meet, meet_again, refusing
 from .._training.trainer import Trainer
 from .._verbs.batch import Batch, positional
-from ..errors import NotAModuleError, NotAnOptimizerError
-from .calls import Calls, EngineView
+from ..errors import NotAModuleError
+from .calls import EngineView
 from .route import Route
 from .source import Source, check_iterable
-from .state import copy_state
+from .stateful import StatefulCalls
 from .train import Steps, StepStream
 from .tuner import LaneChoice
 
@@ -86,7 +87,8 @@ class DataParallelStatistics:
     num_passes: int
     """Passes that succeeded."""
     num_steps: int
-    """Optimizer steps taken, including those whose caller was cancelled while the optimizer ran."""
+    """Optimizer steps taken, including those whose caller was cancelled while the optimizer ran, and those
+    before a checkpoint that was loaded."""
     num_lanes: int
     choices: tuple[LaneChoice, ...]
     """With num_lanes="auto": how many lanes each kind of call takes, and why."""
@@ -97,7 +99,7 @@ class DataParallelStatistics:
 _accumulating: ContextVar[tuple[object, ...]] = ContextVar("asyncdp_accumulating", default=())
 
 
-class DataParallel(Calls):
+class DataParallel(StatefulCalls):
     """A module with persistent replicas on several lanes.
 
     An async context manager. Replicas that share the module's device share its parameters, so that
@@ -147,15 +149,14 @@ class DataParallel(Calls):
         self._owns_runtime = runtime is None
         self.runtime = Runtime(devices) if runtime is None else runtime
         lanes = self._choose_lanes(devices)
-        self.module = module
         output = lanes[0].device if output is None else output
         scheduler = scheduler_of(self.runtime)
         most = _check_num_lanes(num_lanes, len(lanes))
         replicas = ReplicaSet(module, [lane.device for lane in lanes], bucket_bytes, checksum)
         route = Route(module, replicas, scheduler, lanes, output, dim)
         super().__init__(self.runtime, route, most, num_lanes == "auto" and len(lanes) > 1)
-        self._views: dict[bool, EngineView] = {}
         self._trainer = Trainer(module, replicas, scheduler, lanes, output)
+        self._checkpoints = CheckpointKeeper(replicas, self._trainer, scheduler, lanes)
         if group is not None:
             self._trainer.shared = meet(group, module)
 
@@ -205,27 +206,6 @@ class DataParallel(Calls):
                 self.runtime, route, self._num_lanes, self._adaptive is not None, training
             )
         return self._views[training]
-
-    async def snapshot(self, optimizer: Any = None) -> dict[str, Any]:
-        """Return a copy of the module's state, and of the optimizer's, as of a whole step.
-
-        Copied on a lane, where no step of any engine over the module changes it meanwhile. Forward and
-        backward of a step may go on, and only its end waits for the copy.
-
-        Args:
-            optimizer: of torch.optim; its state is that of the same moment.
-
-        Returns:
-            `{"module": module.state_dict()}`, and `"optimizer": optimizer.state_dict()` if one was given,
-            on the devices where they are.
-
-        Raises:
-            NotAnOptimizerError: the optimizer has no state to copy.
-        """
-        if optimizer is not None and not callable(getattr(optimizer, "state_dict", None)):
-            raise NotAnOptimizerError(optimizer)
-        lane = scheduler_of(self.runtime).least_busy(self.lanes)[0]
-        return await self.runtime.run(copy_state, self.module, self._route.parts(), optimizer, lane=lane)
 
     async def train_step(
         self,
@@ -383,17 +363,6 @@ class DataParallel(Calls):
     def discard_accumulated(self) -> None:
         """Discard the gradients of steps under `no_sync` that no later step has used."""
         self._trainer.discard_accumulated()
-
-    def refresh(self) -> None:
-        """Notice changes made behind autograd's back (`parameter.data.add_(...)`) at the next call.
-
-        Needed only for lanes on another device than the module's.
-        """
-        for route in self._routes():
-            route.replicas.refresh()
-
-    def _routes(self) -> list[Route]:
-        return [self._route, *(view._route for view in self._views.values())]
 
     def statistics(self) -> DataParallelStatistics:
         """Return a snapshot of the engine and its runtime."""

@@ -9,20 +9,21 @@ from functools import partial
 from operator import is_
 from types import CellType, FunctionType, MethodType
 from typing import Any
+from weakref import ReferenceType
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .._torch_private import COMPILED_CALL
+from .containers import ATOMS, MAPPINGS, MUTABLE, bare_like, empty_like, parts_of
 from .snapshot import PLAIN, ModuleSnapshot
-from .state import ATOMS, CACHE_ATTRIBUTE, MUTABLE, OF_ALL_MODULES, REGISTRIES, empty_like
+from .state import CACHE_ATTRIBUTE, OF_ALL_MODULES, REGISTRIES
 
 
 def bare_copy(module: nn.Module, namespace: Mapping[str, Any]) -> nn.Module:
-    # Not through the class's own __new__, which some classes (GraphModule) use to make a new class.
-    replica = object.__new__(type(module))
+    replica = bare_like(module)
     replica.__dict__.update(namespace)
-    return replica
+    return replica  # type: ignore[no-any-return]
 
 
 class Copier:
@@ -42,6 +43,7 @@ class Copier:
         tensors = snapshot.tensors if deep else [*snapshot.tensors, *snapshot.loose]
         self._tensor_ids = {id(tensor) for tensor in tensors}
         self._contents = snapshot.contents
+        self._objects = snapshot.objects
         self.places: list[tuple[Any, Any, int]] = []
         self.templates: list[tuple[Any, Any, Any]] = []
         self.holders: list[Any] = []
@@ -85,12 +87,17 @@ class Copier:
                 own.__setstate__((dicts[0], handle.id, tuple(dicts[1:])))
 
     def _own(self, value: Any) -> Any:
-        """Return the replica's own of a value; a container that is met twice is still one container."""
+        """Return the replica's own of a value; what is met twice is still one."""
         kind = type(value)
         if id(value) in self._copies:
             return self._copies[id(value)]
-        if kind is MethodType and id(value.__self__) in self._copies:
-            return MethodType(value.__func__, self._copies[id(value.__self__)])
+        if id(value) in self._objects:
+            return self._own_object(value)
+        if kind is MethodType:
+            owner = self._own(value.__self__)
+            return value if owner is value.__self__ else MethodType(value.__func__, owner)
+        if kind is ReferenceType and (id(value()) in self._copies or id(value()) in self._objects):
+            return ReferenceType(self._own(value()))
         if kind in (FunctionType, partial):
             return rebound(value, self._captured)
         if kind is tuple:
@@ -102,9 +109,19 @@ class Copier:
         self.containers.append(new)
         return self._filled(new, value)
 
+    def _own_object(self, value: Any) -> Any:
+        new = self._copies[id(value)] = bare_like(value)
+        held = parts_of(new)
+        self.holders += held
+        self.containers += held
+        for mine, part in zip(held, self._objects[id(value)][1], strict=True):
+            self._copies[id(part)] = mine
+            self._filled(mine, part)
+        return new
+
     def _captured(self, value: Any) -> Any:
         """Return the replica's own of what a function captured, if that is a module or held by one."""
-        is_ours = id(value) in self._copies or id(value) in self._contents
+        is_ours = any(id(value) in each for each in (self._copies, self._contents, self._objects))
         return self._own(value) if is_ours or type(value) in (MethodType, FunctionType, partial) else value
 
     def _filled(self, new: Any, value: Any) -> Any:
@@ -115,7 +132,7 @@ class Copier:
             return new
         for key, entry in content.items() if isinstance(content, dict) else enumerate(content):
             own = self._own(entry)
-            if isinstance(value, dict):
+            if isinstance(value, MAPPINGS):
                 new[key] = own
             else:
                 new.append(own)

@@ -29,6 +29,7 @@ class Use:
     Args:
         snapshot: the module whose tensors are read.
         changes: whether parameters that require gradients, and buffers, are changed.
+        changes_frozen: whether all other parameters are changed too.
         optimizer: is read too, and changed if they are.
 
     Attributes:
@@ -42,6 +43,7 @@ class Use:
         "_changed",
         "_read",
         "changes",
+        "changes_frozen",
         "is_waiting",
         "lane",
         "loop",
@@ -55,12 +57,14 @@ class Use:
         snapshot: ModuleSnapshot,
         *,
         changes: bool = False,
+        changes_frozen: bool = False,
         optimizer: object = None,
         loop: _loops.Loop | None = None,
         lane: object = None,
     ) -> None:
         self.snapshot = snapshot
         self.changes = changes
+        self.changes_frozen = changes_frozen
         self.optimizer = optimizer
         self.loop = loop
         self.lane = lane
@@ -86,7 +90,9 @@ class Use:
         """Return the `id` of every tensor that is read; found out only when two modules meet."""
         if self._read is None:
             self._read = frozenset(map(id, self.snapshot.tensors))
-            if self.changes:
+            if self.changes_frozen:
+                self._changed = self._read
+            elif self.changes:
                 self._changed = frozenset(map(id, [*self.snapshot.trainable(), *self.snapshot.buffers]))
         return self._read
 

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from .._torch_private import flat_weights, mark_as_parameter, storage_address, version_of
 from ..errors import LazyModuleError
+from .containers import entries, is_same, refill, shallow
 from .copier import Copier, bare_copy, substitute
 from .refusals import warn_if_compiled
 from .snapshot import AttributeMap, ModuleSnapshot, is_plain
-from .state import HOOKS, OF_ALL_MODULES, Watch, entries, is_same, refill, shallow
+from .state import HOOKS, OF_ALL_MODULES, Watch
 from .survivors import Survivors
 
 Substitutions = Mapping[int, Tensor]

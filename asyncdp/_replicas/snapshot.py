@@ -21,6 +21,7 @@ from ..errors import (
     NotAModuleError,
     UnsupportedModuleError,
 )
+from .containers import MAPPINGS, Contents, Slots, is_same, shallow
 from .refusals import check_placement
 from .state import (
     HOOKS,
@@ -28,11 +29,8 @@ from .state import (
     REGISTRIES,
     Watch,
     attributes_of,
-    containers_in,
-    is_same,
     loose_tensors,
     namespaces_of,
-    shallow,
 )
 
 AttributeMap = Mapping[tuple[int, str], Any]
@@ -93,6 +91,7 @@ class ModuleSnapshot:
         namespaces: copies of all modules' `__dict__`, without replicas.
         contents: what the containers and hook dictionaries among their values hold, by the `id` of these;
             those of every module that held nothing are left out.
+        objects: by their ids, what each replica has its own of, with the mappings of their attributes.
         parameters: every parameter once, in the order of `module.parameters()`.
         buffers: every buffer once.
         tensors: the parameters, then the buffers.
@@ -112,10 +111,14 @@ class ModuleSnapshot:
         self._below = modules[1:]
         self._types = [*map(type, modules)]
         self.namespaces = [*map(dict, namespaces)]
-        containers: dict[int, Any] = {}
+        found = Contents(modules)
         for namespace in namespaces:
             for _, value in attributes_of(namespace):
-                containers_in(value, containers)
+                found.look(value)
+            for name in HOOKS:
+                for hook in namespace[name].values():
+                    found.look(hook)
+        containers, self.objects = found.containers, found.objects
         self._containers = [(each, shallow(each)) for each in containers.values()]
         self.contents = {id(each): content for each, content in self._containers}
         for namespace in namespaces:
@@ -124,7 +127,7 @@ class ModuleSnapshot:
                     self.contents[id(namespace[name])] = shallow(namespace[name])
         registries = [namespace[name] for namespace in namespaces for name in REGISTRIES]
         hooks = [namespace[name] for namespace in namespaces for name in HOOKS]
-        mappings = [each for each in containers.values() if isinstance(each, dict)]
+        mappings = [each for each in containers.values() if isinstance(each, MAPPINGS)]
         # Views, all of them live; most dictionaries of most modules are empty, which is asked for faster.
         self._live_parts = [each.values() for each in registries if each]
         self._live_names = [each.keys() for each in (*registries, *hooks, *mappings) if each]
@@ -240,8 +243,16 @@ class ModuleSnapshot:
             and self._types == other._types
             and is_same(self._parts, other._parts)
             and len(mine) == len(theirs)
-            and all(a is b and is_same(x, y) for (a, x), (b, y) in zip(mine, theirs, strict=True))
+            and all(
+                _is_same_holder(a, b) and is_same(x, y) for (a, x), (b, y) in zip(mine, theirs, strict=True)
+            )
         )
+
+
+def _is_same_holder(one: Any, other: Any) -> bool:
+    if type(one) is Slots and type(other) is Slots:
+        return one.owner is other.owner
+    return one is other
 
 
 class LatestSnapshot:

@@ -1,4 +1,4 @@
-"""What modules hold beside their tensors' values: found at C speed, copied, and put back after a forward.
+"""What modules hold beside their tensors' values, found at C speed.
 
 A forward may set attributes, append to lists, register hooks. What it leaves so on a replica must not
 reach the next pass, and looking for it must cost next to nothing where there is none.
@@ -7,7 +7,7 @@ reach the next pass, and looking for it must cost next to nothing where there is
 from __future__ import annotations
 
 import gc
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .containers import Slots, entries
 
 REGISTRIES = ("_parameters", "_buffers", "_modules")
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -32,12 +34,7 @@ CACHE_ATTRIBUTE = "_asyncdp_replicas"
 
 _namespace = attrgetter("__dict__")  # quicker than `vars`
 
-MUTABLE = frozenset({list, dict, OrderedDict, defaultdict, Counter, set, deque})
-"""Types of containers that a forward may change; each replica has its own."""
-
-ATOMS = frozenset({bool, int, float, str, type(None)})
-CONTAINERS = MUTABLE | {tuple}
-_MAPPINGS = (dict, set)
+_FOLLOWED = (dict, set)
 
 # What equals a value of these types can stand for it. Equal numbers may differ in type, equal tensors in
 # everything but values, so values of all other types with an equality of their own are compared by identity.
@@ -49,13 +46,13 @@ class Watch:
 
     Args:
         modules: which modules; not kept.
-        containers: what else their attributes hold.
+        containers: what else their attributes hold, also of objects.
     """
 
     def __init__(self, modules: Sequence[nn.Module], containers: Sequence[Any]) -> None:
         namespaces = namespaces_of(modules)
         held = [namespace[name] for namespace in namespaces for name in REGISTRIES + HOOKS]
-        self._holders = [each for each in (*held, *containers) if each]
+        self._holders = [_holder(each) for each in (*held, *containers) if each]
         self._empty = [each for each in (*held, *containers) if not each]
         self._types = [*map(type, modules)]
         self._found = gc.get_referents(*namespaces, *self._holders)
@@ -64,7 +61,7 @@ class Watch:
             id(value)
             for namespace in namespaces
             for name, value in namespace.items()
-            if name in OF_ALL_MODULES and isinstance(value, _MAPPINGS)
+            if name in OF_ALL_MODULES and isinstance(value, _FOLLOWED)
         }
         places = [
             place
@@ -98,6 +95,10 @@ class Watch:
         self._picked = self._pick(self._found)
 
 
+def _holder(container: Any) -> Any:
+    return container.owner if type(container) is Slots else container
+
+
 def _is_compared_by_identity(value: Any) -> bool:
     kind: Any = type(value)
     return kind not in _EQUALITY_SUFFICES and kind.__eq__ is not object.__eq__
@@ -111,24 +112,9 @@ def namespaces_of(modules: Sequence[nn.Module]) -> list[dict[str, Any]]:
     return namespaces
 
 
-def entries(container: Any) -> Any:
-    """Return the values that a container holds."""
-    return container.values() if isinstance(container, dict) else container
-
-
 def attributes_of(namespace: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Return the attributes that are not among those of every module."""
     return ((name, value) for name, value in namespace.items() if name not in OF_ALL_MODULES)
-
-
-def containers_in(value: Any, found: dict[int, Any]) -> None:
-    """Add a container and all within it to `found`, by their ids; but no tuples, which never change."""
-    if type(value) not in CONTAINERS or id(value) in found:
-        return
-    if type(value) is not tuple:
-        found[id(value)] = value
-    for entry in entries(value):
-        containers_in(entry, found)
 
 
 def loose_tensors(namespaces: Sequence[dict[str, Any]], containers: Sequence[Any]) -> list[Tensor]:
@@ -157,33 +143,3 @@ def loose_tensors(namespaces: Sequence[dict[str, Any]], containers: Sequence[Any
             for entry in entries(container):
                 look(entry)
     return [*found.values()]
-
-
-def is_same(one: Any, other: Any) -> bool:
-    """Return whether two containers hold the very same values, in the same order and by the same names."""
-    if len(one) != len(other) or not all(map(is_, entries(one), entries(other))):
-        return False
-    return not isinstance(one, dict) or [*one] == [*other]
-
-
-def shallow(container: Any) -> Any:
-    """Return what `refill` fills a container from."""
-    return dict(container) if isinstance(container, dict) else type(container)(container)
-
-
-def empty_like(container: Any) -> Any:
-    """Return a new container of the same kind that holds nothing."""
-    if isinstance(container, defaultdict):
-        return defaultdict(container.default_factory)
-    if isinstance(container, deque):
-        return deque(maxlen=container.maxlen)
-    return type(container)()
-
-
-def refill(container: Any, content: Any) -> None:
-    """Put back what a container held."""
-    container.clear()
-    if isinstance(container, (dict, set)):
-        container.update(content)
-    else:
-        container.extend(content)

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from .._torch_private import version_of
 from ..errors import ParameterWrittenError
+from .containers import is_same
 from .copies import checksum_of
 from .snapshot import ModuleSnapshot
-from .state import is_same
 
 # Copies of more than this for one pass are not worth what they guard against.
 _MAX_COPIED_BYTES = 2**30

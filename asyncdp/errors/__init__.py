@@ -9,6 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from .base import AsyncDPError as AsyncDPError
+from .checkpoints import CheckpointError as CheckpointError
+from .checkpoints import CheckpointMismatchError as CheckpointMismatchError
+from .checkpoints import DamagedCheckpointError as DamagedCheckpointError
+from .checkpoints import NotACheckpointError as NotACheckpointError
 from .inputs import AmbiguousSequenceError as AmbiguousSequenceError
 from .inputs import GatherError as GatherError
 from .inputs import LengthMismatchError as LengthMismatchError

@@ -22,13 +22,11 @@ class PeerStepError(AsyncDPError, RuntimeError):
     """
 
     def __init__(self, rank: int | None, cause: str, remedy: str | None = None) -> None:
-        super().__init__(rank, cause, remedy)
-        self.rank = rank
-
-    def __str__(self) -> str:
-        rank, cause, remedy = self.args
         who = "the other processes" if rank is None else f"process {rank}"
-        return f"the step was given up because of {who}: {cause.rstrip('.')}. {remedy or _NOTHING_CHANGED}"
+        super().__init__(
+            f"the step was given up because of {who}: {cause.rstrip('.')}. {remedy or _NOTHING_CHANGED}"
+        )
+        self.rank = rank
 
 
 class ProcessGroupError(AsyncDPError, ValueError):

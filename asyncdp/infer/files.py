@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
+from .._files import sync_folder
 from ..errors import OutputError
 from .places import is_remote, open_place, put
 
@@ -77,17 +78,6 @@ def write_whole(path: Path, data: bytes) -> None:
     """Write all of a file at once; see `whole_file`."""
     with whole_file(path) as file:
         file.write(data)
-
-
-def sync_folder(path: Path) -> None:
-    """Make new names in a folder survive a power loss."""
-    if os.name == "nt":  # folders cannot be opened there, and renames are durable
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def make_folder(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from .dtypes import InputDtypes, parse_dtypes
 from .model.models import LoadedModel
 from .model.names import load_name
 from .options import InferOptions
-from .readers import decode_image
+from .readers import decode_audio, decode_image
 from .steps import EachValue, Stack, Steps, image_to_tensor, length_of, same
 
 
@@ -42,9 +43,13 @@ def make_steps(options: InferOptions, input_format: str, model: LoadedModel) -> 
         own["preprocess"] = _Chained(inner, steps.preprocess) if model.steps else inner
     # A function of one's own gets the items alone.
     steps = dataclasses.replace(steps, takes_positions=steps.takes_positions and "collate" not in own, **own)
-    if input_format == "images":
-        decode = functools.partial(decode_image, first_frame=options.first_frame)
-        steps = dataclasses.replace(steps, preprocess=_Chained(EachValue(decode), steps.preprocess))
+    decoders: dict[str, Callable[[Any], Any]] = {
+        "images": functools.partial(decode_image, first_frame=options.first_frame),
+        "audio": decode_audio,
+    }
+    if input_format in decoders:
+        decode = EachValue(decoders[input_format])
+        steps = dataclasses.replace(steps, preprocess=_Chained(decode, steps.preprocess))
     return steps
 
 

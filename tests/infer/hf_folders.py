@@ -89,3 +89,70 @@ def copy_with(folder, target, name, **settings):
     loaded = json.loads((target / name).read_text())
     (target / name).write_text(json.dumps({**loaded, **settings}))
     return target
+
+
+def whisper(folder):
+    """A tiny Whisper whose window is two seconds."""
+    transformers = importlib.import_module("transformers")
+    marks = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|de|>", "<|translate|>", "<|transcribe|>"]
+    marks += ["<|startoflm|>", "<|startofprev|>", "<|nospeech|>", "<|notimestamps|>"]
+    convert = importlib.import_module("transformers.convert_slow_tokenizer").bytes_to_unicode
+    words = {letter: number for number, letter in enumerate(convert().values())}
+    times = [f"<|{number / 50:.2f}|>" for number in range(101)]
+    words |= {mark: len(words) + number for number, mark in enumerate([*marks, *times])}
+    tokenizer = transformers.WhisperTokenizer(vocab=words, merges=[], language="en", task="transcribe")
+    tokenizer.save_pretrained(folder)
+    transformers.WhisperFeatureExtractor(feature_size=8, chunk_length=2).save_pretrained(folder)
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "num_mel_bins": 8}
+    sizes |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_target_positions": 32}
+    sizes |= {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "max_source_positions": 100}
+    end, start = words["<|endoftext|>"], words["<|startoftranscript|>"]
+    ends = {"pad_token_id": end, "bos_token_id": end, "eos_token_id": end, "decoder_start_token_id": start}
+    model = save_model(
+        folder, "WhisperForConditionalGeneration", "WhisperConfig", vocab_size=len(words), **sizes, **ends
+    )
+    settings = {
+        **ends,
+        "max_length": 12,
+        "is_multilingual": True,
+        "lang_to_id": {mark: words[mark] for mark in ("<|en|>", "<|de|>")},
+        "task_to_id": {mark: words[f"<|{mark}|>"] for mark in ("translate", "transcribe")},
+        "no_timestamps_token_id": words["<|notimestamps|>"],
+        "prev_sot_token_id": words["<|startofprev|>"],
+        "max_initial_timestamp_index": 50,
+        "alignment_heads": [[0, 0], [0, 1]],
+        # The earliest times too: each turn over a long sound goes on by half a second at least.
+        "suppress_tokens": [words[mark] for mark in (*marks[1:-1], *times[:25])],
+    }
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    return model
+
+
+def wav2vec2(folder):
+    """A tiny Wav2Vec2 with a head of CTC over letters."""
+    transformers = importlib.import_module("transformers")
+    letters = ["<pad>", "<s>", "</s>", "<unk>", "|", *"abcdefgh"]
+    (folder / "vocab.json").write_text(json.dumps({letter: number for number, letter in enumerate(letters)}))
+    transformers.Wav2Vec2CTCTokenizer(str(folder / "vocab.json")).save_pretrained(folder)
+    transformers.Wav2Vec2FeatureExtractor(return_attention_mask=False).save_pretrained(folder)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes |= {"conv_dim": [8, 8, 8], "conv_kernel": [10, 4, 4], "conv_stride": [10, 8, 4]}
+    sizes |= {"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2, "pad_token_id": 0}
+    torch.manual_seed(0)
+    model = transformers.Wav2Vec2ForCTC(transformers.Wav2Vec2Config(vocab_size=len(letters), **sizes)).eval()
+    for parameter in (*model.lm_head.parameters(), *model.wav2vec2.feature_extractor.parameters()):
+        torch.nn.init.normal_(parameter, std=0.5)
+    model.save_pretrained(folder)
+    return model
+
+
+def moonshine(folder):
+    """A tiny Moonshine: an encoder of samples and a decoder of text."""
+    transformers = importlib.import_module("transformers")
+    tokenizer = save_tokenizer(folder)
+    transformers.Wav2Vec2FeatureExtractor(do_normalize=False).save_pretrained(folder)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "encoder_num_hidden_layers": 1}
+    sizes |= {"decoder_num_hidden_layers": 1, "encoder_num_attention_heads": 2}
+    sizes |= {"decoder_num_attention_heads": 2, "decoder_start_token_id": 2, "eos_token_id": 3}
+    sizes |= {"bos_token_id": 2, "pad_token_id": 0, "vocab_size": len(tokenizer)}
+    return save_model(folder, "MoonshineForConditionalGeneration", "MoonshineConfig", **sizes)

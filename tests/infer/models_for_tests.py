@@ -136,3 +136,8 @@ def as_text(value):
 def x_of(record):
     """The vector of a record with other columns."""
     return record["x"]
+
+
+def loudness(sound):
+    """Rate, length and loudest sample of a sound."""
+    return torch.tensor([sound["sampling_rate"], len(sound["array"]), abs(sound["array"]).max()])

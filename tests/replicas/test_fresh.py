@@ -6,6 +6,7 @@ import copy
 import threading
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -460,10 +461,11 @@ class Stated(nn.Module):
         self.weight = nn.Parameter(torch.zeros(1))
         self.scale = 0
         self.options = {"bias": 0}
-        self.gate: Any = None
+        self.config = SimpleNamespace(more=[0])
 
     def forward(self, x: Tensor) -> Tensor:
-        state = [self.training, self.part.training, self.scale, self.options["bias"]]
+        bias = self.options["bias"] + self.config.more[0]
+        state = [self.training, self.part.training, self.scale, bias]
         return self.part(torch.zeros(1)) * 0 + torch.tensor([[float(each) for each in state]] * len(x))
 
 
@@ -473,7 +475,8 @@ def change(module: Any, k: int) -> list[float]:
     module.part.train(bool(k & 2))
     module.scale = k
     module.options["bias"] = k // 4
-    return [float(k & 1), float(bool(k & 2)), float(k), float(k // 4)]
+    module.config.more[0] = 10 * k
+    return [float(k & 1), float(bool(k & 2)), float(k), float(k // 4 + 10 * k)]
 
 
 @every_way

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -118,11 +119,10 @@ class Late(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(1, 1)
-        self.calls: Any = type("Calls", (), {"number": 0})()
+        self.calls = itertools.count(1)  # an iterator, which lanes share
 
     def forward(self, x: Tensor) -> Tensor:
-        self.calls.number += 1
-        if self.calls.number > 4:
+        if next(self.calls) > 4:
             halve(self.layer.weight)
         return self.layer(x)
 

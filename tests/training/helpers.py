@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import asyncdp
 
+from ..runtime.helpers import Latch
+
 Snapshot = dict[str, Any]
 
 
@@ -71,3 +73,25 @@ def distance(one: nn.Module, other: nn.Module) -> float:
 def engine(module: nn.Module, num_lanes: int = 2, home: str = "cpu") -> asyncdp.DataParallel:
     """An engine that always uses all its lanes, which are on the device `home`."""
     return asyncdp.DataParallel(module, [home] * num_lanes, num_lanes="all")
+
+
+gates: dict[str, Latch] = {}
+"""What holds the writing of a checkpoint with a `Gated` scheduler."""
+
+
+class Gate:
+    """Holds whoever pickles it: the thread that writes a checkpoint."""
+
+    def __deepcopy__(self, memo: object) -> Gate:
+        return self
+
+    def __reduce__(self) -> Any:
+        gates["write"].hold()
+        return Gate, ()
+
+
+class Gated(torch.optim.lr_scheduler.StepLR):
+    """A scheduler whose state holds a gate."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "gate": Gate()}

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from ...errors import JobUsageError
 from ..option_fields import option
 
-TASKS = ("embed", "classify", "tokens", "rerank", "generate", "caption")
+TASKS = ("embed", "classify", "tokens", "rerank", "generate", "caption", "transcribe")
 
 _GENERATING = ("generate", "caption")
 
@@ -19,9 +19,9 @@ USED_BY: dict[str, tuple[str, ...]] = {
     "precision": ("embed",),
     "calibration": ("embed",),
     "aggregation": ("tokens",),
-    **dict.fromkeys(
-        ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "cache"), _GENERATING
-    ),
+    "max_new_tokens": (*_GENERATING, "transcribe"),
+    **dict.fromkeys(("temperature", "top_k", "top_p", "seed", "stop", "cache"), _GENERATING),
+    **dict.fromkeys(("language", "timestamps", "chunk_seconds", "num_beams"), ("transcribe",)),
 }
 """Which tasks an option is for."""
 
@@ -30,7 +30,10 @@ _CHOICES: dict[str, Collection[str]] = {
     "precision": ("float32", "int8", "uint8", "binary", "ubinary"),
     "aggregation": ("none", "simple", "first", "average", "max"),
     "cache": ("dynamic", "static"),
+    "timestamps": ("segments", "words", "chars"),
 }
+
+_LEAST = {"truncate_dim": 1, "max_new_tokens": 1, "temperature": 0, "top_k": 1, "num_beams": 1}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,22 +53,30 @@ class TaskOptions:
         seed: of sampling; a record's text depends on it and on the record's position.
         stop: texts that end the generated text and are left out of it.
         cache: keys and values grow with the text (dynamic) or have their place from the start (static).
+        language: that is spoken, by name or code; None lets a model of several find it out.
+        timestamps: what is given the times at which it is said.
+        chunk_seconds: of the stretches that a sound is cut into, which overlap.
+        num_beams: texts that are kept in view while one is written.
     """
 
-    task: str | None = option(None, "Of a folder: embed classify tokens rerank generate caption.")
+    task: str | None = option(None, "Of a folder: embed classify tokens rerank generate caption transcribe.")
     prompt: str | None = option(None, "embed rerank generate: before every text.")
     prompt_name: str | None = option(None, "embed rerank: a prompt of the folder.")
     truncate_dim: int | None = option(None, "embed: entries of a vector to keep.")
     precision: str | None = option(None, "embed: float32 int8 uint8 binary ubinary.")
     calibration: str | None = option(None, "embed: .npy of vectors, for int8.")
     aggregation: str | None = option(None, "tokens: none simple first average max.")
-    max_new_tokens: int | None = option(None, "generate caption: most tokens.")
+    max_new_tokens: int | None = option(None, "generate caption transcribe: most tokens.")
     temperature: float | None = option(None, "generate caption: 0 never samples.")
     top_k: int | None = option(None, "generate caption: of sampling.")
     top_p: float | None = option(None, "generate caption: of sampling.")
     seed: int | None = option(None, "generate caption: of sampling.")
     stop: tuple[str, ...] = option((), "generate caption: ends a text; repeatable.")
     cache: str | None = option(None, "generate caption: dynamic static.")
+    language: str | None = option(None, "transcribe: that is spoken; else found out.")
+    timestamps: str | None = option(None, "transcribe: segments words chars.")
+    chunk_seconds: float | None = option(None, "transcribe: cut long sounds into such.")
+    num_beams: int | None = option(None, "transcribe: 5 where the folder is silent.")
 
     def check_choices(self) -> None:
         """Check each option by itself.
@@ -78,10 +89,14 @@ class TaskOptions:
             if value is not None and value not in choices:
                 listed = ", ".join(choices)
                 raise JobUsageError(f"--{name} {value} is unknown", f"Choose one of {listed}.")
-        for name, least in {"truncate_dim": 1, "max_new_tokens": 1, "temperature": 0, "top_k": 1}.items():
+        for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise JobUsageError(f"{_flag(name)} is {value}", f"Give {least} or more.")
+        if self.chunk_seconds is not None and not 0 < self.chunk_seconds < float("inf"):
+            raise JobUsageError(
+                f"--chunk-seconds is {self.chunk_seconds}", "Give a number above 0, as in 30."
+            )
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise JobUsageError(f"--top-p is {self.top_p}", "Give a number above 0, and 1 at most.")
         if "" in self.stop:

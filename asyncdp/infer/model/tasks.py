@@ -16,6 +16,7 @@ from .entities import load_token_classifier
 from .folders import files_read, read_json
 from .generate import load_captioner, load_generator
 from .task_options import TASKS, TaskOptions
+from .transcribe import load_transcriber
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,7 @@ _LOADERS: Mapping[str, Callable[..., tuple[nn.Module, Steps]]] = {
     "rerank": load_reranker,
     "generate": load_generator,
     "caption": load_captioner,
+    "transcribe": load_transcriber,
 }
 
 
@@ -58,7 +60,7 @@ def load_task(folder: Path, options: TaskOptions, *, compile: bool, allow_pickle
     """
     task = options.task or find_task(folder)
     options.check_used(task)
-    if compile and task in ("generate", "caption"):
+    if compile and task in ("generate", "caption", "transcribe"):
         raise JobUsageError(f"--compile has no effect with --task {task}", "Leave it out.")
     module, steps = _LOADERS[task](folder, options, allow_pickle=allow_pickle)
     return TaskModel(module, steps, files_read(folder))
@@ -88,6 +90,8 @@ _BY_ARCHITECTURE = {
     "LMHeadModel": "generate",
     "ForConditionalGeneration": "generate",
     "ForSeq2SeqLM": "generate",
+    "ForCTC": "transcribe",
+    "ForSpeechSeq2Seq": "transcribe",
     "VisionEncoderDecoderModel": "caption",
     "EncoderDecoderModel": "generate",
     "EncoderModel": "embed",
@@ -104,12 +108,19 @@ def _choices(folder: Path) -> tuple[str, ...]:
         return ("embed",)
     names = config.get("architectures") or [""]
     task = next((task for end, task in _BY_ARCHITECTURE.items() if names[0].endswith(end)), None)
+    if task == "generate" and _hears(folder):
+        return ("transcribe",)
     sees = "vision_config" in config or (folder / "preprocessor_config.json").exists()
     if task == "classify" and "ForSequence" in names[0] and len(config.get("id2label", "ab")) == 1:
         return ("classify", "rerank")
     if task == "generate" and sees:
         return ("caption",)
     return () if task is None or (task == "embed" and sees) else (task,)
+
+
+def _hears(folder: Path) -> bool:
+    settings = [read_json(folder / f"{name}_config.json") for name in ("preprocessor", "processor")]
+    return any({"feature_extractor", "feature_extractor_type"} & each.keys() for each in settings)
 
 
 # What sentence-transformers writes into the settings of a model of pairs.

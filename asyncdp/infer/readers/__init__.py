@@ -24,9 +24,11 @@ from ..places import (
 )
 from ..records import Record, Row
 from ..where import Sample, Subset, Where
-from . import arrays, arrow, databases, images, parquet, tar, text
+from . import arrays, arrow, audio, databases, images, parquet, tar, text
+from .audio import decode_audio
 from .base import COMPRESSIONS, STDIN, Contents, Dialect, InputFile, Reader, Selection
 from .images import decode_image
+from .whole_files import WholeFileReader
 
 __all__ = [
     "FORMATS",
@@ -35,6 +37,7 @@ __all__ = [
     "InputFile",
     "Inputs",
     "Selection",
+    "decode_audio",
     "decode_image",
     "known_format",
     "open_inputs",
@@ -49,7 +52,8 @@ FORMATS: dict[str, Reader] = {
     "npy": arrays.NPY,
     "npz": arrays.NPZ,
     "safetensors": arrays.SAFETENSORS,
-    "images": images.ImageReader(),
+    "images": WholeFileReader("images", "PIL", "pillow", "cli"),
+    "audio": WholeFileReader("audio", "soundfile", "soundfile", "audio"),
     "arrow": arrow.ArrowReader(),
     "webdataset": tar.TarReader(),
     "sqlite": databases.SqliteReader(),
@@ -73,6 +77,7 @@ _SUFFIXES = {
     **dict.fromkeys((".sqlite", ".sqlite3", ".db"), "sqlite"),
     ".duckdb": "duckdb",
     **dict.fromkeys(images.SUFFIXES, "images"),
+    **dict.fromkeys(audio.SUFFIXES, "audio"),
 }
 
 

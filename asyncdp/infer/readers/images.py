@@ -1,41 +1,18 @@
-"""Folders of images; decoding happens later, in the worker threads of preprocessing."""
+"""Images as RGB."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ...errors import MissingExtraError
 from ..places import open_place
-from ..records import Row
-from .base import Contents, InputFile, Selection
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-
-
-class ImageReader:
-    """Every file is one record; with the id column `path` its id is the file's path."""
-
-    binary = True
-    applies_where = False
-
-    def inspect(self, file: InputFile, selection: Selection) -> Contents:
-        """Return that a file is one row, with the path that identifies it."""
-        return Contents(1, ("path",))
-
-    def rows(self, file: InputFile, selection: Selection, start: int, stop: int | None) -> Iterator[Row]:
-        """Yield the path of the image."""
-        if importlib.util.find_spec("PIL") is None:
-            raise MissingExtraError("Reading images", "pillow", "cli")
-        row = selection.row({"path": str(file.path)}, file.name)
-        yield row if row.error else row._replace(value=file.path)
 
 
 def decode_image(path: Path | io.BytesIO, *, first_frame: bool = False) -> Any:
