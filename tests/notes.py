@@ -6,8 +6,14 @@ from typing import Any
 
 
 class Notes(list[Any]):
-    """A list that a module and its replicas share: they have own copies of plain lists only."""
+    """A list that a module and its replicas share, since a copy of it is itself."""
+
+    def __deepcopy__(self, memo: object) -> Notes:
+        return self
 
 
 class Shared(dict[Any, Any]):
-    """A dictionary that a module and its replicas share."""
+    """A dictionary that a module and its replicas share, since a copy of it is itself."""
+
+    def __deepcopy__(self, memo: object) -> Shared:
+        return self
