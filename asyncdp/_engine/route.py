@@ -186,9 +186,8 @@ class Route:
         """Run one whole batch on this thread; the module of a single lane is moved to its device."""
         device = self.lanes[position].device
         with self.replicas.readers[position]:
-            if len(self.lanes) == 1 and not state.snapshot.is_on(device):
-                self.module.to(device)
-            module = self.replicas.prepare(self.module, [position], state)[0]
+            moves = len(self.lanes) == 1
+            module = self.replicas.prepare(self.module, [position], state, moves=moves)[0]
             args, kwargs = batch.arguments_on(device, batch.leaves)
             output = module(*args, **kwargs)
         return move(output, self.output)

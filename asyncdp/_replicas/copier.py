@@ -54,12 +54,12 @@ class Copier:
     def fill(self, namespace: dict[str, Any]) -> None:
         """Make all that one namespace holds the replica's own."""
         for registry in ("_parameters", "_buffers"):
-            held = namespace[registry] = dict(namespace[registry])
+            held = namespace[registry] = dict(self._contents.get(id(namespace[registry]), {}))
             self.places += [(held, name, id(value)) for name, value in held.items() if value is not None]
         namespace.pop(CACHE_ATTRIBUTE, None)
         namespace["_modules"] = {
             name: None if child is None else self._copies[id(child)]
-            for name, child in namespace["_modules"].items()
+            for name, child in self._contents.get(id(namespace["_modules"]), {}).items()
         }
         self.holders += [namespace[registry] for registry in REGISTRIES]
         # Compiled code of the original would run the original.

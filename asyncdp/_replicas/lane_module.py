@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Hashable, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import compress
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -15,45 +14,10 @@ from torch import Tensor
 from .copies import Copies
 from .replica import Replica, Substitutions, substitutions
 from .snapshot import AttributeMap, ModuleSnapshot
+from .survivors import Carried, Link
 from .writes import ParameterWatch, WrittenParameters
 
 _requires_grad = attrgetter("requires_grad")
-
-
-class CarriedValues:
-    """Plain values that forwards set in the module beside buffers, in the order in which they did.
-
-    A pass whose state was captured before gets them all the same, as it gets the buffers. Each state refers
-    to the latest link of a chain at its time; links that no state refers to go.
-
-    Attributes:
-        num_changing: by the mode, how many forwards have changed tensors that survive.
-    """
-
-    def __init__(self) -> None:
-        self.latest = _Link()
-        self.num_changing: Counter[bool] = Counter()
-
-    def add(self, values: AttributeMap) -> None:
-        """Add the values that one forward set."""
-        link = _Link()
-        self.latest.values, self.latest.next = values, link
-        self.latest = link
-
-
-@dataclass(slots=True)
-class _Link:
-    values: AttributeMap = field(default_factory=dict)
-    next: _Link | None = None
-
-    def since(self) -> AttributeMap:
-        """Return what was added since this link was the latest."""
-        found: dict[tuple[int, str], Any] = {}
-        link = self
-        while link.next is not None:
-            found |= link.values
-            link = link.next
-        return found
 
 
 class ModuleState(NamedTuple):
@@ -67,12 +31,27 @@ class ModuleState(NamedTuple):
     """The mode of every module of the snapshot."""
     requires: list[bool] | None
     """Which of the snapshot's tensors require gradients; None if none are to be recorded."""
-    carried: _Link
+    carried: Link
+    """The latest of what forwards had carried into the module."""
 
     @property
     def kind(self) -> Hashable:
         """What passes have in common that are likely to write the same parameters."""
         return self.training[0], self.requires is not None
+
+    def with_carried_tensors(self) -> ModuleState:
+        """Return the state with what forwards have put in the place of parameters and buffers since.
+
+        What the caller has put there since is not that of the call.
+        """
+        if self.snapshot.has_same_parts() or not (tensors := self.carried.tensors_since(self.snapshot)):
+            return self
+        snapshot = self.snapshot.with_tensors(tensors)
+        requires = self.requires
+        if requires is not None:
+            known = dict(zip(map(id, self.snapshot.tensors), requires, strict=True))
+            requires = [known.get(id(each), each.requires_grad) for each in snapshot.tensors]
+        return self._replace(snapshot=snapshot, requires=requires)
 
     def trainable(self) -> list[Tensor]:
         """Return the tensors that required gradients."""
@@ -94,7 +73,7 @@ class LaneModule:
     source: Copies | None
     writes_back_to: ModuleSnapshot | None
     """Where updates of buffers survive, on lane 0."""
-    carried: CarriedValues
+    carried: Carried
     lane: int
     written: WrittenParameters
     own: Set[int]
@@ -125,10 +104,7 @@ class LaneModule:
             if written or self.looks_closely:
                 self._note(written)
             if survivors is not None:
-                survivors.apply()
-                self.carried.num_changing[self.state.training[0]] += survivors.is_counted
-                if survivors.values:
-                    self.carried.add(survivors.values)
+                self.carried.apply(survivors, self.state.training[0])
         finally:
             replica.end(is_recorded=is_recorded)
         return output

@@ -181,7 +181,7 @@ class Replica:
     def _buffers_changed(self, position: int, found: Survivors, versions: Mapping[int, int]) -> bool:
         """Collect the changed buffers of one module; return whether there are any."""
         replica = self._modules[position]
-        own = found.snapshot.namespaces[position]["_buffers"]
+        own = found.snapshot.held(found.snapshot.namespaces[position]["_buffers"])
         is_changed = False
         assert self._bound is not None, "a forward has run"
         for name in own | replica._buffers:

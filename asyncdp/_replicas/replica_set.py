@@ -29,11 +29,12 @@ from .copies import (
     storages,
     wait_issued,
 )
-from .lane_module import CarriedValues, LaneModule, ModuleState
+from .lane_module import LaneModule, ModuleState
 from .order import Reader
 from .replica import ReplicaCache, Substitutions, substitutions
 from .snapshot import LatestSnapshot, ModuleSnapshot, check_module
 from .state import CACHE_ATTRIBUTE
+from .survivors import Carried
 from .writes import WrittenParameters
 
 # Preparing more than this costs more than a detour over a lane, and would hold up the event loop.
@@ -56,7 +57,7 @@ class ReplicaSet:
     Attributes:
         snapshots: answer what the module consists of.
         readers: each lane's right to read the module.
-        carried: values that forwards have set in the module.
+        carried: what forwards have carried into the module.
         written: the parameters that they have written.
     """
 
@@ -74,7 +75,7 @@ class ReplicaSet:
         self._lock = threading.Lock()
         self.snapshots = LatestSnapshot()
         self.readers = [Reader(module, self.snapshots, device) for device in self._devices]
-        self.carried = CarriedValues()
+        self.carried = Carried()
         self.written = WrittenParameters(self._devices)
         self._cache = ReplicaCache(len(self._devices))
         self._copies: list[Copies | None] = []
@@ -112,8 +113,13 @@ class ReplicaSet:
         ):
             return latest
         state = ModuleState(snapshot, snapshot.modes(training), requires, self.carried.latest)
-        # Of other snapshots none is kept: they hold tensors that the module may have no more.
-        alike = {kind: each for kind, each in self._states.items() if each.snapshot is snapshot}
+        # Of other snapshots none is kept: they hold tensors that the module may have no more. Nor are states
+        # of before a forward carried something into it, to which all that came since would be kept.
+        alike = {
+            kind: each
+            for kind, each in self._states.items()
+            if each.snapshot is snapshot and each.carried is state.carried
+        }
         self._states = {**alike, (training, records): state}
         return state
 
@@ -134,7 +140,12 @@ class ReplicaSet:
             self._lock.release()
 
     def prepare(
-        self, module: nn.Module, lanes: Sequence[int], state: ModuleState | None = None
+        self,
+        module: nn.Module,
+        lanes: Sequence[int],
+        state: ModuleState | None = None,
+        *,
+        moves: bool = False,
     ) -> list[LaneModule]:
         """Make the module ready for one pass under the current grad mode.
 
@@ -142,12 +153,15 @@ class ReplicaSet:
             module: the module of the constructor.
             lanes: positions in `devices`; one shard each.
             state: the module's, as of the call; None for now.
+            moves: move the module itself to the first lane's device.
 
         Returns:
             What each of `lanes` shall call.
         """
         with self._lock:
-            state = self.capture(module) if state is None else self.with_parts(module, state)
+            state = self.capture(module) if state is None else state.with_carried_tensors()
+            if moves and not state.snapshot.is_on(self._devices[lanes[0]]):
+                state = self._moved(module, state, self._devices[lanes[0]])
             ready = self._find_ready(state, lanes)
             if ready is not None:
                 return ready
@@ -157,17 +171,13 @@ class ReplicaSet:
                 self._refresh_buffers(state.snapshot)
             return self._assemble(state, lanes)
 
-    def with_parts(self, module: nn.Module, state: ModuleState) -> ModuleState:
-        """Return a state with the parts that the module has now, if they were replaced since the call.
-
-        A forward before this one may have put other buffers in place.
-        """
-        if state.snapshot.has_same_parts():
+    def _moved(self, module: nn.Module, state: ModuleState, device: torch.device) -> ModuleState:
+        """Move the module to a device, unless it has other parts by now; return its state there."""
+        if not state.snapshot.has_same_parts():
             return state
-        now = self.capture(module, records=state.requires is not None)
-        if len(now.training) == len(state.training):
-            now = now._replace(training=state.training)
-        return now
+        module.to(device)
+        self.carried.add(state.snapshot, {}, state.snapshot.replaced_tensors())
+        return state.with_carried_tensors()
 
     def _find_ready(self, state: ModuleState, lanes: Sequence[int]) -> list[LaneModule] | None:
         """Return what an earlier pass over these lanes was given, if it is right for this one too."""
@@ -217,7 +227,7 @@ class ReplicaSet:
         own = self.written.own(snapshot, state.kind, lanes)
         looks_closely = self.written.needs_close_look(state.kind)
         aliases = self._aliases(state, lanes, own)
-        carried = state.carried.since() if state.carried.next is not None else {}
+        carried = state.carried.values_since(snapshot)
         mine = [
             self._with_own(lane, tensors, own)
             for lane, tensors in zip(lanes, aliases or [{}] * len(lanes), strict=True)

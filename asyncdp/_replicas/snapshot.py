@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from operator import attrgetter, is_
 from types import FunctionType, MethodType
@@ -89,8 +89,8 @@ class ModuleSnapshot:
 
     Attributes:
         namespaces: copies of all modules' `__dict__`, without replicas.
-        contents: what the containers and hook dictionaries among their values hold, by the `id` of these;
-            those of every module that held nothing are left out.
+        contents: what the containers, registries and hook dictionaries among their values hold, by the `id`
+            of these; those of every module that held nothing are left out.
         objects: by their ids, what each replica has its own of, with the mappings of their attributes.
         parameters: every parameter once, in the order of `module.parameters()`.
         buffers: every buffer once.
@@ -115,14 +115,11 @@ class ModuleSnapshot:
         for namespace in namespaces:
             for _, value in attributes_of(namespace):
                 found.look(value)
-            for name in HOOKS:
-                for hook in namespace[name].values():
-                    found.look(hook)
         containers, self.objects = found.containers, found.objects
         self._containers = [(each, shallow(each)) for each in containers.values()]
         self.contents = {id(each): content for each, content in self._containers}
         for namespace in namespaces:
-            for name in OWN_OF_ALL:
+            for name in (*REGISTRIES, *OWN_OF_ALL):
                 if namespace[name]:
                     self.contents[id(namespace[name])] = shallow(namespace[name])
         registries = [namespace[name] for namespace in namespaces for name in REGISTRIES]
@@ -132,20 +129,24 @@ class ModuleSnapshot:
         self._live_parts = [each.values() for each in registries if each]
         self._live_names = [each.keys() for each in (*registries, *hooks, *mappings) if each]
         self._empty_registries = [each for each in registries if not each]
-        self._parts = [*chain.from_iterable(self._live_parts)]
         self._names = [*chain.from_iterable(self._live_names)]
         self._watch = Watch(modules, [*containers.values()])
-        self.parameters = _distinct(each["_parameters"] for each in namespaces)
-        self.buffers = _distinct(each["_buffers"] for each in namespaces)
-        self.tensors = self.parameters + self.buffers
         self.loose = loose_tensors(namespaces, [*containers.values()])
-        self.buffer_owners = [place for place, each in enumerate(namespaces) if each["_buffers"]]
         self.training = [*map(_training, modules)]
         self._modes: dict[bool, list[bool]] = {}
+        self._list_tensors()
+        self.has_rnn = any(isinstance(each, nn.RNNBase) for each in modules)
+
+    def _list_tensors(self) -> None:
+        registries = [namespace[name] for namespace in self.namespaces for name in REGISTRIES]
+        self._parts = [*chain.from_iterable(self.held(each).values() for each in registries)]
+        self.parameters = _distinct(map(self.held, registries[0::3]))
+        self.buffers = _distinct(map(self.held, registries[1::3]))
+        self.tensors = self.parameters + self.buffers
+        self.buffer_owners = [place for place, each in enumerate(registries[1::3]) if self.held(each)]
         self.updates_buffers = any(self.training[position] for position in self.buffer_owners) or (
             bool(self.loose) and any(self.training)
         )
-        self.has_rnn = any(isinstance(each, nn.RNNBase) for each in modules)
 
     @classmethod
     def capture(cls, module: nn.Module) -> ModuleSnapshot:
@@ -163,12 +164,47 @@ class ModuleSnapshot:
         assert root is not None, "the caller holds the module"
         return [root, *self._below]
 
+    def held(self, registry: dict[str, Any]) -> dict[str, Any]:
+        """Return what a registry of one of the modules, or a dictionary of hooks, held."""
+        held: dict[str, Any] = self.contents.get(id(registry), {})
+        return held
+
+    def tensor_at(self, position: int, name: str) -> Tensor | None:
+        """Return the parameter or buffer of a name of the module at a position."""
+        parameters, buffers = (self.held(self.namespaces[position][each]) for each in REGISTRIES[:2])
+        return parameters.get(name, buffers.get(name))
+
+    def replaced_tensors(self) -> dict[tuple[int, str], tuple[Tensor | None, Tensor | None]]:
+        """Return the parameters and buffers in whose places the modules have others: those, and these."""
+        return {
+            (position, name): (before, now)
+            for position, module in enumerate(self.modules)
+            for registry in (module._parameters, module._buffers)
+            for name, now in registry.items()
+            if (before := self.held(registry).get(name)) is not now
+        }
+
     def is_current(self) -> bool:
         """Return whether nothing at all was replaced, added, removed, renamed or reordered since."""
         root = self._root()
         if root is None or not self._watch.holds([root, *self._below]):
             return False
         return [*chain.from_iterable(self._live_names)] == self._names
+
+    def with_tensors(self, tensors: Mapping[tuple[int, str], Tensor | None]) -> ModuleSnapshot:
+        """Return a snapshot of the module as if it had had other parameters or buffers.
+
+        Args:
+            tensors: by the position of their module, and their name.
+        """
+        made = copy.copy(self)
+        made.contents = dict(self.contents)
+        for (position, name), tensor in tensors.items():
+            parameters, buffers = (self.namespaces[position][registry] for registry in REGISTRIES[:2])
+            registry = parameters if name in self.held(parameters) else buffers
+            made.contents[id(registry)] = {**made.held(registry), name: tensor}
+        made._list_tensors()
+        return made
 
     def in_mode(self, training: bool) -> ModuleSnapshot:
         """Return a snapshot of the module as if each module in it were in train mode, or in eval mode."""
@@ -310,6 +346,6 @@ def _modules_of(module: nn.Module) -> list[nn.Module]:
     return [*found.values()]
 
 
-def _distinct(registries: Iterator[dict[str, Tensor | None]]) -> list[Tensor]:
+def _distinct(registries: Iterable[dict[str, Tensor | None]]) -> list[Tensor]:
     found = chain.from_iterable(registry.values() for registry in registries)
     return [*{id(tensor): tensor for tensor in found if tensor is not None}.values()]

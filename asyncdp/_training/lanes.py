@@ -76,7 +76,7 @@ class TrainingLane:
         self._watch: ParameterWatch | None = None
         self._versions: dict[int, int] = {}
         self.survivors: Survivors | None = None
-        """What the forward did to buffers, until `write_back_buffers`."""
+        """What the forward did to buffers, until `take_survivors`."""
         self._report: Report | None = None
         self._hooks: list[RemovableHandle] = []
 
@@ -152,11 +152,9 @@ class TrainingLane:
             leaf.grad = None
         return gradients
 
-    def write_back_buffers(self) -> Survivors | None:
-        """Carry what the forward did to this lane's buffers into the module's; return all that survives."""
+    def take_survivors(self) -> Survivors | None:
+        """Return what of the forward survives, once."""
         survivors, self.survivors = self.survivors, None
-        if survivors is not None:
-            survivors.apply()
         return survivors
 
 

@@ -118,7 +118,7 @@ class SharedStep(Step):
         if positions:
             self._communicator.diverge()
             raise UnsupportedModuleError(
-                self._module,
+                self._state.snapshot.modules[0],
                 "its forward writes into its own parameters, of which every process has its own",
                 "Write them in before_step, the same on every process, and call engine.rejoin(group) now.",
             )

@@ -128,7 +128,6 @@ class Step:
         self.accumulate = accumulate
         self._state = state
         self._modules = modules
-        self._module = state.snapshot.modules[0]
         self._replicas = replicas
         self._accumulated = accumulated
         self._lanes = lanes
@@ -156,7 +155,7 @@ class Step:
         report = None if reducer is None else partial(reducer.report, index)
         shares = []
         try:
-            carried = self._state.carried.since()
+            carried = self._state.carried.values_since(self._state.snapshot)
             looks_closely = self._modules.written.needs_close_look(self._kind)
             module = lane.module(self._state.training, carried, looks_closely=looks_closely)
             for piece in pieces:
@@ -183,14 +182,15 @@ class Step:
         Returns:
             The loss, or None if the lane needs leaves or buffers of its own; nothing has changed then.
         """
-        self._state = state = self._modules.with_parts(self._module, self._state)
+        self._state = state = self._state.with_carried_tensors()
         if not _trains_in_place(state.snapshot, self._lanes[0].device):
             return None
         if [*map(_requires_grad, state.snapshot.tensors)] != state.requires:
             return None  # some were frozen, or the other way round, since the call
         trainable = state.trainable()
         self._saved = SavedGradients(trainable, self.options.optimizer)
-        replica = self._replicas.bind_in_place(state.snapshot, state.training, state.carried.since())
+        carried = state.carried.values_since(state.snapshot)
+        replica = self._replicas.bind_in_place(state.snapshot, state.training, carried)
         scale, shares = self._scale(trainable), []
         try:
             written = self._modules.written
@@ -211,8 +211,7 @@ class Step:
         self._note_writes(written)
         survivors = replica.survivors(self._state.snapshot if written else None, {}, written)
         if survivors is not None:
-            survivors.apply()
-            self._modules.carried.add(survivors.values)
+            self._modules.carried.apply(survivors, self._state.training[0])
 
     def accumulate_gradients(self) -> None:
         """Accumulate the lanes' gradients for the next step that reduces."""
@@ -271,11 +270,9 @@ class Step:
         return Use(self._state.snapshot, changes=True, optimizer=self.options.optimizer)
 
     def _write_back(self, lane: TrainingLane) -> None:
-        survivors, carried = lane.write_back_buffers(), self._modules.carried
+        survivors = lane.take_survivors()
         if survivors is not None:
-            carried.num_changing[self._state.training[0]] += survivors.is_counted
-            if survivors.values:
-                carried.add(survivors.values)
+            self._modules.carried.apply(survivors, self._state.training[0])
 
     def undo(self) -> None:
         """Restore the gradients after a failure or a cancellation, when all lanes are done."""
@@ -309,7 +306,7 @@ class Step:
             return self._prepared
         with self._lock:
             if self._prepared is None:
-                self._state = self._modules.with_parts(self._module, self._state)
+                self._state = self._state.with_carried_tensors()
                 self._prepared = self._prepare_lanes()
             return self._prepared
 

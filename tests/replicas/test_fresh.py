@@ -524,6 +524,82 @@ async def test_hooks_count_as_of_the_call(name: str) -> None:
         assert first(await run(torch.ones(1, 1))) == 1
 
 
+class Replaceable(nn.Module):
+    """Adds up its parts; waits for `latch` where the rows are zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.latch = threading.Event()
+        self.layer = nn.Linear(1, 1)
+        self.register_buffer("table", torch.zeros(1))
+        replace_parts(self, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x[0, 0] == 0:
+            assert self.latch.wait(20)
+        return self.layer(x) + self.table
+
+
+def replace_parts(module: Any, k: int) -> None:
+    """Put other parts of each kind in place, so that rows of ones give `111 * k`."""
+    module.layer = nn.Linear(1, 1)
+    module.layer.weight = nn.Parameter(torch.full((1, 1), 100.0 * k))
+    module.layer.bias = nn.Parameter(torch.full((1,), 10.0 * k))
+    module.table = torch.full((1,), float(k))
+
+
+@every_way
+@pytest.mark.parametrize("is_deep", [False, True])
+async def test_parts_are_those_of_the_call(name: str, is_deep: bool) -> None:
+    """A part that is put in place of another while a call waits for its lane is none of that call."""
+    module = Replaceable()
+    found: dict[int, Any] = {}
+    async with way(name, nn.Sequential(module) if is_deep else module) as run:
+
+        async def call(k: int) -> None:
+            found[k] = await run(torch.full((2, 1), float(k != 0)))
+
+        for number in (2, 5):  # the second round finds replicas, and what it needs to know of the module
+            module.latch.clear()
+            replace_parts(module, number - 1)
+            async with anyio.create_task_group() as group:
+                group.start_soon(call, 0)
+                group.start_soon(call, 0)  # for the other lane
+                for k in (number, number + 1):
+                    group.start_soon(call, k)
+                    await anyio.wait_all_tasks_blocked()
+                    replace_parts(module, k)
+                module.latch.set()
+            assert [first(found[k]) for k in (number, number + 1)] == [111.0 * (number - 1), 111.0 * number]
+            assert first(await run(torch.ones(2, 1))) == 111.0 * (number + 1)
+
+
+@pytest.mark.parametrize("num_lanes", [1, 2])
+@pytest.mark.parametrize("has_buffer", [False, True])
+async def test_parts_of_steps_are_those_of_the_call(num_lanes: int, has_buffer: bool) -> None:
+    """A step that waits trains the parts that the module had at its call."""
+    module = Replaceable()
+    if not has_buffer:
+        del module._buffers["table"]
+    module.table = torch.zeros(1)
+    layer = module.layer
+    optimizer = torch.optim.SGD(layer.parameters(), 0.5)
+    async with asyncdp.DataParallel(module, "cpu*2", num_lanes=num_lanes) as engine:
+
+        async def step(value: float) -> None:
+            x = torch.full((2, 1), value)
+            await engine.train_step(x, None, lambda out, _: out.mean(), optimizer)
+
+        async with anyio.create_task_group() as group:
+            for value in (0.0, 1.0):
+                group.start_soon(step, value)
+                await anyio.wait_all_tasks_blocked()
+            module.layer = nn.Linear(1, 1)
+            module.latch.set()
+    assert layer.bias.item() == 10 - 0.5 * 2
+    assert layer.weight.item() == 100 - 0.5
+
+
 @pytest.mark.parametrize("name", ["data_parallel", "all", "one lane", "on_one_lane"])
 async def test_frozen_parameters_are_those_of_the_call(name: str) -> None:
     """`requires_grad` counts as it stood at the call."""
