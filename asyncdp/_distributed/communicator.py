@@ -13,15 +13,14 @@ from torch import Tensor
 
 from .agreement import (
     Agreed,
-    Computed,
     Decided,
     Exchange,
     Failure,
     Reduce,
     Reduced,
+    Request,
     Share,
     Texts,
-    Voted,
     agree,
 )
 from .exchange import Intent, StepExchange
@@ -74,14 +73,14 @@ class _Talk:
     def __init__(self, transport: Transport, num_done: int) -> None:
         self.queue: queue.SimpleQueue[StepExchange | None] = queue.SimpleQueue()
         self.num_done = num_done
-        self._numbers = itertools.count(1)
         self.is_diverged = False
-        self._rank = transport.rank
+        self._numbers = itertools.count(1)
+        self._rank, self._size = transport.rank, transport.size
         self._transport: Transport | None = transport
         self._failure: Failure | None = None
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
-        self._current: StepExchange | None = None
+        self._latest: StepExchange | None = None
 
     def progress(self) -> tuple[int, bool]:
         return self.num_done, self.is_diverged
@@ -90,6 +89,7 @@ class _Talk:
         return next(self._numbers)
 
     def submit(self, step: StepExchange) -> None:
+        """Begin a step, or have the thread drive one on."""
         with self._lock:
             if self._failure is None:
                 if self._thread is None:
@@ -100,13 +100,14 @@ class _Talk:
         step.on_decided(Decided(self._failure))
 
     def close(self, timeout: float | None) -> None:
+        latest = self._latest
+        if latest is not None:
+            latest.fail("its engine was closed")
         with self._lock:
             if self._failure is None:
                 self._failure = Failure(None, "the engine is closed", "Make a new one.")
             self.queue.put(None)
-            thread, current = self._thread, self._current
-        if current is not None:
-            current.fail("its engine was closed")
+            thread = self._thread
         if thread is None:
             self._transport = None
         elif thread is not threading.current_thread():
@@ -114,61 +115,92 @@ class _Talk:
 
     def _run(self) -> None:
         while (step := self.queue.get()) is not None:
-            self._current = step
-            if self._transport is None:
+            transport = self._transport
+            if transport is None:
                 step.on_decided(Decided(self._failure))
-            else:
-                try:
-                    self._agree(step)
-                except Exception as error:
-                    self._break(error)
-                    step.on_decided(Decided(self._failure))
-            self._current = step = None
-        self._transport = None
+            elif step is not self._latest:
+                self._latest = step
+                step.drive = _Drive(step, transport, self).go_on
+            step.drive()
+            del step, transport
+        self._latest = self._transport = None
 
-    def _break(self, error: BaseException) -> None:
+    def note_taken(self) -> None:
+        self.num_done += 1
+
+    def give_up(self, error: BaseException) -> Failure:
         """Close the connections, so that all others notice, after one has failed."""
-        transport = self._transport
-        size, rank = (2, self._rank) if transport is None else (transport.size, transport.rank)
         with self._lock:
             text = str(error).partition("\n")[0]
-            self._failure = Failure(
-                1 - rank if size == 2 else None, f"the connection is lost ({text})", _REJOIN
-            )
+            rank = 1 - self._rank if self._size == 2 else None
+            self._failure = Failure(rank, f"the connection is lost ({text})", _REJOIN)
             self._transport = None
+            return self._failure
 
-    def _agree(self, step: StepExchange) -> None:
+
+class _Drive:
+    """The talk about one step. For any thread.
+
+    Args:
+        step: this process's part.
+        transport: to the others.
+        talk: hears how it ended.
+    """
+
+    def __init__(self, step: StepExchange, transport: Transport, talk: _Talk) -> None:
         layout = None if step.intent.workload is None else step.intent.workload.layout
-        talk = agree(step, self._rank, 0 if layout is None else len(layout.buckets))
-        answer: Any = None
-        request = next(talk)
-        while not isinstance(request, Decided):
-            answer = self._perform(request, step)
-            request = talk.send(answer)
-        self.num_done += request.failure is None and not request.is_over
-        step.on_decided(request)
+        self._requests = agree(step, transport.rank, 0 if layout is None else len(layout.buckets))
+        self._request: Request | None = None
+        self._step: StepExchange | None = step
+        self._transport: Transport | None = transport
+        self._talk = talk
+        self._lock = threading.Lock()
 
-    def _perform(self, request: Any, step: StepExchange) -> Any:
-        transport = self._transport
-        assert transport is not None, "only this thread lets go of it"
-        match request:
-            case Exchange(numbers):
-                return transport.exchange(numbers)
-            case Texts(text):
-                return transport.exchange_texts(text)
-            case Agreed():
-                step.on_agreed(request)
-            case Computed():
-                step.wait_computed()
-            case Reduce(bucket):
-                step.on_sum(bucket, transport.sum(step.take_bucket(bucket)))
-            case Share(owner, num_bytes):
-                step.on_state(_share(transport, owner, num_bytes, step))
-            case Reduced(reports):
-                step.on_reduced(reports)
-            case Voted():
-                step.wait_voted()
-        return None
+    def go_on(self) -> None:
+        """Go on until something is needed that this process does not have yet."""
+        with self._lock:
+            step, transport = self._step, self._transport
+            if step is None or transport is None:
+                return  # it has ended
+            try:
+                if self._request is None:
+                    self._request = next(self._requests)
+                while step.is_ready(self._request):
+                    if isinstance(self._request, Decided):
+                        self._end(step, self._request)
+                        return
+                    self._request = self._requests.send(_perform(self._request, step, transport))
+            except Exception as error:
+                del transport
+                self._transport = None
+                self._end(step, Decided(self._talk.give_up(error)))
+
+    def _end(self, step: StepExchange, decided: Decided) -> None:
+        if self._transport is not None:
+            step.wait_sums()  # of a step that failed: they write to what must not be freed
+        if decided.failure is None and not decided.is_over:
+            self._talk.note_taken()
+        self._step = self._transport = None
+        step.on_decided(decided)
+
+
+def _perform(request: Request, step: StepExchange, transport: Transport) -> Any:
+    """Do what a request says; return its answer."""
+    match request:
+        case Exchange(numbers):
+            return transport.exchange(numbers)
+        case Texts(text):
+            return transport.exchange_texts(text)
+        case Agreed():
+            step.on_agreed(request)
+        case Reduce(bucket):
+            step.on_sum(bucket, transport.begin_sum(step.take_bucket(bucket)))
+        case Share(owner, num_bytes):
+            step.on_state(_share(transport, owner, num_bytes, step))
+        case Reduced(reports):
+            step.wait_sums()
+            step.on_reduced(reports)
+    return None
 
 
 def _share(transport: Transport, owner: int, num_bytes: int, step: StepExchange) -> bytes:

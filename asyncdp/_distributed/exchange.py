@@ -6,7 +6,7 @@ import enum
 import struct
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,10 +18,14 @@ from .agreement import (
     NO_ROWS,
     VERSION,
     Agreed,
+    Computed,
     Decided,
     Header,
     Kind,
+    Reduce,
     Report,
+    Request,
+    Voted,
     bits_of,
     merged,
     num_words,
@@ -79,17 +83,19 @@ class Intent:
 
 
 @dataclass
-class Computed:
+class Contribution:
     """What this process's lanes have computed.
 
     Attributes:
         gradients: one for each tensor of the layout.
-        loss: this process's share, 0-d; None if it has computed nothing.
+        accumulated: of earlier steps, which have their weights already.
+        loss: of this process's rows, 0-d; None if it has computed nothing.
         earlier: a digest of the gradients that were there before.
         state: bytes for the others, if this process's changes of the module survive.
     """
 
-    gradients: Gradients
+    gradients: Sequence[Tensor | None]
+    accumulated: Sequence[Gradients]
     loss: Tensor | None
     earlier: int = 0
     state: bytes = b""
@@ -117,18 +123,19 @@ _LOSS_DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
 @dataclass
 class _Given:
-    """A bucket that was given early, and what it was made of."""
+    """A bucket, what it was made of, and what is to be added to it as it is."""
 
     flat: Tensor
-    sources: list[tuple[int, int] | None] = field(default_factory=list)
+    sources: list[tuple[int, int] | None]
+    accumulated: Sequence[Gradients]
 
 
 class StepExchange:
     """One step of this process, as its lanes see it and as the communication thread does.
 
-    Lanes call `weight`, `offer`, `reduce`, `vote`; whoever finds that the step fails calls `fail`. The
-    communication thread calls what is documented in `agreement.Part`, and the methods named `on_` and
-    `take_`. All of them are for any thread.
+    Lanes call `weight`, `offer`, `reduce`, `vote`; whoever finds that the step fails calls `fail`. The talk
+    with the other processes begins on the communication thread. Once all have begun, whoever gives something
+    to it drives it on, a lane in most cases; one that fails leaves that to the communication thread.
 
     Args:
         intent: what the step is.
@@ -146,6 +153,8 @@ class StepExchange:
     ) -> None:
         self.intent = intent
         self.agreed: Agreed | None = None
+        self.drive: Callable[[], None] = lambda: None
+        """Goes on with the talk as far as possible; set by who talks."""
         self.is_over = False
         self._submit = submit
         self._progress = progress
@@ -156,10 +165,11 @@ class StepExchange:
         self._decided: Decided | None = None
         self._is_bound = False
         self._has_voted = False
-        self._computed: Computed | None = None
+        self._computed: Contribution | None = None
         self._given: dict[int, _Given] = {}
         self._late: list[bool] = []
         self._sums: dict[int, Tensor] = {}
+        self._pending: dict[int, Callable[[], Tensor]] = {}
         self._reports: Sequence[Report] = ()
         self._state = b""
 
@@ -187,14 +197,19 @@ class StepExchange:
     def fail(self, error: BaseException | str) -> None:
         """Have the step fail everywhere, unless this process has said already that it will not."""
         with self._changed:
-            if self._error is None and not self._is_bound and self._decided is None:
-                text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
-                self._error = text[:MAX_TEXT]
-                self._changed.notify_all()
-        self.begin()
+            if self._error is not None or self._is_bound or self._decided is not None:
+                return
+            text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+            self._error = text[:MAX_TEXT]
+            self._changed.notify_all()
+            has_begun = self.has_begun
+        if has_begun:
+            self._submit(self)  # nobody else may drive the talk on
+        else:
+            self.begin()
 
     def weight(self) -> float | None:
-        """Wait until all processes have begun; return the weight of this one's loss.
+        """Wait until all processes have begun; return the weight of what this one computes.
 
         Returns:
             None if this process has failed meanwhile, and nothing needs to be computed any more.
@@ -207,17 +222,22 @@ class StepExchange:
             return self.agreed.weight
         return self.agreed.weight if self._wait(Stage.AGREED) and self.agreed is not None else None
 
-    def offer(self, bucket: int, gradients: Gradients) -> None:
-        """Give a bucket early: its gradients are most likely complete. For one thread at a time."""
+    def is_owner(self, rank: int) -> bool:
+        """Return whether what the forward of this process changed survives; after `weight`."""
+        return self.agreed is not None and self.agreed.owner == rank
+
+    def offer(self, bucket: int, gradients: Gradients, accumulated: Sequence[Gradients] = ()) -> None:
+        """Give a bucket, also early, when its gradients are most likely complete."""
         assert self.intent.workload is not None
         layout = self.intent.workload.layout.buckets[bucket]
-        given = _Given(layout.flat(gradients), _sources(gradients, layout.places))
+        given = _Given(layout.flat(gradients), _sources(gradients, layout.places), accumulated)
         _wait_issued(given.flat)
         with self._changed:
             self._given[bucket] = given
-            self._changed.notify_all()
+        if self._stage >= Stage.AGREED:
+            self.drive()
 
-    def reduce(self, computed: Computed) -> Totals | None:
+    def reduce(self, computed: Contribution) -> Totals | None:
         """Give what was computed; return the totals of all processes, or None as `weight`.
 
         Raises:
@@ -227,16 +247,17 @@ class StepExchange:
         layout = self.intent.workload.layout
         gradients = computed.gradients
         if self.intent.kind is not Kind.ACCUMULATE:
-            self._late = [
-                place in self._given and self._given[place].sources != _sources(gradients, bucket.places)
-                for place, bucket in enumerate(layout.buckets)
-            ]
-            for place in range(len(layout.buckets)):
-                if place not in self._given:
-                    self.offer(place, gradients)
+            for place, bucket in enumerate(layout.buckets):
+                given = self._given.get(place)
+                is_late = given is not None and given.sources != _sources(gradients, bucket.places)
+                self._late.append(is_late)
+                layout.is_early[place] = layout.is_early[place] and not is_late
+                if given is None:
+                    self.offer(place, gradients, computed.accumulated)
         with self._changed:
             self._computed = computed
-            self._changed.notify_all()
+        if self._wait(Stage.AGREED):
+            self.drive()
         return self._totals(layout) if self._wait(Stage.REDUCED) else None
 
     def vote(self) -> bool:
@@ -247,7 +268,7 @@ class StepExchange:
         """
         with self._changed:
             self._has_voted = True
-            self._changed.notify_all()
+        self.drive()
         return self._wait(Stage.DECIDED)
 
     def _wait(self, stage: Stage) -> bool:
@@ -267,7 +288,7 @@ class StepExchange:
         assert agreed is not None
         shares = [struct.unpack("<d", struct.pack("<q", each.loss))[0] for each in self._reports]
         dtype = next((each.loss_dtype for each in self._reports if each.loss_dtype), 1)
-        gradients = list(computed.gradients)
+        gradients: list[Tensor | None] = [*computed.gradients]
         if intent.kind is not Kind.ACCUMULATE:
             count, skip = layout.num_tensors, num_words(len(layout.buckets))
             used = {*bits_of(merged(self._reports, count, skip), count)}
@@ -279,7 +300,7 @@ class StepExchange:
                         gradients[position] = total.to_sparse(1)
         return Totals(gradients, sum(shares), _LOSS_DTYPES[dtype - 1], self._state)
 
-    # --- for the communication thread
+    # --- for who talks to the other processes
 
     def header(self) -> Header:
         """Say what the step is."""
@@ -320,7 +341,8 @@ class StepExchange:
             return Report(1, 0, 0, 0, 0, words)
         loss, dtype = 0.0, 0
         if computed.loss is not None:
-            loss = float(computed.loss)
+            assert self.agreed is not None
+            loss = float(computed.loss) * self.agreed.weight
             dtype = 1 + (
                 _LOSS_DTYPES.index(computed.loss.dtype) if computed.loss.dtype in _LOSS_DTYPES else 1
             )
@@ -337,26 +359,36 @@ class StepExchange:
         """Say why this process has failed."""
         return self._error or ""
 
-    def wait_computed(self) -> None:
-        """Wait until the lanes have computed everything, or one has failed."""
+    def is_ready(self, request: Request) -> bool:
+        """Return whether this process has what the request needs; one that has failed needs nothing."""
         with self._changed:
-            self._changed.wait_for(lambda: self._computed is not None or self._error is not None)
-
-    def wait_voted(self) -> None:
-        """Wait until the lanes have done all that can fail, or failed."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._has_voted or self._error is not None)
+            if self._error is not None:
+                return True
+            match request:
+                case Reduce(bucket):
+                    return bucket in self._given
+                case Computed():
+                    return self._computed is not None
+                case Voted():
+                    return self._has_voted
+            return True
 
     def take_bucket(self, place: int) -> Tensor:
-        """Wait for a bucket, and return what this process adds to its sum; a second time, as it is by now."""
+        """Return what this process adds to the sum of a bucket; a second time, as it is by now."""
         assert self.intent.workload is not None
         bucket = self.intent.workload.layout.buckets[place]
-        if place in self._sums:
-            return bucket.zeros() if self._computed is None else bucket.flat(self._computed.gradients)
         with self._changed:
-            self._changed.wait_for(lambda: place in self._given or self._error is not None)
-            given = self._given.get(place)
-        return bucket.zeros() if given is None else given.flat
+            given, computed = self._given.get(place), self._computed
+        if given is None:
+            return bucket.zeros()
+        is_late = computed is not None and place in self._pending
+        flat = bucket.flat(computed.gradients) if is_late and computed is not None else given.flat
+        assert self.agreed is not None, "buckets come after that"
+        if self.agreed.weight != 1.0:
+            flat.mul_(self.agreed.weight)
+        for each in given.accumulated:
+            flat.add_(bucket.flat(each))
+        return flat
 
     def take_state(self, owner: bool) -> bytes:
         """Return the bytes for the others."""
@@ -367,9 +399,16 @@ class StepExchange:
         self.agreed = agreed
         self._go(Stage.AGREED)
 
-    def on_sum(self, place: int, flat: Tensor) -> None:
-        """Note the sum of a bucket."""
-        self._sums[place] = flat
+    def on_sum(self, place: int, wait: Callable[[], Tensor]) -> None:
+        """Note what waits for the sum of a bucket."""
+        if place in self._pending:
+            self._pending[place]()
+        self._pending[place] = wait
+
+    def wait_sums(self) -> None:
+        """Wait for all sums that were begun."""
+        for place in [*self._pending]:
+            self._sums[place] = self._pending.pop(place)()
 
     def on_state(self, state: bytes) -> None:
         """Note the bytes of the process whose changes of the module survive."""

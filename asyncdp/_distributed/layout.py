@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,8 @@ FIRST_BUCKET_BYTES = 2**20
 BUCKET_BYTES = 25 * 2**20
 """As DistributedDataParallel has them: small first, so that there is something to send early."""
 
-Gradients = Sequence[Tensor | None]
+Gradients = Sequence[Tensor | None] | Mapping[int, Tensor | None]
+"""By their places among all; of a mapping, as many as are asked for."""
 
 
 class Bucket(NamedTuple):
@@ -40,7 +41,9 @@ class Bucket(NamedTuple):
     def flat(self, gradients: Gradients) -> Tensor:
         """Return a copy of this bucket's gradients; zeros where there is none."""
         own = [gradients[place] for place in self.places]
-        flat = self.zeros()
+        flat = torch.empty(self.num_elements, dtype=self.dtype, device=self.device)
+        if any(each is None for each in own):
+            flat.zero_()
         pairs = [
             (view, each.to_dense() if each.layout is not torch.strided else each)
             for view, each in zip(self.split(flat), own, strict=True)
@@ -62,9 +65,14 @@ class Layout:
 
     Args:
         tensors: what the gradients belong to.
+        num_trainable: how many of them, the first ones, a backward reaches as leaves of the module.
+
+    Attributes:
+        is_early: which buckets are worth giving before the backward has ended: not the last, and none that
+            has changed after it was given.
     """
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, tensors: Sequence[Tensor], num_trainable: int) -> None:
         places = {id(tensor): place for place, tensor in enumerate(tensors)}
         groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
         for tensor in tensors:
@@ -74,6 +82,17 @@ class Layout:
             _bucket(bucket, [places[id(tensor)] for tensor in bucket])
             for group in groups.values()
             for bucket in _divided(group)
+        ]
+        self.is_early = [
+            bucket.device.type == "cpu" and max(bucket.places) < num_trainable for bucket in self.buckets
+        ]
+        if self.is_early:
+            self.is_early[-1] = False
+
+    def triggers(self) -> list[tuple[int, int]]:
+        """Return each bucket worth giving early, and the place of the tensor that a backward reaches last."""
+        return [
+            (number, bucket.places[-1]) for number, bucket in enumerate(self.buckets) if self.is_early[number]
         ]
 
     def describe(self) -> str:

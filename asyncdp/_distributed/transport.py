@@ -7,7 +7,7 @@ user's own, called on another thread, must not come in between.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -42,7 +42,7 @@ def group_of(process_group: Any) -> Any:
 
 
 class Transport:
-    """Connections between the processes of a group. Used by one thread at a time; every call blocks.
+    """Connections between the processes of a group. Used by one thread at a time; calls block.
 
     Numbers, texts and CPU tensors go over gloo; CUDA tensors over NCCL where it is there, else through the
     CPU. Whoever drops the last reference closes the connections, which the other processes notice.
@@ -101,16 +101,29 @@ class Transport:
             for row, length in zip(table, lengths, strict=True)
         ]
 
-    def sum(self, tensor: Tensor) -> Tensor:
-        """Sum a contiguous tensor over all processes; it may be written to."""
-        if tensor.device.type == "cpu":
-            self._gloo.allreduce([tensor]).wait()
-            return tensor
-        if tensor.device.type == "cuda" and self._nccl is not None:
-            self._nccl.allreduce([tensor]).wait()
-            torch.cuda.current_stream(tensor.device).synchronize()
-            return tensor
-        return self.sum(tensor.cpu()).to(tensor.device)
+    def begin_sum(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """Begin to sum a contiguous tensor over all processes.
+
+        Args:
+            tensor: may be written to.
+
+        Returns:
+            A function that waits for the sum.
+        """
+        group, device = self._gloo, tensor.device
+        if device.type == "cuda" and self._nccl is not None:
+            group = self._nccl
+        elif device.type != "cpu":
+            tensor = tensor.cpu()
+        work = group.allreduce([tensor])
+
+        def wait() -> Tensor:
+            work.wait()
+            if tensor.device.type == "cuda":
+                torch.cuda.current_stream(device).synchronize()
+            return tensor.to(device)
+
+        return wait
 
     def share(self, tensor: Tensor, owner: int) -> Tensor:
         """Give a contiguous tensor on the CPU to all processes; the others' are written to."""

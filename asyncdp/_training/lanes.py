@@ -54,17 +54,17 @@ class TrainingLane:
         self._replica = cache.replicas[position]
         with torch.inference_mode(False), torch.no_grad():
             own = own if position else frozenset()
-            self._leaves = [
+            self.leaves = [
                 tensor.detach().to(device, copy=id(tensor) in own).requires_grad_() for tensor in trainable
             ]
             others = [_frozen_on(device, tensor, own) for tensor in frozen]
         others += copies_in_place(loose)
         frozen = [*frozen, *loose]
         self._tensors: Substitutions = {
-            **substitutions(trainable, self._leaves),
+            **substitutions(trainable, self.leaves),
             **substitutions(frozen, others),
         }
-        pairs = zip([*self._leaves, *others], [*trainable, *frozen], strict=True)
+        pairs = zip([*self.leaves, *others], [*trainable, *frozen], strict=True)
         # Leaves on the module's device need no copy: they share its storage.
         copied = [(own, source) for own, source in pairs if own.data_ptr() != source.data_ptr()]
         self._copies = [own for own, _ in copied]
@@ -135,7 +135,7 @@ class TrainingLane:
         if report is not None and not self._hooks:
             self._hooks = [
                 leaf.register_post_accumulate_grad_hook(_hook(weakref.ref(self), position))
-                for position, leaf in enumerate(self._leaves)
+                for position, leaf in enumerate(self.leaves)
             ]
         elif report is None:
             for hook in self._hooks:
@@ -147,8 +147,8 @@ class TrainingLane:
         self._report = None  # it refers to the step's reducer, and so to all its sums
         self._watch = None
         self._replica.end(is_recorded=False, looks_anew=True)
-        gradients = [leaf.grad for leaf in self._leaves]
-        for leaf in self._leaves:
+        gradients = [leaf.grad for leaf in self.leaves]
+        for leaf in self.leaves:
             leaf.grad = None
         return gradients
 

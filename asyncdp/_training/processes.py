@@ -92,7 +92,7 @@ class SharedSteps:
             self._key, self._held = key, tensors
             known = {*map(id, trainable)}
             outsiders = [tensor for tensor in tensors if id(tensor) not in known]
-            self._workload = _workload([*trainable, *outsiders], state, options, kind, sizes)
+            self._workload = _workload([*trainable, *outsiders], len(trainable), state, options, kind, sizes)
         return self._workload
 
 
@@ -172,11 +172,16 @@ async def on_thread(function: Callable[[], T]) -> T:
 
 
 def _workload(
-    tensors: Sequence[Tensor], state: ModuleState, options: StepOptions, kind: type | None, sizes: list[int]
+    tensors: Sequence[Tensor],
+    num_trainable: int,
+    state: ModuleState,
+    options: StepOptions,
+    kind: type | None,
+    sizes: list[int],
 ) -> Workload:
     module = state.snapshot.modules[0]
     names = {id(tensor): name for name, tensor in chain(module.named_parameters(), module.named_buffers())}
-    layout = Layout(tensors)
+    layout = Layout(tensors, num_trainable)
     lines = [
         f'loss_reduction="{options.loss_reduction}"',
         "no scaler" if options.scaler is None else "a scaler",

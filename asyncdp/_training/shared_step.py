@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._distributed.communicator import Communicator
-from .._distributed.exchange import Computed, StepExchange
+from .._distributed.exchange import Contribution, StepExchange
+from .._distributed.layout import Layout
 from .._replicas.order import in_turn
 from .._runtime.task import on_cancel
 from ..errors import UnsupportedModuleError
@@ -18,16 +20,13 @@ from .commit import clear, commit, deliver, forget_unscaling, learning_rate_of, 
 from .processes import StepGivenUpError, digest_of_gradients
 from .reducer import Gradients, add_up
 from .shared_state import decoded, encoded
-from .step import Piece, Step
+from .step import Step
 
 T = TypeVar("T")
 
 
 class SharedStep(Step):
     """One step of this process among several.
-
-    The weight of this process in the step is part of its loss, so that all that follows of it (gradients that
-    are accumulated, or that reach tensors outside of the module) needs only to be added up.
 
     Args:
         exchange: this process's part, as the others see it.
@@ -40,6 +39,7 @@ class SharedStep(Step):
         self.exchange = exchange
         self._communicator = communicator
         self._totals: Gradients = []
+        self._adds_accumulated = False
 
     def run(self, function: Callable[[], T]) -> T | None:
         """Run a task of this step on its lane; if it fails or is cancelled, the step fails everywhere.
@@ -74,13 +74,14 @@ class SharedStep(Step):
         """Sum loss and gradients over all processes, after every lane has succeeded; return the loss."""
         assert self.exchange is not None
         assert self._saved is not None, "a lane has begun"
-        saved, agreed = self._saved, self.exchange.agreed
-        assert agreed is not None, "its weight is known"
-        is_owner = agreed.owner == self._communicator.rank
-        lane = None if self._in_place is not None else self._prepare().lanes[0]
+        saved, lane, is_owner = self._saved, None, False
+        if self._in_place is None:
+            lane = self._prepare().lanes[0]
+            self._weight()  # the processes have agreed on an owner then
+            is_owner = self.exchange.is_owner(self._communicator.rank)
         totals = self.exchange.reduce(
-            Computed(
-                gradients=self._local_gradients(),
+            Contribution(
+                *self._local_gradients(),
                 loss=None if self._has_nothing() else loss,
                 earlier=0 if saved.is_empty else digest_of_gradients(saved.gradients),
                 state=encoded(lane.survivors) if lane is not None and is_owner else b"",
@@ -97,7 +98,19 @@ class SharedStep(Step):
         """Accumulate this process's gradients, if all processes accumulate theirs."""
         self._agree_to_take()
         with self._diverging():
+            self._weigh()
             super().accumulate_gradients()
+
+    def _weigh(self) -> None:
+        """Give gradients that no bucket takes the weight of this process."""
+        assert self._saved is not None, "a lane has begun"
+        reducer = None if self._in_place is not None else self._prepare().reducer
+        own = [self._own_gradients] if reducer is None else reducer.gradients
+        weight = self._weight()
+        with torch.no_grad():
+            for gradient in chain(self._saved.direct(), *own):
+                if gradient is not None:
+                    gradient.mul_(weight)
 
     def _has_nothing(self) -> bool:
         assert self.exchange is not None
@@ -110,8 +123,33 @@ class SharedStep(Step):
             raise StepGivenUpError
         return weight
 
-    def _loss_of(self, piece: Piece, module: nn.Module, device: torch.device) -> Tensor:
-        return super()._loss_of(piece, module, device) * self._weight()
+    def _backward(self, loss: Tensor, leaves: Sequence[Tensor], is_last: bool) -> None:
+        """Give buckets while the backward runs, where one lane has all of them."""
+        hooks = []
+        if is_last and len(self._lanes) == 1 and not self.accumulate and not self._accumulated:
+            hooks = [
+                leaves[place].register_post_accumulate_grad_hook(partial(self._offer, bucket, leaves))
+                for bucket, place in self._layout().triggers()
+            ]
+        try:
+            super()._backward(loss, leaves, is_last)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _offer(self, number: int, leaves: Sequence[Tensor], _: Tensor) -> None:
+        """Give a bucket, if all its gradients are there."""
+        assert self.exchange is not None
+        gradients: dict[int, Tensor | None] = {
+            place: leaves[place].grad for place in self._layout().buckets[number].places
+        }
+        if None not in {id(each) if each is not None else None for each in gradients.values()}:
+            self.exchange.offer(number, gradients)
+
+    def _layout(self) -> Layout:
+        assert self.exchange is not None
+        assert self.exchange.intent.workload is not None
+        return self.exchange.intent.workload.layout
 
     def _note_writes(self, positions: Sequence[int]) -> None:
         super()._note_writes(positions)
@@ -123,39 +161,24 @@ class SharedStep(Step):
                 "Write them in before_step, the same on every process, and call engine.rejoin(group) now.",
             )
 
-    def _local_gradients(self) -> Gradients:
-        """Return this process's gradients: of what is trainable, then of the optimizer's other tensors."""
-        assert self.exchange is not None
+    def _local_gradients(self) -> tuple[Gradients, Sequence[Gradients]]:
+        """Return what this process has of every tensor of the layout, and what earlier steps accumulated."""
         assert self._saved is not None, "a lane has begun"
         saved, trainable = self._saved, self._in_place
         if self.accumulate:
-            return [None] * self._num_tensors()
-        if trainable is not None and not self._accumulated:
-            return saved.direct()
-        if trainable is not None:
-            sums: Gradients = [None] * len(trainable)
-            accumulated = self._accumulated.of(trainable)
-        else:
+            return [None] * self._layout().num_tensors, ()
+        own: Gradients = [None] * len(trainable or ())
+        if trainable is None:
             trainable, reducer = self._prepare()[1:3]
-            sums = self._own_sums(trainable) if reducer is None else reducer.sums()
-            accumulated = []
-            if not saved.outsiders and saved.direct().count(None) == len(saved.tensors):
-                return sums
-        direct = {id(tensor): tensor.grad for tensor in saved.tensors}
-        own = [*sums, *[None] * len(saved.outsiders)]
+            own = self._own_gradients if reducer is None else reducer.sums()
+        own = [*own, *[None] * len(saved.outsiders)]
         tensors = [*trainable, *saved.outsiders]
-        earlier = [[*each, *[None] * len(saved.outsiders)] for each in accumulated]
-        earlier += [[*[None] * len(trainable), *each] for each in self._accumulated.of(saved.outsiders)]
-        groups = [
-            ([own[place], direct.get(id(tensor))], [each[place] for each in earlier])
-            for place, tensor in enumerate(tensors)
-        ]
-        return add_up(groups, [tensor.device for tensor in tensors])
-
-    def _num_tensors(self) -> int:
-        assert self.exchange is not None
-        assert self.exchange.intent.workload is not None
-        return self.exchange.intent.workload.layout.num_tensors
+        direct = {id(tensor): tensor.grad for tensor in saved.tensors if tensor.grad is not None}
+        if direct:
+            groups = [([each, direct.get(id(tensor))], ()) for each, tensor in zip(own, tensors, strict=True)]
+            own = add_up(groups, [tensor.device for tensor in tensors])
+        accumulated = self._accumulated.of(tensors) if self._accumulated else ()
+        return own, accumulated
 
     def _commit(self) -> None:
         lanes, trainable, _, _ = self._prepare()

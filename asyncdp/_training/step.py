@@ -138,6 +138,7 @@ class Step:
         self._own: Set[int] = frozenset()
         self._lock = threading.Lock()
         self._own_gradients: Gradients = []
+        self._adds_accumulated = not accumulate
         self.is_done = False
         """Whether the step was taken, or its gradients were accumulated."""
         self.learning_rate: float | Tensor | None = None
@@ -161,8 +162,11 @@ class Step:
             for piece in pieces:
                 share = self._loss_of(piece, module, self._lanes[index].device)
                 self._note_writes(lane.end_forward())
-                lane.report_to(report if piece is pieces[-1] else None)  # the last backward completes them
-                _backward(share if scale is None else share * scale.to(share.device))
+                is_last = piece is pieces[-1]
+                lane.report_to(report if is_last else None)  # the last backward completes them
+                self._backward(
+                    share if scale is None else share * scale.to(share.device), lane.leaves, is_last
+                )
                 shares.append(share.detach())
         finally:
             gradients = lane.collect()
@@ -199,7 +203,8 @@ class Step:
             for piece in self._pieces[0]:
                 share = self._loss_of(piece, replica.module, self._lanes[0].device)
                 self._end_forward_in_place(replica, watch.written())
-                _backward(share if scale is None else share * scale.to(share.device))
+                loss = share if scale is None else share * scale.to(share.device)
+                self._backward(loss, trainable, piece is self._pieces[0][-1])
                 shares.append(share.detach())
         finally:
             replica.end(is_recorded=False, looks_anew=True)
@@ -296,6 +301,21 @@ class Step:
         loss = _checked(self.options.loss_fn(module(*positional(inputs)), targets))
         return loss if piece.weight == 1.0 else loss * piece.weight
 
+    def _backward(self, loss: Tensor, leaves: Sequence[Tensor], is_last: bool) -> None:
+        """Run a backward, not under autocast, as torch advises: it takes the dtypes of its forward.
+
+        Args:
+            loss: of one piece.
+            leaves: get the gradients.
+            is_last: whether this completes the lane's.
+        """
+        kind = loss.device.type
+        if not torch.is_autocast_enabled(kind):
+            loss.backward()
+            return
+        with torch.autocast(kind, enabled=False):
+            loss.backward()
+
     def _own_sums(self, trainable: Sequence[Tensor]) -> Gradients:
         devices = [tensor.device for tensor in trainable]
         return add_accumulated(self._own_gradients, self._accumulated.of(trainable), devices)
@@ -338,7 +358,7 @@ class Step:
         reducer = None
         if num_lanes > 1:
             overlap = not self.accumulate and all(lane.device.type == "cpu" for lane in self._lanes)
-            accumulated = [] if self.accumulate else self._accumulated.of(trainable)
+            accumulated = self._accumulated.of(trainable) if self._adds_accumulated else []
             reducer = Reducer(trainable, self._replicas.buckets, num_lanes, accumulated, overlap=overlap)
         if self._saved is None:
             self._saved = SavedGradients(trainable, self.options.optimizer)
@@ -374,13 +394,3 @@ def _checked(loss: Any) -> Tensor:
     if not loss.requires_grad:
         raise LossNotScalarError("a tensor without a gradient function", _RECORD)
     return loss.reshape(()) if loss.dim() else loss
-
-
-def _backward(loss: Tensor) -> None:
-    """Run a backward, not under autocast, as torch advises: it takes the dtypes of its forward."""
-    kind = loss.device.type
-    if not torch.is_autocast_enabled(kind):
-        loss.backward()
-        return
-    with torch.autocast(kind, enabled=False):
-        loss.backward()
