@@ -10,13 +10,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .._checks import check_counts, check_dim, check_flags, check_seconds
 from .._devices import DeviceLike, Devices, parse_devices
 from .._distributed.transport import group_of
 from .._replicas.copies import DEFAULT_BUCKET_BYTES
 from .._replicas.order import Use
 from .._replicas.replica_set import ReplicaSet, replica_set_of
 from .._replicas.snapshot import check_module
-from .._runtime import Lane, Runtime, RuntimeStatistics, default_lanes, scheduler_of
+from .._runtime import Lane, Runtime, RuntimeStatistics, check_runtime, default_lanes, scheduler_of
 from .._runtime.hangs import GRACE_SECONDS, grace_of
 from .._training.checkpoint.keeper import CheckpointKeeper
 from .._training.commit import StepOptions
@@ -69,6 +70,9 @@ async def data_parallel(
     """
     if not isinstance(module, nn.Module):
         raise NotAModuleError(module)
+    if module_kwargs is not None and not isinstance(module_kwargs, Mapping):
+        raise TypeError(f"module_kwargs must be a dict or None, but got {module_kwargs!r}.")
+    check_dim(dim)
     targets = parse_devices(devices)
     output = targets[0] if output_device is None else parse_devices(output_device)[0]
     replicas = replica_set_of(module, targets)
@@ -125,7 +129,7 @@ class DataParallel(StatefulCalls):
     Raises:
         NotAModuleError, LazyModuleError, UnsupportedModuleError: the module cannot be replicated.
         UnknownDeviceError, NoCudaDeviceError, NoDevicesError: a device cannot be used.
-        ValueError: `num_lanes` is none of the above.
+        ValueError, TypeError: another argument is none of the above.
         ProcessGroupError: `process_group` is none, or this process is not in it.
         ProcessMismatchError: the modules of the processes are not alike; on all of them.
     """
@@ -144,6 +148,10 @@ class DataParallel(StatefulCalls):
         process_group: Any = None,
     ) -> None:
         check_module(module)
+        check_runtime(runtime)
+        check_counts(bucket_bytes=bucket_bytes)
+        check_flags(checksum=checksum)
+        check_dim(dim)
         group = None if process_group is None else group_of(process_group)
         output = None if output_device is None else parse_devices(output_device)[0]
         self._owns_runtime = runtime is None
@@ -179,6 +187,7 @@ class DataParallel(StatefulCalls):
 
     async def aclose(self, timeout: float | None = None) -> None:
         """Drain what runs and end the lanes, if they are the engine's own; `timeout` as `Runtime.aclose`."""
+        check_seconds(timeout=timeout)
         if self._owns_runtime:
             await self.runtime.aclose(timeout)
         if self._trainer.shared is not None:
@@ -308,7 +317,7 @@ class DataParallel(StatefulCalls):
         with nullcontext() if self._trainer.shared is None else refusing(self._trainer.shared):
             options.check()
             check_iterable(batches)
-            _check_counts(accumulate=accumulate, max_ahead=max_ahead)
+            check_counts(accumulate=accumulate, max_ahead=max_ahead)
             if self in _accumulating.get():
                 raise ValueError(
                     "train() steps by itself and cannot accumulate under no_sync(). "
@@ -373,12 +382,6 @@ class DataParallel(StatefulCalls):
             choices=(*self._choices(), *(each for view in self._views.values() for each in view._choices())),
             runtime=self.runtime.statistics(),
         )
-
-
-def _check_counts(**counts: object) -> None:
-    for name, count in counts.items():
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"{name} must be a whole number of 1 or more, but got {count!r}.")
 
 
 def _check_num_lanes(num_lanes: int | str, available: int) -> int:

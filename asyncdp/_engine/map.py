@@ -12,6 +12,7 @@ import anyio
 import anyio.lowlevel
 
 from .. import _loops
+from .._checks import check_counts, check_flags
 from .._loops import ends_tasks, is_cancelled
 from .._runtime.lane_runner import StatefulLaneRunner
 from .flow import Flow
@@ -121,11 +122,11 @@ def map_batches(
         ValueError: `max_in_flight` or `on_error` is out of range.
     """
     check_iterable(batches)
+    check_flags(ordered=ordered)
     if on_error not in ON_ERROR:
         raise ValueError(f"on_error must be one of {', '.join(ON_ERROR)}, but got {on_error!r}.")
-    limit = 1 if max_in_flight is None else max_in_flight
-    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
-        raise ValueError(f"max_in_flight must be a whole number of 1 or more, but got {limit}.")
+    if max_in_flight is not None:
+        check_counts(max_in_flight=max_in_flight)
     return BatchStream(runner, batches, ordered, max_in_flight, on_error)
 
 

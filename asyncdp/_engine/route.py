@@ -47,10 +47,6 @@ class Route:
         dim: int,
         training: bool | None = None,
     ) -> None:
-        if isinstance(dim, bool) or not isinstance(dim, int):
-            raise TypeError(
-                f"dim must be a whole number, but got {dim!r}. 0 splits along the first dimension."
-            )
         self.module = module
         self.replicas = replicas
         self.scheduler = scheduler

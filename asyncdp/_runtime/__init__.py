@@ -1,7 +1,7 @@
 """Lanes, completions and the scheduler: knows threads, not torch modules."""
 
 from .default import default_lanes, default_runtime
-from .runtime import Runtime, RuntimeStatistics, scheduler_of
+from .runtime import Runtime, RuntimeStatistics, check_runtime, scheduler_of
 from .schedule import LaneState
 from .scheduler import Scheduler
 from .task import Lane, LaneStatistics, Task
@@ -16,6 +16,7 @@ __all__ = [
     "Scheduler",
     "Task",
     "TraceRecorder",
+    "check_runtime",
     "default_lanes",
     "default_runtime",
     "scheduler_of",

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from .._checks import check_counts, check_functions, check_seconds, is_number
 from .._devices import Devices, LaneDevice, PathStatistics, lane_device_for, parse_devices, path_statistics
 from .._devices.threads import end_own_team
 from .hangs import grace_of
@@ -23,6 +24,7 @@ from .task import Lane, LaneStatistics, Task, driver_of
 T = TypeVar("T")
 
 DEFAULT_MAX_QUEUE = 1024
+_MOST_THREADS = 1024  # a number that torch refuses would end the lane
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,9 @@ class Runtime:
         hang_timeout: float | None = None,
         spin: float = 0.0,
     ) -> None:
-        if max_queue < 0:
-            raise ValueError(f"max_queue must be 0 or more, but got {max_queue}. 0 queues nothing.")
-        if hang_timeout is not None and not hang_timeout > 0:
-            raise ValueError(f"hang_timeout is in seconds and more than 0, but got {hang_timeout!r}.")
-        if isinstance(spin, bool) or not isinstance(spin, (int, float)) or not 0 <= spin <= MAX_SECONDS:
+        check_counts(least=0, max_queue=max_queue)
+        check_seconds(positive=True, hang_timeout=hang_timeout)
+        if not (is_number(spin) and 0 <= spin <= MAX_SECONDS):
             raise ValueError(f"spin is in seconds, from 0 to {MAX_SECONDS}, but got {spin!r}.")
         self._start(_drivers(devices), max_queue, grows=False, hang_timeout=hang_timeout, spin=spin)
 
@@ -129,6 +129,7 @@ class Runtime:
                 which a warning says; None for ever. A cancellation of this call or of the `async with`
                 block makes it 2 s more.
         """
+        check_seconds(timeout=timeout)
         await self._scheduler.aclose(timeout)
 
     @property
@@ -153,14 +154,27 @@ class Runtime:
         Raises:
             RuntimeClosedError: the runtime takes no more passes.
             DeviceLostError: the lane's device was lost.
+            TypeError: `function` cannot be called, or `lane` is none.
+            ValueError: `lane` is one of another runtime, or `num_threads` is no count.
             BaseException: whatever `function` raised, the very object.
         """
+        check_functions(function=function)
+        if num_threads is not None:
+            check_counts(most=_MOST_THREADS, num_threads=num_threads)
+        if lane is not None:
+            self._check_lane(lane)
         scheduler = self._scheduler
         if lane is None:
             lane = scheduler.least_busy(scheduler.lanes)[0]
         task = Task(lane, partial(function, *args) if args else function)
         results = await scheduler.run([task], num_threads=num_threads)
         return results[0]  # type: ignore[no-any-return]
+
+    def _check_lane(self, lane: object) -> None:
+        if not isinstance(lane, Lane):
+            raise TypeError(f"lane must be a Lane or None, but got {lane!r}. Take one of runtime.lanes.")
+        if not any(lane is each for each in self._scheduler.lanes):
+            raise ValueError(f"{lane!r} is no lane of {self!r}. Take one of its own: runtime.lanes.")
 
     async def warm_up(self) -> None:
         """Build and load the kernels of every device now, on lanes, so that no later pass has to.
@@ -185,6 +199,18 @@ class Runtime:
                 num_cancelled=schedule.counts[PassState.CANCELLED],
                 paths=path_statistics(),
             )
+
+
+def check_runtime(runtime: object) -> None:
+    """Fail unless this is a runtime, or None for another one.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if runtime is not None and not isinstance(runtime, Runtime):
+        raise TypeError(
+            f"runtime must be an asyncdp.Runtime or None, but got {runtime!r}. Make one: Runtime(devices)."
+        )
 
 
 def scheduler_of(runtime: Runtime) -> Scheduler:

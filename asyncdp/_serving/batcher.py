@@ -7,7 +7,8 @@ import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from .._runtime import Runtime
+from .._checks import check_counts, check_functions, check_seconds, is_number
+from .._runtime import Runtime, check_runtime
 from .._runtime.hangs import grace_of
 from ..errors import BatcherClosedError, QueueFullError
 from .call import Call, Request
@@ -17,6 +18,8 @@ from .queue import BatchQueue
 from .shapes import checked_shapes
 from .slots import capture_of, open_slots
 from .statistics import BatcherStatistics, Recorder, check_name
+
+_MOST_IN_FLIGHT = 1 << 16
 
 
 class Batcher:
@@ -82,20 +85,16 @@ class Batcher:
         runtime: Runtime | None = None,
         name: str | None = None,
     ) -> None:
-        _check_counts(max_batch_size=max_batch_size, max_queue=max_queue)
+        check_counts(max_batch_size=max_batch_size, max_queue=max_queue)
         if max_in_flight is not None:
-            _check_counts(max_in_flight=max_in_flight)
-        _check_functions(size_of=size_of, collate=collate, split=split)
-        _check_seconds(max_wait=max_wait, max_age=max_age, timeout=timeout)
-        if not (_is_number(max_padding) and 0 <= max_padding <= 1):
-            raise ValueError(f"max_padding is a share from 0 to 1, but got {max_padding!r}.")
-        if max_cost is not None and not (_is_number(max_cost) and max_cost > 0):
-            raise ValueError(f"max_cost must be more than 0, but got {max_cost!r}. None sets no limit.")
-        if max_cost is not None and size_of is None:
-            raise ValueError("max_cost needs to know how long samples are. Pass size_of= too.")
-        _check_seconds(hang_timeout=hang_timeout)
-        if hang_timeout == 0:
-            raise ValueError("hang_timeout must be more than 0 seconds. None waits for ever.")
+            check_counts(most=_MOST_IN_FLIGHT, max_in_flight=max_in_flight)
+        check_functions(split=split)
+        check_functions(optional=True, size_of=size_of, collate=collate)
+        check_seconds(timeout=timeout)
+        check_seconds(optional=False, max_wait=max_wait, max_age=max_age)
+        check_seconds(positive=True, hang_timeout=hang_timeout)
+        check_runtime(runtime)
+        _check_lengths(size_of, max_cost, max_padding, pad)
         if retry not in ("halve", "none"):
             raise ValueError(f'retry must be "halve" or "none", but got {retry!r}.')
         shapes = checked_shapes(pad_to, can_pad=pad is not None and collate is None)
@@ -142,6 +141,7 @@ class Batcher:
             timeout: seconds after which batches that still run fail with `LaneHungError` and are abandoned,
                 which a warning says, and calls that wait fail with `BatcherClosedError`; None for ever.
         """
+        check_seconds(timeout=timeout)
         await self._dispatcher.aclose(timeout)
 
     async def __call__(self, sample: Any, *, timeout: float | None = None, priority: int = 0) -> Any:
@@ -198,9 +198,9 @@ class Batcher:
             TypeError: `samples` is one sample.
             BatcherClosedError, DeviceLostError: as an awaited call.
         """
-        if isinstance(samples, (str, bytes, Mapping)):
+        if isinstance(samples, (str, bytes, Mapping)) or not hasattr(samples, "__len__"):
             raise TypeError(
-                f"expected a list of samples, but got a {type(samples).__name__}. Put it in a list."
+                f"samples must be a list of samples, but got a {type(samples).__name__}. Put it in a list."
             )
         queue, count = self._dispatcher.queue, len(samples)
         if count > queue.max_queue:
@@ -237,7 +237,7 @@ class Batcher:
         if timeout is None:
             timeout = self._timeout
         else:
-            _check_seconds(timeout=timeout)
+            check_seconds(timeout=timeout)
         if isinstance(priority, bool) or not isinstance(priority, int):
             raise ValueError(f"priority must be an int, but got {priority!r}. Higher goes first.")
         size = 0.0 if self._size_of is None else _checked_size(self._size_of(sample))
@@ -246,26 +246,15 @@ class Batcher:
         return sample, size, priority, timeout
 
 
-def _check_functions(**functions: object) -> None:
-    for name, function in functions.items():
-        if function is not None and not callable(function):
-            raise TypeError(f"{name} must be a function, but got {function!r}.")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
-def _check_counts(**counts: int) -> None:
-    for name, count in counts.items():
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"{name} must be 1 or more, an int, but got {count!r}.")
-
-
-def _check_seconds(**durations: float | None) -> None:
-    for name, seconds in durations.items():
-        if seconds is not None and not (_is_number(seconds) and seconds >= 0):  # nor is NaN
-            raise ValueError(f"{name} is in seconds and not negative, but got {seconds!r}.")
+def _check_lengths(size_of: object, max_cost: Any, max_padding: Any, pad: object) -> None:
+    if pad is not None and not isinstance(pad, numbers.Real):
+        raise ValueError(f"pad must be a number or None, but got {pad!r}.")
+    if not (is_number(max_padding) and 0 <= max_padding <= 1):
+        raise ValueError(f"max_padding is a share from 0 to 1, but got {max_padding!r}.")
+    if max_cost is not None and not (is_number(max_cost) and max_cost > 0):
+        raise ValueError(f"max_cost must be more than 0, but got {max_cost!r}. None sets no limit.")
+    if max_cost is not None and size_of is None:
+        raise ValueError("max_cost needs to know how long samples are. Pass size_of= too.")
 
 
 def _checked_size(size: Any) -> float:

@@ -13,11 +13,11 @@ from ..errors import (
     EngineCancelledError,
     LaneHungError,
 )
+from .batcher import Batcher
 from .call import BatcherState, CallState
 from .statistics import REASONS, Run, check_name
 
 if TYPE_CHECKING:
-    from .batcher import Batcher
     from .dispatcher import Dispatcher
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -151,7 +151,10 @@ def dispatcher_to_export(batcher: Batcher) -> Dispatcher:
 
     Raises:
         BatcherClosedError: it has.
+        TypeError: it is no batcher.
     """
+    if not isinstance(batcher, Batcher):
+        raise TypeError(f"batcher must be an asyncdp.Batcher, but got {batcher!r}.")
     dispatcher = batcher._dispatcher
     if dispatcher.state is BatcherState.CLOSED:
         raise BatcherClosedError("a closed batcher has nothing to export")

@@ -255,7 +255,7 @@ def open_slots(engine: Any, steps: Steps, runtime: Runtime | None, max_in_flight
         run = getattr(runner, "run_as", runner.run_on)  # as `Batcher` captures states
         functions = {lane: partial(run, position) for position, lane in enumerate(lanes)}
     elif callable(engine):
-        scheduler = scheduler_of(runtime or default_runtime())
+        scheduler = scheduler_of(default_runtime() if runtime is None else runtime)
         lanes = tuple(scheduler.lanes)
         functions = dict.fromkeys(lanes, engine)
         is_async = inspect.iscoroutinefunction(engine) or inspect.iscoroutinefunction(type(engine).__call__)

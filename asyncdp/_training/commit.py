@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._checks import check_flags
 from .._devices.threads import set_intra_op_threads
 from .._torch_private import hooks_of
 from ..errors import ClosureOptimizerError, LossReductionError, NotAnOptimizerError, NotASchedulerError
@@ -52,6 +53,7 @@ class StepOptions:
             )
         if self.scaler is not None and not hasattr(self.scaler, "scale"):
             raise TypeError(f"scaler must be a torch.amp.GradScaler or None, but got {self.scaler!r}.")
+        check_flags(reduce_only=self.reduce_only)
         if self.reduce_only:
             return
         if not callable(getattr(self.optimizer, "step", None)) or not hasattr(self.optimizer, "zero_grad"):

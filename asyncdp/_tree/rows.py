@@ -20,7 +20,7 @@ class PerRow(list[Any]):
     """
 
     def __init__(self, entries: Iterable[Any] = ()) -> None:
-        if isinstance(entries, (str, bytes)):
+        if isinstance(entries, (str, bytes)) or not hasattr(entries, "__iter__"):
             raise TypeError(
                 f"expected one entry per row, but got the {type(entries).__name__} {entries!r}. "
                 "Put it into a list, or say asyncdp.Whole(value) if it belongs to the whole batch."

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._checks import check_flags, check_list
 from .._runtime import Task, default_runtime, scheduler_of
 
 
@@ -36,9 +38,16 @@ async def backward(
         ValueError: there are no tensors.
         RuntimeError: from torch, as of `torch.autograd.backward`.
     """
-    roots = (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
+    roots = _tensors("tensors", tensors)
     if not roots:
         raise ValueError("there are no tensors to start a backward from. Pass a loss.")
+    check_flags(create_graph=create_graph)
+    if retain_graph is not None:
+        check_flags(retain_graph=retain_graph)
+    if grad_tensors is not None:
+        grad_tensors = _tensors("grad_tensors", grad_tensors, type(None))
+    if inputs is not None:
+        inputs = _tensors("inputs", inputs, torch.autograd.graph.GradientEdge)
     scheduler = scheduler_of(default_runtime())
     device = roots[0].device
     scheduler.lanes_for([device])
@@ -53,3 +62,14 @@ async def backward(
     )
     lane = scheduler.least_busy(lanes)[0]
     await scheduler.run([Task(lane, run, "backward")], num_threads=scheduler.thread_share(1))
+
+
+def _tensors(name: str, given: Any, *others: type) -> tuple[Any, ...]:
+    """Return one tensor or several as a tuple; entries may be of other types, too."""
+    if isinstance(given, Tensor):
+        return (given,)
+    check_list(name, given)
+    for each in given:
+        if not isinstance(each, (Tensor, *others)):
+            raise TypeError(f"an entry of {name} must be a tensor, but got {each!r}.")
+    return tuple(given)

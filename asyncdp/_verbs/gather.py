@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import _tree
 from .._autograd import Gather, concatenate
+from .._checks import check_dim, check_list
 from .._devices import DeviceLike, parse_devices
 from .._tree import PerRow
 from ..errors import GatherError
@@ -47,6 +48,8 @@ def gather(outputs: Sequence[Any], output_device: DeviceLike, *, dim: int = 0) -
     Raises:
         GatherError: structures, sizes or other values differ.
     """
+    check_list("outputs", outputs)
+    check_dim(dim)
     return gather_to(outputs, parse_devices(output_device)[0], dim)
 
 

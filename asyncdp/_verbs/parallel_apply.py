@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .. import _tree
+from .._checks import check_list
 from .._devices import Devices, parse_devices
 from .._runtime import Lane, Scheduler, Task, default_lanes, default_runtime, scheduler_of
 from ..errors import CountMismatchError, NotAModuleError
@@ -69,6 +70,12 @@ def _check_counts(
     kwargs: Sequence[Mapping[str, Any]] | None,
     devices: Sequence[torch.device] | None,
 ) -> None:
+    for name, given in (("modules", modules), ("inputs", inputs), ("kwargs", kwargs)):
+        if given is not None or name != "kwargs":
+            check_list(name, given, sized=True)
+    for each in kwargs or ():
+        if not isinstance(each, Mapping):
+            raise TypeError(f"an entry of kwargs must be a dict, but got {each!r}.")
     for module in modules:
         if not isinstance(module, nn.Module):
             raise NotAModuleError(module)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from .._autograd import Broadcast
+from .._checks import check_flags
 from .._devices import Devices, parse_devices
 from .._replicas.replica import Replica, substitutions
 from .._replicas.snapshot import ModuleSnapshot
@@ -27,6 +28,7 @@ def replicate(module: nn.Module, devices: Devices, *, detach: bool = False) -> l
     Raises:
         NotAModuleError, LazyModuleError, UnsupportedModuleError: the module cannot be replicated.
     """
+    check_flags(detach=detach)
     snapshot = ModuleSnapshot.capture(module)
     targets = parse_devices(devices)
     tensors = snapshot.tensors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .._checks import check_dim
 from .._devices import Devices, parse_devices
 from .batch import Batch
 from .inplace import SplitInputs
@@ -29,6 +30,7 @@ def scatter(inputs: Any, devices: Devices, *, dim: int = 0) -> list[Any]:
         LengthMismatchError: tensors differ in length along `dim`.
         UnsplittableError: an input cannot be split along one dimension (a PackedSequence).
     """
+    check_dim(dim)
     targets = parse_devices(devices)
     batch = Batch((inputs,), {}, dim, names=("inputs",))
     shards = batch.split(len(targets), SplitInputs(as_views=True))

@@ -438,5 +438,5 @@ async def test_errors_are_kept_alive_by_nobody(origin: str) -> None:
 async def test_limits_are_whole_numbers(limit: Any) -> None:
     """A limit that would never be met exactly is refused."""
     async with DataParallel(Raising(), "cpu") as engine:
-        with pytest.raises(ValueError, match="max_in_flight must be a whole number of 1 or more, but got"):
+        with pytest.raises(ValueError, match="max_in_flight must be 1 or more, an int, but got"):
             engine.map([], max_in_flight=limit)

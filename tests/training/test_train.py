@@ -694,7 +694,7 @@ async def test_mistakes_are_refused_at_once() -> None:
             with pytest.raises(TypeError, match="iterable of batches"):
                 one.train(wrong, cross_entropy, optimizer)  # type: ignore[arg-type]
         for options in ({"max_ahead": 0}, {"accumulate": 0}, {"max_ahead": True}, {"accumulate": 1.5}):
-            with pytest.raises(ValueError, match="whole number"):
+            with pytest.raises(ValueError, match="1 or more, an int"):
                 one.train(pairs, cross_entropy, optimizer, **options)  # type: ignore[arg-type]
 
 
