@@ -80,6 +80,22 @@ class Page:
         assert found, f"{condition} did not come true; {self.problems}"
         return found
 
+    def press(self, key: str, times: int = 1) -> None:
+        """Press a key and release it, as a person does with what has the focus."""
+        text = {"Enter": "\r", " ": " "}.get(key, "")
+        code = {"Tab": 9, "Enter": 13, " ": 32, "ArrowRight": 39, "ArrowDown": 40, "Delete": 46}[key]
+        for kind in ("keyDown", "keyUp") * times:
+            self._send("Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=code, text=text)
+
+    def names(self) -> list[tuple[str, str]]:
+        """Return role and name, as screen readers get them, of everything that can have the focus."""
+        nodes = self._send("Accessibility.getFullAXTree")["nodes"]
+        return [
+            (node["role"]["value"], node.get("name", {}).get("value", ""))
+            for node in nodes
+            if any(each["name"] == "focusable" for each in node.get("properties", ()))
+        ]
+
     def text(self, selector: str) -> str:
         """Return the text of an element as it shows."""
         return str(self.run(f"document.querySelector({selector!r}).innerText"))

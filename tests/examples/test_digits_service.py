@@ -212,3 +212,35 @@ def test_the_page_shows_the_training_live() -> None:
             assert all(url.startswith((server.url, "data:")) for url in page.urls)
     finally:
         server.stop()
+
+
+def test_the_page_can_be_used_by_keys_alone() -> None:
+    """A visitor without a mouse or eyesight takes a sample, draws and rubs out; everything has a name."""
+    pytest.importorskip("uvicorn")
+    server = Server(example.app)
+    try:
+        with open_browser() as page:
+            page.open(server.url)
+            page.wait("find('state').textContent.startsWith('idle')")
+            named = page.names()
+            assert all(name for _, name in named)
+            assert {("application", "Eight by eight cells to draw on"), ("button", "Sample of a 7")} <= {
+                *named
+            }
+            page.press("Tab", 2)  # Train, the cells: there is nothing to stop
+            assert page.run("document.activeElement.id") == "grid"
+            assert page.text("#cell") == "row 1, column 1: 0 of 16"
+            page.press("ArrowDown")
+            page.press("ArrowRight", 9)
+            page.press(" ")
+            assert page.text("#cell") == "row 2, column 8: 16 of 16"
+            page.press("Delete")
+            assert page.text("#cell") == "row 2, column 8: 0 of 16"
+            page.press("Tab", 8)
+            assert page.run("document.activeElement.ariaLabel") == "Sample of a 7"
+            page.press("Enter")
+            assert page.run("pixels.join() === [...samples[7]].map(each => parseInt(each, 17)).join()")
+            assert page.wait("find('digit').textContent") in set("0123456789")
+            assert page.problems == []
+    finally:
+        server.stop()
