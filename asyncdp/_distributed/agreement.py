@@ -29,6 +29,8 @@ class Kind(enum.IntEnum):
     """It has left its stream of steps early."""
     FAILED = 6
     """Something failed before the step began."""
+    SAVE = 7
+    LOAD = 8
 
 
 class Header(NamedTuple):
@@ -158,6 +160,16 @@ class Share(NamedTuple):
     num_bytes: int
 
 
+class Gathered(NamedTuple):
+    """All processes do the same; no answer, and no collective.
+
+    Attributes:
+        texts: of each process.
+    """
+
+    texts: Sequence[str]
+
+
 class Reduced(NamedTuple):
     """Everything has been summed; no answer, and no collective."""
 
@@ -180,7 +192,7 @@ class Decided(NamedTuple):
     is_over: bool = False
 
 
-Request = Exchange | Texts | Agreed | Computed | Reduce | Share | Reduced | Voted | Decided
+Request = Exchange | Texts | Agreed | Computed | Reduce | Share | Gathered | Reduced | Voted | Decided
 Talk = Generator[Request, Any, None]
 
 
@@ -244,6 +256,28 @@ def _take(part: Part, rank: int, headers: Sequence[Header], kinds: Sequence[Kind
     yield Decided()
 
 
+def gather(part: Part) -> Talk:
+    """Run the agreement on something that all processes do between two steps: a checkpoint.
+
+    Args:
+        part: this process's own; its `workload` is what the others get.
+    """
+    headers = [Header(*each) for each in (yield Exchange(part.header()))]
+    kinds = [Kind(each.kind) for each in headers if each.version == VERSION]
+    failure = _refusal(headers, kinds)
+    if failure is None and Kind.FAILED in kinds:
+        failure = yield from _first_failure(part, kinds.index(Kind.FAILED))
+    failure = failure or _left(kinds)
+    if failure is None:
+        yield Gathered((yield Texts(part.workload())))
+        if any(each.needs_vote for each in headers):
+            yield Voted()
+            votes = yield Exchange((int(part.has_failed(is_vote=True)),))
+            failed = next((place for place, (vote,) in enumerate(votes) if vote), None)
+            failure = None if failed is None else (yield from _first_failure(part, failed))
+    yield Decided(failure, is_over=True)
+
+
 _EARLIER = "the gradients that it had before the step are not those of process 0"
 _CLEAR = "Clear them with optimizer.zero_grad(), or make them by steps of the engine."
 
@@ -283,6 +317,8 @@ _DOES = {
     Kind.ACCUMULATE: "accumulates under no_sync",
     Kind.REDUCE_ONLY: "reduces only",
     Kind.ENDED: "has ended its stream of batches",
+    Kind.SAVE: "saves a checkpoint",
+    Kind.LOAD: "loads a checkpoint",
 }
 
 

@@ -16,14 +16,18 @@ from .agreement import (
     Decided,
     Exchange,
     Failure,
+    Gathered,
+    Kind,
     Reduce,
     Reduced,
     Request,
     Share,
     Texts,
     agree,
+    gather,
 )
 from .exchange import Intent, StepExchange
+from .meeting import Meeting
 from .transport import Transport
 
 _REJOIN = (
@@ -42,10 +46,12 @@ class Communicator:
     Attributes:
         rank: of this process.
         size: how many processes there are.
+        notices: what one process has to say to the others at no particular time.
     """
 
     def __init__(self, transport: Transport, num_done: int = 0) -> None:
         self.rank, self.size = transport.rank, transport.size
+        self.notices = transport.notices
         self._talk = _Talk(transport, num_done)
         weakref.finalize(self, self._talk.queue.put, None).atexit = False
 
@@ -57,6 +63,13 @@ class Communicator:
     def exchange(self, intent: Intent) -> StepExchange:
         """Make this process's part in a step; nothing is said yet."""
         return StepExchange(intent, self._talk.submit, self._talk.progress, self._talk.next_number)
+
+    def meeting(self, kind: Kind) -> Meeting:
+        """Make this process's part in something that all do between two steps, and number it."""
+        intent = Intent(kind, needs_vote=kind is Kind.LOAD)
+        meeting = Meeting(intent, self._talk.submit, self._talk.progress, self._talk.next_number)
+        meeting.take_number()
+        return meeting
 
     def diverge(self) -> None:
         """Have all later steps refused: this process has changed part of its state in a failed one."""
@@ -149,7 +162,9 @@ class _Drive:
 
     def __init__(self, step: StepExchange, transport: Transport, talk: _Talk) -> None:
         layout = None if step.intent.workload is None else step.intent.workload.layout
-        self._requests = agree(step, transport.rank, 0 if layout is None else len(layout.buckets))
+        num_buckets = 0 if layout is None else len(layout.buckets)
+        is_meeting = isinstance(step, Meeting)
+        self._requests = gather(step) if is_meeting else agree(step, transport.rank, num_buckets)
         self._request: Request | None = None
         self._step: StepExchange | None = step
         self._transport: Transport | None = transport
@@ -197,6 +212,9 @@ def _perform(request: Request, step: StepExchange, transport: Transport) -> Any:
             step.on_sum(bucket, transport.begin_sum(step.take_bucket(bucket)))
         case Share(owner, num_bytes):
             step.on_state(_share(transport, owner, num_bytes, step))
+        case Gathered(texts):
+            assert isinstance(step, Meeting)
+            step.on_gathered(texts)
         case Reduced(reports):
             step.wait_sums()
             step.on_reduced(reports)

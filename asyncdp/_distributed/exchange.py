@@ -144,6 +144,8 @@ class StepExchange:
         next_number: numbers the step when it begins, if nobody has before.
     """
 
+    what = "the step"
+
     def __init__(
         self,
         intent: Intent,
@@ -279,7 +281,7 @@ class StepExchange:
                 return False
             decided = self._decided
         if decided is not None and decided.failure is not None:
-            raise PeerStepError(*decided.failure)
+            raise PeerStepError(*decided.failure, self.what)
         return True
 
     def _totals(self, layout: Layout) -> Totals:

@@ -41,6 +41,27 @@ def group_of(process_group: Any) -> Any:
     return process_group
 
 
+class Notices:
+    """What one process has to say to the others at no particular time, each under a name of its own.
+
+    Args:
+        store: of torch.distributed.
+        timeout: seconds to wait for one.
+    """
+
+    def __init__(self, store: Any, timeout: float) -> None:
+        self._store = store
+        self.timeout = timeout
+
+    def give(self, name: str, text: str) -> None:
+        """Say something."""
+        self._store.set(name, text)
+
+    def look(self, name: str) -> str | None:
+        """Return what was said, None if nothing yet."""
+        return self._store.get(name).decode() if self._store.check([name]) else None
+
+
 class Transport:
     """Connections between the processes of a group. Used by one thread at a time; calls block.
 
@@ -53,6 +74,7 @@ class Transport:
     Attributes:
         rank: of this process in the group.
         size: how many processes there are.
+        notices: what one process has to say to the others at no particular time.
     """
 
     def __init__(self, process_group: Any) -> None:
@@ -62,16 +84,16 @@ class Transport:
             store = store_of_group(process_group)
         except (KeyError, ValueError):
             raise ProcessGroupError("was destroyed, or not made by torch.distributed") from None
-        # Engines are made in the same order everywhere; the name keeps apart what earlier ones left behind.
-        turn = store.add(f"asyncdp/{self.rank}", 1)
-        if self.rank == 0:
-            store.set(f"asyncdp/name/{turn}", uuid.uuid4().hex)
-        store.wait([f"asyncdp/name/{turn}"], timeout)
-        store = dist.PrefixStore(f"asyncdp/{store.get(f'asyncdp/name/{turn}').decode()}", store)
+        # By a collective of the group's own: in the store there may be all that earlier processes have left,
+        # as torchrun keeps one for all of its restarts.
+        name = [uuid.uuid4().hex]
+        dist.broadcast_object_list(name, dist.get_global_rank(process_group, 0), process_group)
+        store = dist.PrefixStore(f"asyncdp/{name[0]}", store)
         self._gloo: Any = dist.ProcessGroupGloo(
             dist.PrefixStore("gloo", store), self.rank, self.size, timeout=timeout
         )
         self._nccl = self._make_nccl(store, timeout)
+        self.notices = Notices(dist.PrefixStore("notices", store), timeout.total_seconds())
 
     def _make_nccl(self, store: Any, timeout: timedelta) -> Any:
         if not (torch.cuda.is_available() and dist.is_nccl_available()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Any
 
 from .._runtime import Runtime, scheduler_of
@@ -65,7 +66,8 @@ class StatefulCalls(Calls):
         """Save a checkpoint by torch.distributed.checkpoint: all that a training needs to go on elsewhere.
 
         Copied to the CPU on a lane between two steps, and written by a thread while further steps run. The
-        folder is whole or not there, and an earlier checkpoint stays until the new one is whole.
+        folder is whole or not there, and an earlier checkpoint stays until the new one is whole. With a
+        `process_group` all processes call this, between the same steps, and the first of them writes.
 
         Args:
             path: its folder.
@@ -77,9 +79,10 @@ class StatefulCalls(Calls):
         Raises:
             NotAnOptimizerError, NotASchedulerError, TypeError, ValueError: an argument is none of the above.
             CheckpointError: something else is at the path, or it cannot be written.
+            PeerStepError: another process has failed, or processes are out of step.
         """
-        content = Content(self.module, optimizer, scheduler, scaler)
-        return await self._checkpoints.save(path, content, extra)
+        make_content = partial(Content, self.module, optimizer, scheduler, scaler)
+        return await self._checkpoints.save(path, make_content, extra)
 
     async def load(
         self,
@@ -93,6 +96,7 @@ class StatefulCalls(Calls):
         """Load a checkpoint into the module, and into what else is given; between two steps, all or nothing.
 
         Gradients, also accumulated ones, are discarded. Load only what you trust: pickle reads parts of it.
+        With a `process_group` all processes call this, and all read the folder.
 
         Args:
             path: the folder that `save` wrote, in this process or in another one.
@@ -108,9 +112,10 @@ class StatefulCalls(Calls):
             NotAnOptimizerError, NotASchedulerError, TypeError, ValueError: an argument is none of the above.
             NotACheckpointError, DamagedCheckpointError: nothing whole is there.
             CheckpointMismatchError: names, shapes, dtypes or classes differ.
+            PeerStepError: another process has failed, or processes are out of step.
         """
-        content = Content(self.module, optimizer, scheduler, scaler)
-        loaded = await self._checkpoints.load(path, content, restores_generators=restore_generators)
+        make_content = partial(Content, self.module, optimizer, scheduler, scaler)
+        loaded = await self._checkpoints.load(path, make_content, restores_generators=restore_generators)
         self.refresh()
         return loaded
 

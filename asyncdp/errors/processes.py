@@ -10,21 +10,24 @@ _NOTHING_CHANGED = (
 
 
 class PeerStepError(AsyncDPError, RuntimeError):
-    """A training step was given up on every process, as one of them failed or processes got out of step.
+    """A training step, or a checkpoint, was given up on every process: one failed, or they got out of step.
 
     Args:
         rank: the process to blame, None if it is not known.
         cause: what happened there.
         remedy: what to do about it.
+        what: was given up.
 
     Attributes:
         rank: as above, its rank in the group of the engine.
     """
 
-    def __init__(self, rank: int | None, cause: str, remedy: str | None = None) -> None:
+    def __init__(
+        self, rank: int | None, cause: str, remedy: str | None = None, what: str = "the step"
+    ) -> None:
         who = "the other processes" if rank is None else f"process {rank}"
         super().__init__(
-            f"the step was given up because of {who}: {cause.rstrip('.')}. {remedy or _NOTHING_CHANGED}"
+            f"{what} was given up because of {who}: {cause.rstrip('.')}. {remedy or _NOTHING_CHANGED}"
         )
         self.rank = rank
 

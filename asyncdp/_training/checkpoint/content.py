@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,19 +135,27 @@ class Loading:
         self._state = state
         self._helpers = helpers
 
-    def run(self) -> None:
-        """Load all, or raise and have changed nothing."""
+    def run(self) -> Callable[[BaseException], None]:
+        """Load all, or raise and have changed nothing; return what puts all back because of an error."""
         undo: list[Callable[[], object]] = []
+
+        def put_back(error: BaseException) -> None:
+            for function in reversed(undo):
+                try:
+                    function()
+                except Exception as other:
+                    error.add_note(f"putting back what was there before failed too: {other!r}")
+
         try:
             for each, state in self._helpers:
                 undo.append(_undo_of(each))
                 each.load_state_dict(state)
-            undo.append(_undo_of_module(self._module))
+            undo += _undo_of_module(self._module)
             self._module.load_state_dict(self._state)
-        except BaseException:
-            for function in reversed(undo):
-                function()
+        except BaseException as error:
+            put_back(error)
             raise
+        return put_back
 
 
 def _undo_of(helper: Any) -> Callable[[], object]:
@@ -156,22 +165,19 @@ def _undo_of(helper: Any) -> Callable[[], object]:
     return lambda: helper.load_state_dict(before)
 
 
-def _undo_of_module(module: nn.Module) -> Callable[[], object]:
+def _undo_of_module(module: nn.Module) -> list[Callable[[], object]]:
     """Return what puts back the tensors of a module, and what submodules keep beside them."""
     tensors = [*module.parameters(), *module.buffers()]
     before = [tensor.detach().to("cpu", copy=True) for tensor in tensors]
-    holders = [
-        each for each in module.modules() if type(each).set_extra_state is not nn.Module.set_extra_state
-    ]
-    extras = [copy.deepcopy(each.get_extra_state()) for each in holders]
+    untouched = nn.Module.set_extra_state
+    holders = [each for each in module.modules() if type(each).set_extra_state is not untouched]
 
-    def undo() -> None:
+    def put_back_tensors() -> None:
         for tensor, values in zip(tensors, before, strict=True):
             tensor.copy_(values)
-        for each, extra in zip(holders, extras, strict=True):
-            each.set_extra_state(extra)
 
-    return undo
+    extras = [partial(each.set_extra_state, copy.deepcopy(each.get_extra_state())) for each in holders]
+    return [*extras, put_back_tensors]
 
 
 def _has_state(each: Any) -> bool:

@@ -189,6 +189,11 @@ class Opened:
         self.kinds: Mapping[Path_, Kind | None] = reader.kinds
         self._reader = reader
 
+    @property
+    def identity(self) -> str:
+        """Return what no other checkpoint has."""
+        return str(self.about["files"][_METADATA]["crc32"])
+
     def read(self, paths: Collection[Path_], stop: Stop) -> Entries:
         """Read some entries.
 

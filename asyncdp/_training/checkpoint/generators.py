@@ -1,4 +1,4 @@
-"""The random generators of this process that a training may draw from."""
+"""The random generators of a process that a training may draw from."""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ from ..trainer import Trainer
 from . import folder, generators
 from .content import Content
 from .entries import Entries, Path_, Stop, on_thread
+from .others import Others, others_of
 
 T = TypeVar("T")
 
@@ -59,35 +60,40 @@ class CheckpointKeeper:
         self._lanes = lanes
         self._devices = [lane.device for lane in lanes]
 
-    async def save(self, path: str | os.PathLike[str], content: Content, extra: Any) -> Checkpoint:
+    async def save(
+        self, path: str | os.PathLike[str], make_content: Callable[[], Content], extra: Any
+    ) -> Checkpoint:
         """Save a checkpoint; see `DataParallel.save`."""
-        place, frozen = _place(path), _pickled(extra)
-        place = await on_thread(_resolved_target, place)
-        parts = self._modules.snapshots.parts(content.module)
-        lane = self._scheduler.least_busy(self._lanes)[0]
-        use = Use(parts, optimizer=content.optimizer)
-        entries = await self._between_steps(use, lane, "save", partial(self._collect, content))
+        with others_of(self._trainer.shared, is_load=False) as others:
+            content, frozen = make_content(), _pickled(extra)
+            place = await on_thread(_target if others.is_first else _resolved, _place(path))
+            parts = self._modules.snapshots.parts(content.module)
+            lane = self._scheduler.least_busy(self._lanes)[0]
+            use = Use(parts, optimizer=content.optimizer)
+            entries = await self._between_steps(use, lane, "save", partial(self._collect, content, others))
         entries[_POSITION]["extra"] = pickle.loads(frozen)
         num_steps = entries[_POSITION]["num_steps"]
         about = {"num_steps": num_steps, "classes": content.class_names()}
-        await on_thread(folder.write, place, entries, about)
+        await on_thread(partial(others.write, partial(folder.write, place, entries, about)))
         return Checkpoint(place, num_steps, extra)
 
     async def load(
-        self, path: str | os.PathLike[str], content: Content, *, restores_generators: bool
+        self, path: str | os.PathLike[str], make_content: Callable[[], Content], *, restores_generators: bool
     ) -> Checkpoint:
         """Load a checkpoint; see `DataParallel.load`."""
-        opened = await on_thread(folder.open_whole, _place(path))
-        place = opened.path
         lane = self._lanes[0]  # no other may write to the module's buffers
-        choose = partial(content.choose, place, opened.kinds, opened.about)
-        parts = self._modules.snapshots.parts(content.module)
-        paths = await self._run(lane, "load", partial(self._unchanging, content, choose))
-        entries = await on_thread(opened.read, [*paths, _POSITION, _GENERATORS])
-        use = Use(parts, changes=True, changes_frozen=True, optimizer=content.optimizer)
-        apply = partial(self._apply, place, content, entries, restores_generators=restores_generators)
-        await self._between_steps(use, lane, "load", apply)
-        return Checkpoint(place, **entries[_POSITION])
+        with others_of(self._trainer.shared, is_load=True) as others:
+            content = make_content()
+            opened = await on_thread(folder.open_whole, _place(path))
+            choose = partial(content.choose, opened.path, opened.kinds, opened.about)
+            parts = self._modules.snapshots.parts(content.module)
+            paths = await self._run(lane, "load", partial(self._unchanging, content, choose))
+            entries = await on_thread(opened.read, [*paths, _POSITION, _GENERATORS])
+            use = Use(parts, changes=True, changes_frozen=True, optimizer=content.optimizer)
+            restored = entries.pop(_GENERATORS) if restores_generators else []
+            apply = partial(self._apply, opened, content, entries, others, restored)
+            await self._between_steps(use, lane, "load", apply)
+        return Checkpoint(opened.path, **entries[_POSITION])
 
     async def _between_steps(self, use: Use, lane: Lane, label: str, function: Callable[[], T]) -> T:
         """Run a function on a lane while no step is under way."""
@@ -107,24 +113,32 @@ class CheckpointKeeper:
         with unchanging(self._modules.snapshots.parts(content.module), content.optimizer):
             return function()
 
-    def _collect(self, content: Content) -> Entries:
-        def collect() -> Entries:
-            position = {"num_steps": self._trainer.num_steps}
-            states = [generators.capture(self._devices)]
-            return {**content.collect(), _POSITION: position, _GENERATORS: states}
+    def _collect(self, content: Content, others: Others) -> Entries:
+        """Copy what is saved: the states of the generators of all processes, and all else of the first."""
+        entries = self._unchanging(content, content.collect) if others.is_first else {}
+        entries[_POSITION] = {"num_steps": self._trainer.num_steps}
+        own = generators.capture(self._devices)
+        entries[_GENERATORS] = others.gather(own, f"{self._trainer.num_steps} steps taken")
+        return entries
 
-        return self._unchanging(content, collect)
-
-    def _apply(self, path: Path, content: Content, entries: Entries, *, restores_generators: bool) -> None:
+    def _apply(
+        self, opened: folder.Opened, content: Content, entries: Entries, others: Others, restored: list[Any]
+    ) -> None:
+        others.gather(None, f"the checkpoint {opened.identity}")
         parts = self._modules.snapshots.parts(content.module)
         use = Use(parts, changes=True, changes_frozen=True, optimizer=content.optimizer)
         with in_turn(use), torch.inference_mode(False), torch.no_grad():
-            content.prepare(path, entries).run()
+            put_back = content.prepare(opened.path, entries).run()
+            try:
+                others.agree()
+            except BaseException as error:
+                put_back(error)
+                raise
             content.clear_gradients()
             self._trainer.discard_accumulated()
             self._trainer.num_steps = entries[_POSITION]["num_steps"]
-            if restores_generators:
-                generators.restore(entries[_GENERATORS][0], self._devices)
+            if others.rank < len(restored):  # those of more processes than there were go on as they are
+                generators.restore(restored[others.rank], self._devices)
 
 
 def _place(path: str | os.PathLike[str]) -> Path:
@@ -153,7 +167,12 @@ def _pickled(extra: Any) -> bytes:
         ) from error
 
 
-def _resolved_target(path: Path, stop: Stop) -> Path:
+def _resolved(path: Path, stop: Stop) -> Path:
+    """Return where a link leads."""
+    return path.resolve()
+
+
+def _target(path: Path, stop: Stop) -> Path:
     """Return where a link leads, if nothing stands in the way there."""
     target = path.resolve()
     folder.check_target(target)
