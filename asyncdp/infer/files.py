@@ -32,12 +32,15 @@ class Upload(io.BytesIO):
 
 
 @contextlib.contextmanager
-def whole_file(path: Path, before_replacing: Callable[[], None] = lambda: None) -> Iterator[IO[bytes]]:
+def whole_file(
+    path: Path, before_replacing: Callable[[], None] = lambda: None, *, writer: str = ""
+) -> Iterator[IO[bytes]]:
     """Open a file for writing that appears under its name only once all of it is on the disk or in the store.
 
     Args:
         path: the file to make; one that exists is replaced.
         before_replacing: called before a file in a store is replaced; raises if it must not be.
+        writer: who writes, where others may write the same file meanwhile; part of the temporary name.
 
     Raises:
         OutputError: the disk is full, read-only or lost, or the store does not take the file.
@@ -47,7 +50,7 @@ def whole_file(path: Path, before_replacing: Callable[[], None] = lambda: None) 
         yield upload
         _put(path, upload, before_replacing)
         return
-    temporary = path.with_name(TEMPORARY_PREFIX + path.name)
+    temporary = path.with_name(TEMPORARY_PREFIX + writer + path.name)
     try:
         temporary.unlink(missing_ok=True)
         # "x" never follows a link that was put in the place of the temporary file.

@@ -7,7 +7,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -67,28 +67,46 @@ _FINGERPRINTED = (
 )
 
 
-def fingerprint(options: InferOptions, inputs: Inputs, model: LoadedModel) -> dict[str, Any]:
+class ModelPrint(NamedTuple):
+    """What the outputs depend on besides options and input, as found where the model is.
+
+    Attributes:
+        digests: of weights and files, by what they are.
+        times: name and time of change of each large file.
+    """
+
+    digests: dict[str, str | None]
+    times: list[tuple[str, int]]
+
+
+def model_print(options: InferOptions, model: LoadedModel) -> ModelPrint:
+    """Return the part of a fingerprint that is about the model, and the functions around it."""
+    files = {**model.files, **_sources(options)}
+    digests: dict[str, str | None] = {name: digest_contents(path) for name, path in files.items()}
+    if model.made_by_code:
+        # Weights that the factory read from somewhere, or that it drew at random.
+        digests["model weights"] = _digest_weights(model.module)
+    else:
+        digests["model"] = None  # its files identify it, wherever they lie
+    return ModelPrint(digests, _times(files.values(), WHOLE_BELOW))
+
+
+def fingerprint(options: InferOptions, inputs: Inputs, model: ModelPrint) -> dict[str, Any]:
     """Return all that the outputs depend on, as plain JSON: options, code, weights and input.
 
-    Devices, workers and the handling of errors are left out: a job may continue with others.
+    Devices, machines, workers and the handling of errors are left out: a job may continue with others.
     """
     chosen = {name: getattr(options, name) for name in _FINGERPRINTED}
     chosen["input_format"] = inputs.format_name
     chosen["shard"] = options.part
-    if model.made_by_code:
-        # Weights that the factory read from somewhere, or that it drew at random.
-        chosen["model weights"] = _digest_weights(model.module)
-    else:
-        chosen["model"] = None  # its files identify it, wherever they lie
-    files = {**model.files, **_sources(options)}
-    chosen |= {name: digest_contents(path) for name, path in files.items()}
+    chosen |= model.digests
     on_disk = [file for file in inputs.files if file.path != STDIN]
     paths = [file.path for file in on_disk if not is_remote(file.path)]
     is_split = options.part[1] > 1
     chosen["input"] = [_input_entry(file) for file in inputs.files]
     chosen[CONTENTS] = None if is_split else [(f.path.name, _digest_of(f, digest_contents)) for f in on_disk]
     chosen[SAMPLED_TIMES] = _times(paths, 0) if is_split else None
-    chosen[TIMES] = _times([*files.values(), *paths], WHOLE_BELOW)
+    chosen[TIMES] = [*model.times, *_times(paths, WHOLE_BELOW)]
     plain: dict[str, Any] = json.loads(json.dumps(chosen))
     return plain
 

@@ -17,7 +17,7 @@ from ..errors import JobUsageError, TooManyBadRecordsError
 from .batching import Window, cut_windows
 from .blocks import BlockRows
 from .files import write_whole
-from .fingerprint import fingerprint
+from .fingerprint import fingerprint, model_print
 from .model.models import load_model
 from .options import InferOptions
 from .output.output import OutputFolder, check_output_free, read_state
@@ -155,7 +155,7 @@ class Job:
         return sum(block.num_records for block in state.blocks.values())
 
     def _fingerprint(self) -> dict[str, Any]:
-        return fingerprint(self.options, self.inputs, self.model)
+        return fingerprint(self.options, self.inputs, model_print(self.options, self.model))
 
     def _open_output(self) -> OutputFolder:
         options = self.options

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,7 +31,7 @@ SAMPLED_TIMES = "times of sampled files"
 """The entry that a job that is split has instead."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class StoredFile:
     """A file of a block as it was when the block was finished."""
 
@@ -57,7 +57,7 @@ class StoredFile:
         return digest_file(found.path) == self.digest
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Block:
     """A finished block: a fixed range of record positions and the files that hold its outputs.
 
@@ -132,21 +132,35 @@ class Journal:
         self._log = log_in(folder)
         self.state = state
         self.file_rows: dict[int, int] = {}
+        self._schema: dict[str, str] = {}
         # Beginning anew drops half lines and blocks that did not pass their check.
         self._log.begin(b"".join(map(_line, state.entries())), state.last_line)
 
     def finish_block(self, block: Block) -> None:
         """Record a block whose files are on the disk."""
+        self.finish_blocks([block])
+
+    def finish_blocks(self, blocks: Sequence[Block]) -> None:
+        """Record some blocks whose files are on the disk, at the price of one where a line can be long."""
         known = self.state.file_rows
         new = {file: rows for file, rows in self.file_rows.copy().items() if file not in known}
-        self._append({**block.to_json(), **({"file_rows": new} if new else {})})
-        self.state.blocks[block.index] = block
+        notes = [{"file_rows": new} if new else {}, *[{}] * len(blocks)]
+        entries = zip(blocks, notes, strict=False)
+        self._log.append([_line({**block.to_json(), **note}) for block, note in entries])
+        for block in blocks:
+            self.state.blocks[block.index] = self._slim(block)
         known.update(new)
+
+    def _slim(self, block: Block) -> Block:
+        """Return a block that shares its schema with others of the same one: there may be a million."""
+        if list(block.schema.items()) != list(self._schema.items()):
+            self._schema = block.schema
+        return dataclasses.replace(block, schema=self._schema)
 
     def finish_input(self, num_records: int) -> None:
         """Record how many records the input has."""
         if self.state.num_records is None:
-            self._append({"end": num_records})
+            self._log.append([_line({"end": num_records})])
             self.state.num_records = num_records
 
     def check_owner(self) -> None:
@@ -156,9 +170,6 @@ class Journal:
             JobUsageError: it has.
         """
         self._log.check_owner()
-
-    def _append(self, entry: Mapping[str, Any]) -> None:
-        self._log.append(_line(entry))
 
 
 def load_journal(folder: Path) -> JournalState:

@@ -8,6 +8,7 @@ its next line. That keeps two writers apart without a lock, which a killed proce
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -39,8 +40,8 @@ class Log(Protocol):
             JobUsageError: another process has written since.
         """
 
-    def append(self, line: bytes) -> None:
-        """Append a line.
+    def append(self, lines: Sequence[bytes]) -> None:
+        """Append some lines.
 
         Raises:
             JobUsageError: another process has written since.
@@ -69,10 +70,10 @@ class _FileLog(Log):
     def begin(self, data: bytes, number: int) -> None:
         write_whole(self.path, data)
 
-    def append(self, line: bytes) -> None:
+    def append(self, lines: Sequence[bytes]) -> None:
         try:
             with open(self.path, "ab") as file:
-                file.write(line)
+                file.writelines(lines)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
@@ -105,9 +106,13 @@ class _ObjectLog(Log):
 
     def begin(self, data: bytes, number: int) -> None:
         self._number = number
-        self.append(data)
+        self.append([data])
 
-    def append(self, line: bytes) -> None:
+    def append(self, lines: Sequence[bytes]) -> None:
+        for line in lines:
+            self._put(line)
+
+    def _put(self, line: bytes) -> None:
         place = self._place(self._number + 1)
         try:
             put(place, line, only_new=True)

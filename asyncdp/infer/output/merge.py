@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...errors import JobUsageError, ResumeRefusedError
-from ..blocks import check_same_schema
 from ..files import whole_file
 from ..places import Found, find, open_place, place_of
 from .journal import SAMPLED_TIMES, TIMES, Block, JournalState, StoredFile, load_journal
-from .output import WIDENED, OutputFolder, check_no_new_columns, check_output_free, explain_changes
+from .output import OutputFolder, check_output_free, explain_changes
+from .shards import check_joins
 
 
 class Merged(NamedTuple):
@@ -43,11 +43,7 @@ def merge_parts(folders: Sequence[str | Path], output: str | Path) -> Merged:
     blocks = _all_blocks(parts, total, fingerprint["shard_size"])
     whole = JournalState(fingerprint, {block.index: block for _, block in blocks})
     for index, block in whole.blocks.items():
-        if block.schema:
-            check_same_schema(whole.schema, block.schema, whole.place_of(index))
-            if fingerprint["output_format"] not in WIDENED:
-                check_no_new_columns(whole.schema, block.schema, whole.place_of(index))
-                check_no_new_columns(block.schema, whole.schema, "other shards than " + whole.place_of(index))
+        check_joins(fingerprint["output_format"], whole.schema, block.schema, whole.place_of(index))
     with OutputFolder(output, fingerprint["output_format"], fingerprint, resume=True) as target:
         for folder, block in blocks:
             if block.index not in target.finished:

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any
 
-from ...errors import JobError, JobUsageError, OutputExistsError, ResumeRefusedError
+from ...errors import JobUsageError, OutputExistsError, ResumeRefusedError
 from ..blocks import BlockRows, check_same_schema, fixed_columns, merged
 from ..files import TEMPORARY_PREFIX, make_folder, whole_file
 from ..places import exists, find_all, is_remote, names_in, open_place, remove, unreachable
@@ -28,14 +28,18 @@ from .journal import (
     load_journal,
 )
 from .schema import common_names, conform, described, unify
+from .shards import (
+    ERRORS_PREFIX,
+    PART_PREFIX,
+    check_joins,
+    check_no_new_columns,
+    part_name,
+    write_errors,
+)
 from .tables import TABLE_FORMATS, read_schema, read_table, write_table
 from .writers import WIDENERS, make_table, naming_culprit, write_shard
 
 _LOCK_NAME = ".lock"
-_ERRORS_PREFIX = "_errors-"
-
-WIDENED = (*TABLE_FORMATS, *WIDENERS)
-"""Formats whose shards are written again where later ones have further columns."""
 
 # What a job may leave in a folder before its journal is complete.
 _NOTHING_YET = (_LOCK_NAME, TEMPORARY_PREFIX + JOURNAL_NAME)
@@ -84,7 +88,7 @@ class OutputFolder:
     def count_files(self) -> tuple[int, int]:
         """Return the number of shards with outputs, and of files with bad records."""
         names = [file.name for block in self.finished.values() for file in block.files]
-        num_errors = sum(name.startswith(_ERRORS_PREFIX) for name in names)
+        num_errors = sum(name.startswith(ERRORS_PREFIX) for name in names)
         return len(names) - num_errors, num_errors
 
     def write_block(self, index: int, num_records: int, rows: BlockRows, failures: Sequence[Failure]) -> None:
@@ -103,18 +107,35 @@ class OutputFolder:
         files: list[StoredFile] = []
         schema: dict[str, str] = {}
         if failures:
-            files.append(self._write_errors(f"{index:06d}", failures))
+            files.append(write_errors(self.path, f"{index:06d}", failures, self._whole))
         if len(rows):
-            path = self.path / f"part-{index:06d}.{self._format}"
+            path = self.path / part_name(index, self._format)
             write = self._write_table if self._format in TABLE_FORMATS else self._write_rows
             schema, stored = write(path, rows, self.journal.state.place_of(index))
             files.append(stored)
         self.journal.finish_block(Block(index, num_records, num_records - len(rows), tuple(files), schema))
 
-    def finish(self, num_records: int) -> None:
-        """Record how many records the input has, after its last block."""
+    def take_blocks(self, blocks: Sequence[Block]) -> None:
+        """Make blocks final whose files others have written; `widen_shards` is due before the job's end.
+
+        Raises:
+            OutputError: the disk does not take the line in the journal.
+            JobError: their outputs are of other types or shapes than those of the blocks before.
+        """
+        for block in blocks:
+            where = self.journal.state.place_of(block.index)
+            check_joins(self._format, self.journal.state.schema, block.schema, where)
+        self.journal.finish_blocks(blocks)
+
+    def finish(self, num_records: int, *, others_wrote: bool = False) -> None:
+        """Record how many records the input has, after its last block.
+
+        Args:
+            num_records: positions of the whole input.
+            others_wrote: whether processes that are gone may have left files.
+        """
         self.journal.finish_input(num_records)
-        if is_remote(self.path):
+        if is_remote(self.path) or others_wrote:
             # Not at the begin: who lost the folder without knowing would remove the shards of another.
             self.journal.check_owner()
             self._remove_strays()
@@ -211,14 +232,7 @@ class OutputFolder:
     def write_unfinished(self, failures: Sequence[Failure]) -> None:
         """Store the bad records of blocks that will not be finished; a resume removes them as strays."""
         if failures:
-            self._write_errors("unfinished", failures)
-
-    def _write_errors(self, name: str, failures: Sequence[Failure]) -> StoredFile:
-        path = self.path / f"{_ERRORS_PREFIX}{name}.jsonl"
-        with self._whole(path) as file:
-            for failure in sorted(failures, key=lambda failure: failure.position):
-                file.write(json.dumps(dataclasses.asdict(failure)).encode() + b"\n")
-        return StoredFile.of(path, file)
+            write_errors(self.path, "unfinished", failures, self._whole)
 
     def _intact(self, state: JournalState) -> JournalState:
         """Drop the blocks whose files are no longer what the journal says."""
@@ -234,25 +248,12 @@ class OutputFolder:
         """Remove this job's files that no line of the journal names: a crash left them."""
         named = {file.name for block in self.finished.values() for file in block.files}
         for name in names_in(self.path):
-            if name.startswith((TEMPORARY_PREFIX, "part-", _ERRORS_PREFIX)) and name not in named:
+            if name.startswith((TEMPORARY_PREFIX, PART_PREFIX, ERRORS_PREFIX)) and name not in named:
                 remove(self.path / name)
 
 
-def check_no_new_columns(before: dict[str, str], now: dict[str, str], where: str) -> None:
-    """Fail when a format that cannot be widened gets a column that the shards before do not have.
-
-    Raises:
-        JobError: with its name.
-    """
-    for name in [name for name in now if name not in before]:
-        raise JobError(
-            f"Column {name!r} comes first in {where}, and the shards before have no such column",
-            "Return it for every record, None where there is none, or write parquet or jsonl.",
-        )
-
-
 def _shard_of(block: Block) -> str:
-    return next(file.name for file in block.files if not file.name.startswith(_ERRORS_PREFIX))
+    return next(file.name for file in block.files if not file.name.startswith(ERRORS_PREFIX))
 
 
 def read_state(path: Path, fingerprint: dict[str, Any], *, resume: bool) -> JournalState:

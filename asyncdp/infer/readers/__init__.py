@@ -119,6 +119,8 @@ class Inputs:
     """The records of all files, in order.
 
     Attributes:
+        counts: rows of each file, None where it does not state them.
+        sample: the positions that are wanted, None for all.
         file_rows: rows of the files that do not state it, by position, once they were read to their end; a
             resumed job knows them from its journal and opens none that lies before what it has to do.
     """
@@ -140,8 +142,8 @@ class Inputs:
         self.unfit: dict[str, tuple[str, str]] = {}
         self._reader = FORMATS[format_name]
         self.subset = subset or Subset()
-        self._counts = [self._inspect(file) for file in files]
-        self._sample = self._make_sample()
+        self.counts = [self._inspect(file) for file in files]
+        self.sample = self._make_sample()
 
     def read(self, start: int = 0, stop: int | None = None, num_before: int = 0) -> Iterator[Record]:
         """Yield the records from position `start` to `stop`; what files state that are outside is not read.
@@ -172,7 +174,7 @@ class Inputs:
 
     def _read(self, start: int, stop: int | None) -> Iterator[Record]:
         first = 0
-        for index, (file, count) in enumerate(zip(self.files, self._counts, strict=True)):
+        for index, (file, count) in enumerate(zip(self.files, self.counts, strict=True)):
             if stop is not None and first >= stop:
                 return
             known = self.file_rows.get(index) if count is None else count
@@ -188,11 +190,7 @@ class Inputs:
                     return
                 self.num_records_read = position + 1
                 if position >= start:
-                    if row is None or (self._sample is not None and position not in self._sample):
-                        yield Record(position, position, None, "", is_selected=False)
-                    else:
-                        identity = position if row.id is None else row.id
-                        yield Record(position, identity, row.value, row.where, row.error, row.kept)
+                    yield record_of(position, row, self.sample)
                 position += 1
             if count is not None and position - first != (count if end is None else end):
                 raise file.broken(f"it states {count} rows, but has {position - first}")
@@ -202,9 +200,7 @@ class Inputs:
         self.num_records_read = first
 
     def _rows(self, file: InputFile, begin: int, end: int | None) -> Iterator[Row | None]:
-        rows = self._reader.rows(file, self.selection, begin, end)
-        where = self.selection.where
-        return rows if where is None or self._reader.applies_where else _fulfilling(where, rows)
+        return fulfilling(self._reader, self.selection, self._reader.rows(file, self.selection, begin, end))
 
     def _make_sample(self) -> Sample | None:
         size = self.subset.sample
@@ -219,8 +215,8 @@ class Inputs:
         return Sample(size, self.subset.seed, total)
 
     def _count_all(self) -> int | None:
-        counts = [count for count in self._counts if count is not None]
-        return sum(counts) if len(counts) == len(self._counts) else None
+        counts = [count for count in self.counts if count is not None]
+        return sum(counts) if len(counts) == len(self.counts) else None
 
     def count_records(self) -> int | None:
         """Return the number of positions that the job covers where it is known from the start, else None."""
@@ -279,6 +275,22 @@ class Inputs:
             raise InputError(f"{file.name} has no column {missing[0]!r}", f"Its columns are {listed}.")
         self.unfit |= {name: (file.name, dtype) for name, dtype in unfit.items()}
         return num_rows
+
+
+def record_of(position: int, row: Row | None, sample: Sample | None) -> Record:
+    """Return what a reader gave as a record, empty where the job is not about it."""
+    if row is None or (sample is not None and position not in sample):
+        return Record(position, position, None, "", is_selected=False)
+    identity = position if row.id is None else row.id
+    return Record(position, identity, row.value, row.where, row.error, row.kept)
+
+
+def fulfilling(
+    reader: Reader, selection: Selection, rows: Iterator[Row | None] | Iterator[Row]
+) -> Iterator[Row | None]:
+    """Return what a reader gave, with None for rows that do not fulfil the selection's condition."""
+    where = selection.where
+    return rows if where is None or reader.applies_where else _fulfilling(where, rows)
 
 
 def _fulfilling(where: Where, rows: Iterator[Row | None]) -> Iterator[Row | None]:

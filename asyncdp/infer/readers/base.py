@@ -170,6 +170,18 @@ class Contents(NamedTuple):
     """The dtypes that no model takes, by name of the column."""
 
 
+class Mark(NamedTuple):
+    """The place in a text where a row begins.
+
+    Attributes:
+        offset: bytes before it.
+        num_lines: lines before it.
+    """
+
+    offset: int
+    num_lines: int
+
+
 class Reader(Protocol):
     """Turns files of one format into rows, a few at a time."""
 
@@ -200,6 +212,7 @@ class InputFile:
     """One input file, decompressed by its suffix, that knows how much of it has been read."""
 
     def __init__(self, found: Found, dialect: Dialect | None = None) -> None:
+        self.found = found
         self.path = found.path
         self.name = "standard input" if self.path == STDIN else str(self.path)
         self.num_bytes = found.num_bytes
@@ -236,14 +249,33 @@ class InputFile:
         except _BROKEN_STREAM as error:
             raise self.broken(error) from error
 
-    def lines(self) -> Generator[tuple[int, bytes], None, None]:
+    @property
+    def offset(self) -> int:
+        """Bytes of a plain text before the next line, while `lines` is being read."""
+        assert self._raw is not None, "the file is open"
+        return self._raw.tell()
+
+    def has_offsets(self) -> bool:
+        """Return whether lines of a text can be gone to: it is neither compressed nor converted."""
+        if self.path == STDIN or self.path.suffix.lower() in COMPRESSIONS:
+            return False
+        with self.open() as stream:
+            return stream.seekable() and self._transcoded(stream) is stream
+
+    def lines(self, start: Mark | None = None) -> Generator[tuple[int, bytes], None, None]:
         """Yield the number (from 1) and the bytes of every line, with its end; `decode` reads them.
+
+        Args:
+            start: where to begin; None for the first line.
 
         Raises:
             InputError: the file is in an encoding that must be named, or a line is too long.
         """
         with self.open() as stream:
             number, readline = 0, self._transcoded(stream).readline
+            if start is not None and start.offset:
+                number = start.num_lines
+                stream.seek(start.offset)
             # A bounded readline: a file without line ends must not fill the memory.
             while line := readline(_MAX_LINE + 1):
                 number += 1

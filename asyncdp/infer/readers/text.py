@@ -6,19 +6,56 @@ import contextlib
 import csv
 import importlib.util
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 from ...errors import InputError
 from ..records import Row
-from .base import Contents, InputFile, Reader, Selection
+from .base import Contents, InputFile, Mark, Reader, Selection
 
 _MAX_FIELD = 16 << 20
 _LONG_NUMBER = b"0" * 19
 _DIGITS_AS_ZEROS = bytes.maketrans(b"123456789", b"000000000")
 
 
-class LinesReader(Reader):
+class TextReader(Reader):
+    """Rows of lines, whose places can be gone to."""
+
+    def rows(self, file: InputFile, selection: Selection, start: int, stop: int | None) -> Iterator[Row]:
+        """Yield all rows."""
+        return self.rows_from(file, selection, Mark(0, 0))
+
+    def rows_from(self, file: InputFile, selection: Selection, mark: Mark) -> Iterator[Row]:
+        """Yield the rows from a place on that `marks` gave."""
+        raise NotImplementedError
+
+    def marks(self, file: InputFile, first: int, every: int) -> Generator[tuple[int, Mark], None, int]:
+        """Yield number and place of row `first`, and of every so many rows after it, without parsing values.
+
+        The last place may be the end of the file.
+
+        Args:
+            file: one that has offsets.
+            first: less than `every`.
+
+        Returns:
+            The number of rows.
+        """
+        num_rows = 0
+        if first == 0:
+            yield 0, Mark(0, 0)
+        for num_lines in self._ends(file):
+            num_rows += 1
+            if num_rows % every == first:
+                yield num_rows, Mark(file.offset, num_lines)
+        return num_rows
+
+    def _ends(self, file: InputFile) -> Iterator[int]:
+        """Yield for every row the number of its last line."""
+        raise NotImplementedError
+
+
+class LinesReader(TextReader):
     """Every line is one record; blank lines too, so that positions are line numbers."""
 
     def inspect(self, file: InputFile, selection: Selection) -> Contents:
@@ -26,9 +63,13 @@ class LinesReader(Reader):
         _check_encoding(file)
         return Contents(column_names=())
 
-    def rows(self, file: InputFile, selection: Selection, start: int, stop: int | None) -> Iterator[Row]:
+    def _ends(self, file: InputFile) -> Iterator[int]:
+        for number, _ in file.lines():
+            yield number
+
+    def rows_from(self, file: InputFile, selection: Selection, mark: Mark) -> Iterator[Row]:
         """Yield the text of every line."""
-        for number, line in file.lines():
+        for number, line in file.lines(mark):
             where = f"{file.name}:{number}"
             try:
                 yield Row(file.decode(line).rstrip("\r\n"), None, where)
@@ -36,7 +77,7 @@ class LinesReader(Reader):
                 yield Row(None, None, where, error)
 
 
-class JsonlReader(Reader):
+class JsonlReader(TextReader):
     """Every line that is not blank is one JSON value."""
 
     def inspect(self, file: InputFile, selection: Selection) -> Contents:
@@ -44,10 +85,15 @@ class JsonlReader(Reader):
         _check_encoding(file)
         return Contents()
 
-    def rows(self, file: InputFile, selection: Selection, start: int, stop: int | None) -> Iterator[Row]:
+    def _ends(self, file: InputFile) -> Iterator[int]:
+        for number, line in file.lines():
+            if not line.isspace():
+                yield number
+
+    def rows_from(self, file: InputFile, selection: Selection, mark: Mark) -> Iterator[Row]:
         """Yield the parsed values."""
         parse, pick, name = _json_parser(file), selection.picker(), file.name
-        for number, line in file.lines():
+        for number, line in file.lines(mark):
             if line.isspace():
                 continue
             where = f"{name}:{number}"
@@ -59,7 +105,7 @@ class JsonlReader(Reader):
                 yield pick(entry, where)
 
 
-class CsvReader(Reader):
+class CsvReader(TextReader):
     """A header line, then one record per row; quoted fields may hold line ends, which stay as they are."""
 
     def __init__(self, delimiter: str) -> None:
@@ -77,29 +123,60 @@ class CsvReader(Reader):
             )
         return Contents(column_names=header or None)
 
-    def rows(self, file: InputFile, selection: Selection, start: int, stop: int | None) -> Iterator[Row]:
-        """Yield a dict of texts per row."""
+    def _ends(self, file: InputFile) -> Iterator[int]:
         reader = self._parser(file, file.lines())
-        header = self._header(file, reader)
-        while True:
-            first = reader.line_num + 1
+        self._header(file, reader)
+        for _, last, _ in self._entries(file, reader, 0):
+            yield last
+
+    def rows_from(self, file: InputFile, selection: Selection, mark: Mark) -> Iterator[Row]:
+        """Yield a dict of texts per row, by the names of the header."""
+        if mark.offset:
+            with contextlib.closing(file.lines()) as lines:
+                header = self._header(file, self._parser(file, lines))
+            reader = self._parser(file, file.lines(mark))
+        else:
+            reader = self._parser(file, file.lines())
+            header = self._header(file, reader)
+        for first, last, fields in self._entries(file, reader, mark.num_lines):
             where = f"{file.name}:{first}"
+            if isinstance(fields, csv.Error):
+                yield Row(None, None, where, fields)
+            else:
+                span = "" if last == first else f", in the lines {first} to {last}"
+                yield self._row(fields, header, selection, where, span)
+
+    def _entries(
+        self, file: InputFile, reader: Any, before: int
+    ) -> Iterator[tuple[int, int, list[str] | csv.Error]]:
+        """Yield the numbers of first and last line, and the fields, of every row.
+
+        Args:
+            file: what is read.
+            reader: gives the fields.
+            before: lines before those of the reader.
+
+        Raises:
+            DamagedInputError: a quote that is not closed.
+        """
+        while True:
+            first = before + reader.line_num + 1
             try:
                 fields = next(reader)
             except StopIteration:
                 return
             except csv.Error as error:
+                last = before + reader.line_num
                 # One quote too many or too few swallows the rows up to the next quote, or to the end.
-                if reader.line_num > first or "unexpected end of data" in str(error):
+                if last > first or "unexpected end of data" in str(error):
                     raise file.broken(
                         f"a quote that is opened in line {first} is not closed as it should ({error} in "
-                        f"line {reader.line_num}), so that the rows between cannot be told apart"
+                        f"line {last}), so that the rows between cannot be told apart"
                     ) from error
-                yield Row(None, None, where, error)
+                yield first, last, error
                 continue
             if fields:
-                lines = "" if reader.line_num == first else f", in the lines {first} to {reader.line_num}"
-                yield self._row(fields, header, selection, where, lines)
+                yield first, before + reader.line_num, fields
 
     def _parser(self, file: InputFile, lines: Iterator[tuple[int, bytes]]) -> Any:
         csv.field_size_limit(_MAX_FIELD)
