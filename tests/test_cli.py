@@ -27,9 +27,9 @@ FROZEN = {
         sample-seed=0 limit devices
         batch-size=32 max-batch-cost window=1024 shard-size=4096 order=input preprocess collate postprocess
         workers=1 worker-processes=False input-dtype dtype autocast compile=False on-error=stop max-errors
-        shard resume=False allow-unsafe-pickle=False task prompt prompt-name truncate-dim precision
-        calibration aggregation max-new-tokens temperature top-k top-p seed stop cache config
-        print-config=False dry-run=False plot json=False
+        shard ray ray-actors ray-resources resume=False allow-unsafe-pickle=False task prompt prompt-name
+        truncate-dim precision calibration aggregation max-new-tokens temperature top-k top-p seed stop cache
+        language timestamps chunk-seconds num-beams config print-config=False dry-run=False plot json=False
     """,
     "report": "output picture html",
     "merge": "parts output/o",
@@ -92,7 +92,7 @@ def test_help_fits_one_screen(columns):
     lines = result.output.splitlines()
     assert "Example:  asyncdp infer" in result.output
     assert "130 interrupted" in " ".join(result.output.split())
-    assert len(lines) <= 76
+    assert len(lines) <= 84
     assert max(map(len, lines)) <= columns
 
 

@@ -12,9 +12,10 @@ from typing import TypeVar
 import anyio
 
 from ..errors import AsyncDPError, JobUsageError, MissingExtraError
-from ..infer import InferOptions, Job
+from ..infer import InferOptions
 from ..infer.readers import STDIN
 from ..infer.report.monitor import Monitor
+from ..infer.running import load_job
 from ..infer.task_groups import plain_task_group
 
 T = TypeVar("T")
@@ -51,7 +52,7 @@ def run_infer(options: InferOptions, *, dry_run: bool, plot: Path | None, as_jso
 
     if plot is not None:
         check_plot(plot)
-    job = Job(options)
+    job = load_job(options)
     if dry_run:
         print(format_plan(_run(job.plan, options, "nothing was written"), as_json=as_json))
         return 0

@@ -320,6 +320,16 @@ class TooManyBadRecordsError(JobError):
         )
 
 
+class ProcessEndedError(AsyncDPError, RuntimeError):
+    """Running a record ended the process that ran it: a crash in native code, or all of the memory."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "running it alone ended its process three times. Run it by itself, in a process that can be "
+            "watched: native code has crashed, or the memory was not enough."
+        )
+
+
 class MissingExtraError(AsyncDPError, ImportError):
     """A feature needs packages that an extra of asyncdp installs."""
 

@@ -51,6 +51,8 @@ class NamedOption:
         """
         if value is None and self.default is None:
             return None
+        if self.field == "ray_resources" and isinstance(value, Mapping):
+            return json.dumps(dict(value))
         is_path = isinstance(value, str | os.PathLike)
         if self.kind is tuple:
             values = [value] if is_path else value

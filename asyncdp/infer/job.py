@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import itertools
 import json
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 import anyio
@@ -18,20 +19,21 @@ from .batching import Window, cut_windows
 from .blocks import BlockRows
 from .files import write_whole
 from .fingerprint import fingerprint, model_print
-from .model.models import load_model
+from .model.models import LoadedModel, load_model
 from .options import InferOptions
 from .output.output import OutputFolder, check_output_free, read_state
 from .output.writers import try_writer, write_shard
-from .pipeline import Pipeline
+from .pipeline import Engine, Pipeline
 from .places import is_remote, lies_in, place_of
-from .readers import STDIN, open_inputs
-from .records import Failure
+from .readers import STDIN, Inputs, open_inputs
+from .records import Failure, Record
 from .report.events import Report, ignore
 from .report.memory import release_memory
 from .report.monitor import Monitor
 from .report.summary import Plan, Summary
 from .report.watch import Watch
 from .setup import find_devices, make_steps
+from .steps import Steps
 from .task_groups import plain_task_group
 
 SUMMARY_NAME = "_summary.json"
@@ -51,27 +53,11 @@ class Job:
 
     def __init__(self, options: InferOptions) -> None:
         self.options = options
-        self._options_of_plan = dataclasses.replace(options, on_error="stop")
         check_output_free(options.output, resume=options.resume)
-        _check_apart(options)
+        check_apart(options)
         self.devices = find_devices(options.devices)
-        self.inputs = open_inputs(
-            options.inputs,
-            options.input_format,
-            options.selection,
-            output=options.output,
-            dialect=options.dialect,
-            subset=options.subset,
-        )
-        self.model = load_model(
-            options.model,
-            options,
-            weights=options.weights,
-            dtype=options.dtype,
-            autocast=options.autocast,
-            compile=options.compile,
-            allow_pickle=options.allow_unsafe_pickle,
-        )
+        self.inputs = inputs_of(options)
+        self.model = open_model(options)
         if not (options.preprocess or options.collate or self.model.steps):
             self.inputs.check_fit()
         self.steps = make_steps(options, self.inputs.format_name, self.model)
@@ -87,26 +73,12 @@ class Job:
             JobError: see its subclasses; all blocks finished before stay valid.
         """
         monitor = monitor or Monitor()
-        watch = Watch(monitor, self._estimate, report or ignore)
+        watch = Watch(monitor, functools.partial(estimate, self.options, self.inputs), report or ignore)
         with await anyio.to_thread.run_sync(self._open_output) as output:
-            monitor.num_earlier = sum(block.num_records for block in output.finished.values())
-            monitor.num_earlier_bad = sum(block.num_bad for block in output.finished.values())
-            monitor.warnings += self.inputs.warnings + output.warnings
-            self.inputs.file_rows.update(output.journal.state.file_rows)
-            output.journal.file_rows = self.inputs.file_rows
-            if not self._is_complete(output):
+            take_up(output, self.inputs, monitor)
+            if not is_complete(self.options, self.inputs, output):
                 await self._run_engine(output, watch)
-            watch.warn()
-            files, error_files = output.count_files()
-            summary = monitor.summary(
-                output=str(output.path),
-                files=files,
-                error_files=error_files,
-                passed_over=self.inputs.passed_over,
-            )
-            text = json.dumps(dataclasses.asdict(summary), indent=1).encode()
-            await anyio.to_thread.run_sync(write_whole, output.path / SUMMARY_NAME, text)
-        return summary
+            return await conclude(watch, output, self.inputs)
 
     async def plan(self) -> Plan:
         """Load everything and run the first batch, but write nothing.
@@ -116,24 +88,13 @@ class Job:
             ResumeRefusedError: the job could not be continued in the output folder.
             JobError: the outputs do not fit the output format.
         """
-        shapes: dict[str, str] = {}
-        num_earlier = await anyio.to_thread.run_sync(self._num_earlier)
-        inputs, size = self.inputs, self.options.batch_size
-
-        def try_format(index: int, num_records: int, rows: BlockRows, failures: list[Failure]) -> None:
-            write_shard(self.options.output_format, io.BytesIO(), *rows.finish())
-            shapes.update(rows.schema)
-
-        selected = (record for record in inputs.read() if record.is_selected)
-        # Numbered anew, so that they are one block.
-        first = (
-            record._replace(position=index) for index, record in enumerate(itertools.islice(selected, size))
-        )
-        monitor = Monitor()
-        windows = cut_windows(first, block_size=size, window=size, wanted=lambda block: True)
+        num_done = await anyio.to_thread.run_sync(self._num_earlier)
+        inputs = self.inputs
         async with self._engine() as engine:
-            pipeline = Pipeline(engine, self.steps, self._options_of_plan, try_format, monitor)
-            await pipeline.run(windows, abandon_reads=self._reads_stdin)
+            first = first_records(inputs, self.options.batch_size)
+            shapes, monitor = await try_first_batch(
+                engine, self.steps, self.options, first, abandon_reads=self._reads_stdin
+            )
             names = tuple(lane.name for lane in engine.runtime.lanes)
         return Plan(
             input_format=inputs.format_name,
@@ -142,7 +103,7 @@ class Job:
             devices=names,
             columns=shapes,
             num_tried=monitor.num_done,
-            num_earlier=num_earlier,
+            num_earlier=num_done,
         )
 
     @property
@@ -150,9 +111,7 @@ class Job:
         return STDIN in [file.path for file in self.inputs.files]
 
     def _num_earlier(self) -> int:
-        """Return the number of records that a resumed job would find done."""
-        state = read_state(self.options.output, self._fingerprint(), resume=self.options.resume)
-        return sum(block.num_records for block in state.blocks.values())
+        return num_earlier(self.options, self._fingerprint())
 
     def _fingerprint(self) -> dict[str, Any]:
         return fingerprint(self.options, self.inputs, model_print(self.options, self.model))
@@ -168,7 +127,7 @@ class Job:
     async def _run_engine(self, output: OutputFolder, watch: Watch) -> None:
         async with watch.noted_in(output.path), self._engine() as engine, plain_task_group() as group:
             watch.start(engine)
-            group.start_soon(_tick, watch)
+            group.start_soon(tick, watch)
             pipeline = Pipeline(
                 engine, self.steps, self.options, output.write_block, watch.monitor, watch.report
             )
@@ -197,31 +156,130 @@ class Job:
                 records, **sizes, wanted=lambda block: block % num_parts == part and block not in done
             )
             return
-        blocks = [block for block in self._own_blocks(total) if block not in done]
+        blocks = [block for block in own_blocks(self.options, self.inputs, total) if block not in done]
         # Neighbouring blocks are read in one go.
         for _, numbered in itertools.groupby(enumerate(blocks), lambda pair: pair[1] - pair[0]):
             run = [block for _, block in numbered]
             records = self.inputs.read(run[0] * size, min((run[-1] + 1) * size, total))
             yield from cut_windows(records, **sizes, wanted=lambda _: True)
 
-    def _estimate(self) -> int | None:
-        total = self.inputs.estimate_num_records()
-        return None if total is None else self._count_own(total)
 
-    def _is_complete(self, output: OutputFolder) -> bool:
-        total = output.journal.state.num_records
-        return total is not None and output.finished.keys() >= set(self._own_blocks(total))
-
-    def _own_blocks(self, num_records: int) -> range:
-        is_counted = self.inputs.count_records() is not None
-        return blocks_of_part(num_records, self.options.shard_size, self.options.part, contiguous=is_counted)
-
-    def _count_own(self, num_records: int) -> int:
-        size = self.options.shard_size
-        return sum(min(size, num_records - block * size) for block in self._own_blocks(num_records))
+def own_blocks(options: InferOptions, inputs: Inputs, num_records: int) -> range:
+    """Return the blocks that a job is to do of an input of so many records."""
+    is_counted = inputs.count_records() is not None
+    return blocks_of_part(num_records, options.shard_size, options.part, contiguous=is_counted)
 
 
-async def _tick(watch: Watch) -> None:
+def is_complete(options: InferOptions, inputs: Inputs, output: OutputFolder) -> bool:
+    """Return whether earlier runs have done all that a job is to do."""
+    total = output.journal.state.num_records
+    return total is not None and output.finished.keys() >= set(own_blocks(options, inputs, total))
+
+
+def estimate(options: InferOptions, inputs: Inputs) -> int | None:
+    """Return how many records a job is to do, earlier runs included; None where nobody knows yet."""
+    total, size = inputs.estimate_num_records(), options.shard_size
+    if total is None:
+        return None
+    return sum(min(size, total - block * size) for block in own_blocks(options, inputs, total))
+
+
+def num_earlier(options: InferOptions, fingerprint: dict[str, Any]) -> int:
+    """Return the number of records that a resumed job would find done."""
+    state = read_state(options.output, fingerprint, resume=options.resume)
+    return sum(block.num_records for block in state.blocks.values())
+
+
+def inputs_of(options: InferOptions) -> Inputs:
+    """Find the files that a job reads."""
+    return open_inputs(
+        options.inputs,
+        options.input_format,
+        options.selection,
+        output=options.output,
+        dialect=options.dialect,
+        subset=options.subset,
+    )
+
+
+def open_model(options: InferOptions) -> LoadedModel:
+    """Load the model of a job."""
+    return load_model(
+        options.model,
+        options,
+        weights=options.weights,
+        dtype=options.dtype,
+        autocast=options.autocast,
+        compile=options.compile,
+        allow_pickle=options.allow_unsafe_pickle,
+    )
+
+
+def take_up(output: OutputFolder, inputs: Inputs, monitor: Monitor) -> None:
+    """Begin with what the output folder says of earlier runs."""
+    monitor.num_earlier = sum(block.num_records for block in output.finished.values())
+    monitor.num_earlier_bad = sum(block.num_bad for block in output.finished.values())
+    monitor.warnings += inputs.warnings + output.warnings
+    inputs.file_rows.update(output.journal.state.file_rows)
+    output.journal.file_rows = inputs.file_rows
+
+
+async def conclude(watch: Watch, output: OutputFolder, inputs: Inputs) -> Summary:
+    """Return the summary of a job that is done, and leave it in the output folder."""
+    watch.warn()
+    files, error_files = output.count_files()
+    summary = watch.monitor.summary(
+        output=str(output.path), files=files, error_files=error_files, passed_over=inputs.passed_over
+    )
+    text = json.dumps(dataclasses.asdict(summary), indent=1).encode()
+    await anyio.to_thread.run_sync(write_whole, output.path / SUMMARY_NAME, text)
+    return summary
+
+
+def first_records(inputs: Inputs, size: int) -> Iterator[Record]:
+    """Yield the first records that a job is about."""
+    selected = (record for record in inputs.read() if record.is_selected)
+    # Numbered anew, so that they are one block.
+    return (record._replace(position=index) for index, record in enumerate(itertools.islice(selected, size)))
+
+
+async def try_first_batch(
+    engine: Engine,
+    steps: Steps,
+    options: InferOptions,
+    records: Iterable[Record],
+    *,
+    abandon_reads: bool = False,
+) -> tuple[dict[str, str], Monitor]:
+    """Run one batch, and try the output format on it.
+
+    Args:
+        engine: runs it.
+        steps: the functions around the model.
+        options: of the job.
+        records: at most as many as a batch takes.
+        abandon_reads: as for `Pipeline.run`.
+
+    Returns:
+        The columns that came out, and what was counted.
+    """
+    shapes: dict[str, str] = {}
+    size, monitor = options.batch_size, Monitor()
+
+    def try_format(index: int, num_records: int, rows: BlockRows, failures: list[Failure]) -> None:
+        write_shard(options.output_format, io.BytesIO(), *rows.finish())
+        shapes.update(rows.schema)
+
+    def stopping() -> InferOptions:  # which looks at the disk
+        return dataclasses.replace(options, on_error="stop")
+
+    windows = cut_windows(iter(records), block_size=size, window=size, wanted=lambda block: True)
+    strict = await anyio.to_thread.run_sync(stopping)
+    await Pipeline(engine, steps, strict, try_format, monitor).run(windows, abandon_reads=abandon_reads)
+    return shapes, monitor
+
+
+async def tick(watch: Watch) -> None:
     """Look at a job again and again, until cancelled."""
     while True:
         await anyio.sleep(_TICK_SECONDS)
@@ -251,7 +309,12 @@ def blocks_of_part(num_records: int, block_size: int, part: tuple[int, int], *, 
     return range(index, num_blocks, num_parts)
 
 
-def _check_apart(options: InferOptions) -> None:
+def check_apart(options: InferOptions) -> None:
+    """Fail where the output lies in an input folder.
+
+    Raises:
+        JobUsageError: with both.
+    """
     for spec in options.inputs:
         folder = place_of(spec)
         if lies_in(options.output, folder) and (is_remote(folder) or folder.is_dir()):

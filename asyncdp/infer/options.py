@@ -26,7 +26,7 @@ _ALLOWED: dict[str, Collection[str]] = {
     "dtype": DTYPES,
     "autocast": ("float16", "bfloat16"),
 }
-_ONE_OR_MORE = ("limit", "batch_size", "max_batch_cost", "window", "shard_size", "workers")
+_ONE_OR_MORE = ("ray_actors", "limit", "batch_size", "max_batch_cost", "window", "shard_size", "workers")
 _LEAST = {"max_errors": 0, **dict.fromkeys(_ONE_OR_MORE, 1)}
 
 
@@ -49,6 +49,9 @@ class InferOptions(TaskOptions):
         where, sample, sample_seed, limit: which records the job is about, see `where.Subset`.
         input_dtype: dtype of the numbers that the model gets, for all or as `name=dtype` by input.
         shard: part of the blocks to do, as `i/n` counting from 1.
+        ray: a Ray cluster to run on: `auto`, or its address; None for this machine.
+        ray_actors: processes with a model over the whole cluster; None for one per node.
+        ray_resources: what each of them takes, as JSON; None for an equal share of its node.
     """
 
     inputs: tuple[str, ...] = dataclasses.field(metadata=described("Files, folders, patterns, - for stdin."))
@@ -89,6 +92,9 @@ class InferOptions(TaskOptions):
     on_error: str = option("stop", "stop, skip or record bad ones.")
     max_errors: int | None = option(None, "Give up after this many.")
     shard: str | None = option(None, "i/n: do part i of n; see merge.")
+    ray: str | None = option(None, "auto or an address: run on a Ray cluster.")
+    ray_actors: int | None = option(None, "Models on the cluster; else one per node.")
+    ray_resources: str | None = option(None, 'Of each: {"CPU": 8, "GPU": 1}; else all of its node.')
     resume: bool = option(False, "Continue the job in --output.")
     allow_unsafe_pickle: bool = option(False, "Load weights from a pickle.")
 
@@ -136,6 +142,7 @@ class InferOptions(TaskOptions):
         for entry in self.rename:
             if not all(entry.partition("=")):
                 raise JobUsageError(f"--rename {entry} names no two columns", "Write old=new.")
+        _check_ray(self)
         self.part  # noqa: B018  raises where --shard is no part
 
     @property
@@ -184,6 +191,28 @@ def _check_subset(options: InferOptions) -> None:
         raise JobUsageError(
             "--limit beside --where or --sample counts records that the other parts of a split job read",
             "Leave --shard or --limit out, or give a smaller --sample.",
+        )
+
+
+def _check_ray(options: InferOptions) -> None:
+    if options.ray is None:
+        for name in ("ray_actors", "ray_resources"):
+            if getattr(options, name) is not None:
+                raise JobUsageError(f"{_flag(name)} has no effect without --ray", "Give --ray auto.")
+        return
+    if not options.ray or options.ray.startswith("ray://"):
+        raise JobUsageError(
+            f"--ray {options.ray!r} is no address that a job can be started from",
+            "Start it on a machine of the cluster, by `ray job submit` for instance, with --ray auto.",
+        )
+    if str(STDIN) in options.inputs:
+        raise JobUsageError(
+            "Standard input and --ray do not go together", "Save it to a file that all nodes see."
+        )
+    if options.subset.chooses and options.limit is not None:
+        raise JobUsageError(
+            "--limit beside --where or --sample counts records that other nodes read",
+            "Leave --ray or --limit out, or give a smaller --sample.",
         )
 
 

@@ -262,6 +262,7 @@ class Pipeline:
         monitor, limit = self._monitor, self._options.max_errors
         monitor.num_done += 1
         monitor.num_bad += 1
+        monitor.last_error = failure.error
         if limit is not None and monitor.num_all_bad > limit:
             raise TooManyBadRecordsError(monitor.num_all_bad, limit, failure.error)
 

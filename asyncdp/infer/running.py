@@ -11,6 +11,7 @@ import anyio
 import anyio.to_thread
 
 from .._devices.threads import end_own_team
+from .cluster.job import ClusterJob
 from .config import make_options
 from .job import Job
 from .options import InferOptions
@@ -85,7 +86,7 @@ async def start(inputs: Inputs, **options: Any) -> AsyncIterator[RunningJob]:
 
 
 async def run(inputs: Inputs, **options: Any) -> Summary:
-    """Run a model over all records of some files, on all lanes of this machine.
+    """Run a model over all records of some files, on all lanes of this machine or of a Ray cluster.
 
     Nothing is printed and no signal is handled. Cancelled, it stops after the batches in flight, and the same
     call with `resume=True` goes on.
@@ -128,13 +129,18 @@ async def plan(inputs: Inputs, **options: Any) -> Plan:
     return plans[0]
 
 
-def _load(inputs: Inputs, options: dict[str, Any]) -> Job:
+def load_job(options: InferOptions) -> Job | ClusterJob:
+    """Return a job on this machine, or on the cluster that its options name."""
+    return Job(options) if options.ray is None else ClusterJob(options)
+
+
+def _load(inputs: Inputs, options: dict[str, Any]) -> Job | ClusterJob:
     """Load a job in a worker thread, which keeps no threads of its own for computing."""
     if isinstance(inputs, InferOptions):
         chosen = make_options(options, inputs)
     else:
         chosen = make_options({"inputs": inputs, **options})
     try:
-        return Job(chosen)
+        return load_job(chosen)
     finally:
         end_own_team()

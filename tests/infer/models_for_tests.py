@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import torch
@@ -141,3 +142,12 @@ def x_of(record):
 def loudness(sound):
     """Rate, length and loudest sample of a sound."""
     return torch.tensor([sound["sampling_rate"], len(sound["array"]), abs(sound["array"]).max()])
+
+
+class Deadly(Sums):
+    """Ends its process over a row starting with 4, as a crash in native code does."""
+
+    def forward(self, x):
+        if bool((x[:, 0] == 4).any()):
+            os.abort()
+        return super().forward(x)

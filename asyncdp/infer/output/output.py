@@ -229,8 +229,15 @@ class OutputFolder:
             self._finish_again(block, StoredFile.of(path, file), names)
         self._schema = schema
 
-    def write_unfinished(self, failures: Sequence[Failure]) -> None:
-        """Store the bad records of blocks that will not be finished; a resume removes them as strays."""
+    def write_unfinished(self, failures: Sequence[Failure], *, others_wrote: bool = False) -> None:
+        """Store the bad records of blocks that will not be finished; a resume removes them as strays.
+
+        Args:
+            failures: the bad records.
+            others_wrote: as for `finish`.
+        """
+        if others_wrote:
+            self._remove_strays()
         if failures:
             write_errors(self.path, "unfinished", failures, self._whole)
 

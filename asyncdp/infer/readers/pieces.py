@@ -6,6 +6,7 @@ import bisect
 import dataclasses
 import itertools
 from collections.abc import Callable, Generator, Iterable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..places import Found
@@ -108,6 +109,11 @@ class Planner:
         self._inputs = inputs
         self._size = block_size
         self._wanted = wanted
+
+    @property
+    def first_input(self) -> Path:
+        """The first of the files, by which a machine can tell whether it sees them."""
+        return self._inputs.files[0].path
 
     def pieces(self) -> Generator[tuple[int, Piece], None, None]:
         """Yield index and piece of every wanted block, in order.

@@ -36,7 +36,8 @@ class TextReader(Reader):
 
         Args:
             file: one that has offsets.
-            first: less than `every`.
+            first: number of a row, less than `every`.
+            every: how many rows there are between two places.
 
         Returns:
             The number of rows.

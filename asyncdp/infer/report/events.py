@@ -18,7 +18,7 @@ class Started:
     Attributes:
         num_records: records to do in all, None when that is not known; estimated where files do not state it.
         num_earlier: those of them that an earlier run has done.
-        lanes: names of the lanes.
+        lanes: names of the lanes; on a cluster those of the nodes.
     """
 
     num_records: int | None
@@ -37,8 +37,10 @@ class Progress:
         seconds: time since the start.
         rate: records per second of this run.
         seconds_left: None where it cannot be estimated.
-        lanes: part of the last seconds that each lane was busy, 0 to 1, by name.
+        lanes: part of the last seconds that each lane was busy, 0 to 1, by name; on a cluster the mean of
+            each node's lanes, by the node's name.
         memory: bytes that the process holds, None where the system does not tell.
+        nodes: how many nodes of a cluster the job runs on; None where it runs on this machine alone.
     """
 
     num_done: int
@@ -49,6 +51,7 @@ class Progress:
     seconds_left: float | None
     lanes: dict[str, float]
     memory: int | None
+    nodes: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from .summary import Summary
 
 _STAGES = ("read", "preprocess", "collate", "lanes", "postprocess", "write")
 _LATELY = 5.0  # seconds
-_NUM_SLOWEST = 10
+NUM_SLOWEST = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +63,8 @@ class Monitor:
         memory: bytes that the process holds, None where that is not known.
         sizes: batches by number of records, rounded up to a power of two.
         slowest: a heap of the slowest batches.
+        last_error: that of the record that was refused last, empty if there is none.
+        num_nodes: nodes of a cluster that the job runs on, None where it runs on this machine.
     """
 
     num_earlier: int = 0
@@ -79,6 +81,8 @@ class Monitor:
     memory: int | None = None
     sizes: Counter[int] = dataclasses.field(default_factory=Counter)
     slowest: list[SlowBatch] = dataclasses.field(default_factory=list)
+    last_error: str = ""
+    num_nodes: int | None = None
     started: float = dataclasses.field(default_factory=time.perf_counter)
     _lock: Any = dataclasses.field(default_factory=threading.Lock, repr=False)
 
@@ -122,7 +126,7 @@ class Monitor:
         self.cost += cost
         self.padding += padding
         self.sizes[1 << (batch.num_records - 1).bit_length()] += 1
-        if len(self.slowest) < _NUM_SLOWEST:
+        if len(self.slowest) < NUM_SLOWEST:
             heapq.heappush(self.slowest, batch)
         elif batch > self.slowest[0]:
             heapq.heapreplace(self.slowest, batch)
@@ -141,6 +145,16 @@ class Monitor:
             spent = time.perf_counter() - start
             with self._lock:
                 self.stages[stage] = self.stages.get(stage, 0.0) + spent
+
+    @contextlib.contextmanager
+    def waiting(self, stage: str) -> Iterator[None]:
+        """Take the time of a block of code, which only waits for others, off that of a stage around it."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.stages[stage] = self.stages.get(stage, 0.0) - (time.perf_counter() - start)
 
     def warn_once(self, text: str) -> None:
         """Keep a warning for the reporter, unless it was given before."""
@@ -164,6 +178,7 @@ class Monitor:
             seconds_left=left / rate if left is not None and rate else None,
             lanes=self.busy_fractions(_LATELY),
             memory=self.memory,
+            nodes=self.num_nodes,
         )
 
     def busy_fractions(self, seconds: float = math.inf) -> dict[str, float]:

@@ -11,6 +11,8 @@ from typing import Any, Self, TextIO
 from .events import Event, Progress, Started, Warned
 from .summary import Plan, Summary
 
+_MOST_LOADS = 16
+
 
 def make_reporter(*, as_json: bool, out: TextIO | None = None) -> Reporter:
     """Choose by what the progress is written to: a terminal gets a bar, everything else plain lines."""
@@ -116,7 +118,7 @@ def _line(event: Event) -> str | None:
     if isinstance(event, Started):
         earlier = f", {event.num_earlier:,} done earlier" if event.num_earlier else ""
         records = "" if event.num_records is None else f" {event.num_records:,} records"
-        return f"running{records} on {', '.join(event.lanes)}{earlier}"
+        return f"running{records} on {_names(event.lanes)}{earlier}"
     if isinstance(event, Progress):
         return (
             f"{event.num_done:,} of {format_count(event.num_records)} records, {event.rate:,.1f}/s, "
@@ -126,9 +128,25 @@ def _line(event: Event) -> str | None:
 
 
 def _state(event: Progress) -> str:
-    load = " ".join(f"{busy:.0%}" for busy in event.lanes.values())
     memory = "" if event.memory is None else f", {event.memory >> 20:,} MiB"
-    return f"{event.num_bad:,} bad, lanes {load or 'idle'}{memory}"
+    nodes = "" if event.nodes is None else f"{format_nodes(event.nodes)}, "
+    return f"{event.num_bad:,} bad, {nodes}lanes {_load(list(event.lanes.values()))}{memory}"
+
+
+def _names(names: tuple[str, ...]) -> str:
+    more = f" and {len(names) - _MOST_LOADS:,} more" if len(names) > _MOST_LOADS else ""
+    return ", ".join(names[:_MOST_LOADS]) + more
+
+
+def _load(busy: list[float]) -> str:
+    if len(busy) > _MOST_LOADS:
+        return f"{sum(busy) / len(busy):.0%} (from {min(busy):.0%} to {max(busy):.0%})"
+    return " ".join(f"{part:.0%}" for part in busy) or "idle"
+
+
+def format_nodes(number: int) -> str:
+    """Return a number of nodes in words."""
+    return f"{number:,} node{'' if number == 1 else 's'}"
 
 
 def _json_fields(event: Event) -> dict[str, Any] | None:
@@ -152,6 +170,8 @@ def format_summary(summary: Summary, *, as_json: bool) -> str:
         return json.dumps({"event": "summary", **dataclasses.asdict(summary)})
     earlier = f" ({summary.num_earlier:,} of them earlier)" if summary.num_earlier else ""
     lanes = ", ".join(f"{name} {busy:.0%}" for name, busy in summary.lanes.items())
+    if len(summary.lanes) > _MOST_LOADS:
+        lanes = f"{len(summary.lanes):,}, {_load(list(summary.lanes.values()))}"
     stages = ", ".join(f"{name} {spent:.1f} s" for name, spent in summary.stages.items())
     where = f", listed in {summary.output}/_errors-*.jsonl" if summary.error_files else ""
     tokens = f", {summary.token_rate:,.1f} tokens/s" if summary.num_tokens else ""
