@@ -124,7 +124,7 @@ class Adaptive:
         """Return why what is left in the module depends on how a batch is split, or None."""
         replicas = self._route.replicas
         num_changing = replicas.carried.num_changing[snapshot.training[0]]
-        if replicas.written or num_changing >= _MIN_CHANGING:
+        if replicas.written.known or num_changing >= _MIN_CHANGING:
             return "forwards change the state of the module, of which lane 0's rows survive"
         return None
 

@@ -205,7 +205,7 @@ class Route:
 
     def _needs_first_lane(self) -> bool:
         """Return whether forwards are likely to change what survives, which is lane 0's."""
-        return self.parts().updates_buffers or bool(self.replicas.written)
+        return self.parts().updates_buffers or bool(self.replicas.written.known)
 
     def _gather_lane(self, last: Lane) -> Lane:
         """Return a lane on the output device: the one that ended last, if it is there."""

@@ -44,7 +44,7 @@ class ModuleState(NamedTuple):
 
         What the caller has put there since is not that of the call.
         """
-        if self.snapshot.has_same_parts() or not (tensors := self.carried.tensors_since(self.snapshot)):
+        if self.carried.next is None or not (tensors := self.carried.tensors_since(self.snapshot)):
             return self
         snapshot = self.snapshot.with_tensors(tensors)
         requires = self.requires
@@ -76,6 +76,8 @@ class LaneModule:
     carried: Carried
     lane: int
     written: WrittenParameters
+    watch: ParameterWatch
+    """Of the module's own parameters, for a lane that has them and need not look closely."""
     own: Set[int]
     """The `id` of each parameter whose memory no other lane has."""
     looks_closely: bool
@@ -92,17 +94,20 @@ class LaneModule:
         replica, snapshot = self.replica, self.writes_back_to
         replica.bind(tensors, self.changes, self.state.training)
         is_recorded = torch.is_grad_enabled()
-        parameters = self.state.snapshot.parameters
+        watch = self.watch
         if self.looks_closely or self.source is not None:
-            parameters = [tensors[id(each)] for each in parameters]
-        watch = ParameterWatch(parameters, closely=self.looks_closely)
+            parameters = [tensors[id(each)] for each in self.state.snapshot.parameters]
+            watch = ParameterWatch(parameters, closely=self.looks_closely)
         try:
+            before = watch.look()
             versions = None if snapshot is None else replica.versions()
             output = replica.module(*args, **kwargs)
-            written = watch.written()
+            written = watch.written(before)
             survivors = replica.survivors(snapshot, versions, written)
             if written or self.looks_closely:
                 self._note(written)
+            # Without a gradient no backward comes to run parts of the forward again.
+            is_recorded = is_recorded and (type(output) is not Tensor or output.requires_grad)
             if survivors is not None:
                 self.carried.apply(survivors, self.state.training[0])
         finally:

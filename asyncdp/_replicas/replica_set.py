@@ -181,7 +181,7 @@ class ReplicaSet:
 
     def _find_ready(self, state: ModuleState, lanes: Sequence[int]) -> list[LaneModule] | None:
         """Return what an earlier pass over these lanes was given, if it is right for this one too."""
-        if self.written.needs_close_look(state.kind):
+        if self.written.known:
             return None
         ready = self._ready.get((*lanes, id(state.training)))
         if ready is None or ready[0].state is not state or state.snapshot is not self._cache.snapshot:
@@ -243,6 +243,7 @@ class ReplicaSet:
                 self.carried,
                 lane,
                 self.written,
+                self.written.watch,
                 own,
                 looks_closely,
                 storages(tensors.values()) if self._devices[lane].type != "cpu" else (),

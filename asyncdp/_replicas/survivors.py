@@ -127,6 +127,8 @@ class Link:
         Args:
             snapshot: whose positions the result has.
         """
+        if self.next is None:
+            return {}
         found: dict[tuple[int, str], Any] = {}
         for link, positions in self._since(snapshot):
             for (place, name), value in link.values.items():
@@ -147,8 +149,6 @@ class Link:
 
     def _since(self, snapshot: ModuleSnapshot) -> Iterator[tuple[Link, Mapping[int, int]]]:
         """Yield this link and the later ones, and which position in the snapshot each of theirs has."""
-        if self.next is None:
-            return
         link = self
         positions = {id(each): position for position, each in enumerate(snapshot.modules)}
         while link.next is not None:

@@ -29,41 +29,45 @@ _passes = itertools.count()
 
 
 class ParameterWatch:
-    """Tells which parameters are written while a forward runs.
+    """Tells which parameters are written while forwards run, any number of them at a time.
 
     Args:
         parameters: what to watch.
         closely: watch all of them, and their values too: no version counts a write by way of `.data`.
     """
 
-    __slots__ = ("_closely", "_first", "_samples", "_step", "_versions", "_watched")
+    __slots__ = ("_parts", "_state_of", "closely")
 
     def __init__(self, parameters: Sequence[Tensor], *, closely: bool) -> None:
-        self._closely = closely
-        self._step = 1 if closely else -(-len(parameters) // _MAX_WATCHED) or 1
-        self._first = next(_passes) % self._step
-        self._watched = parameters if self._step == 1 else parameters[self._first :: self._step]
-        self._versions = _versions(self._watched)
-        self._samples = [*map(_sample, self._watched)] if closely else []
+        self.closely = closely
+        self._state_of = _close_look if closely else version_of
+        # An inference tensor counts no versions.
+        places = [place for place, each in enumerate(parameters) if closely or not each.is_inference()]
+        step = 1 if closely else -(-len(places) // _MAX_WATCHED) or 1
+        chosen = [places[first::step] for first in range(step)]
+        self._parts = [(each, [parameters[place] for place in each]) for each in chosen]
 
-    def written(self) -> list[int]:
+    def look(self) -> Look:
+        """Return how parameters are before a forward, for `written`."""
+        part = next(_passes) % len(self._parts)
+        return part, [*map(self._state_of, self._parts[part][1])]
+
+    def written(self, before: Look) -> list[int]:
         """Return the positions of those that were written since."""
-        versions = _versions(self._watched)
-        samples = [*map(_sample, self._watched)] if self._closely else []
-        if versions == self._versions and samples == self._samples:
+        part, states = before
+        places, watched = self._parts[part]
+        now = [*map(self._state_of, watched)]
+        if now == states:
             return []
-        return [
-            self._first + self._step * place
-            for place, version in enumerate(versions)
-            if version != self._versions[place] or (samples and samples[place] != self._samples[place])
-        ]
+        return [place for place, old, new in zip(places, states, now, strict=True) if old != new]
 
 
-def _versions(tensors: Sequence[Tensor]) -> list[Any]:
-    try:
-        return [*map(version_of, tensors)]
-    except RuntimeError:  # an inference tensor, which counts none
-        return [None if tensor.is_inference() else version_of(tensor) for tensor in tensors]
+Look = tuple[int, list[Any]]
+"""Which part of the parameters was looked at, and what they were like."""
+
+
+def _close_look(tensor: Tensor) -> tuple[int, int]:
+    return 0 if tensor.is_inference() else version_of(tensor), _sample(tensor)
 
 
 def _sample(tensor: Tensor) -> int:
@@ -85,25 +89,38 @@ class WrittenParameters:
 
     Attributes:
         parameters: all that the module has.
+        known: the positions of those that forwards have written.
+        watch: of all, but not closely.
     """
 
     def __init__(self, devices: Sequence[torch.device]) -> None:
         self._devices = devices
         self.parameters: list[Tensor] = []
-        self._known: set[int] = set()  # positions in `parameters`
+        self.known: set[int] = set()
+        self.watch = ParameterWatch((), closely=False)
         self._seen: set[Hashable] = set()
 
-    def __bool__(self) -> bool:
-        return bool(self._known)
+    def follow(self, snapshot: ModuleSnapshot) -> None:
+        """Forget everything if the module has other parameters."""
+        if self.parameters is not snapshot.parameters:
+            if not is_same(self.parameters, snapshot.parameters):
+                self.known, self._seen = set(), set()
+            self.parameters = snapshot.parameters
+            self.watch = ParameterWatch(self.parameters, closely=False)
+
+    def watch_of(self, snapshot: ModuleSnapshot, kind: Hashable) -> ParameterWatch:
+        """Return what watches the module's own parameters in a pass, closely if need be."""
+        self.follow(snapshot)
+        return ParameterWatch(self.parameters, closely=True) if self.needs_close_look(kind) else self.watch
 
     def needs_close_look(self, kind: Hashable) -> bool:
         """Return whether a pass is to be watched closely: the first of its kind, or all where some write."""
-        return bool(self._known) or kind not in self._seen
+        return bool(self.known) or kind not in self._seen
 
     def add(self, kind: Hashable, positions: Collection[int]) -> None:
         """Remember which parameters the forward of a pass has written, none of them for most."""
         self._seen.add(kind)
-        self._known.update(positions)
+        self.known.update(positions)
 
     def own(self, snapshot: ModuleSnapshot, kind: Hashable, lanes: Sequence[int]) -> Set[int]:
         """Return the `id` of each parameter of which no two lanes may share the memory in a pass.
@@ -113,15 +130,13 @@ class WrittenParameters:
             kind: of the pass.
             lanes: the positions of those that run it.
         """
-        if not is_same(self.parameters, snapshot.parameters):
-            self.parameters = snapshot.parameters
-            self._known, self._seen = set(), set()
+        self.follow(snapshot)
         if kind not in self._seen:
             shared = [each for each in self.parameters if self.is_shared(each)]
             num_bytes = sum(each.numel() * each.element_size() for each in shared)
             if num_bytes * sum(lane > 0 for lane in lanes) <= _MAX_COPIED_BYTES:
                 return {*map(id, shared)}
-        return {id(self.parameters[position]) for position in self._known}
+        return {id(self.parameters[position]) for position in self.known}
 
     def is_shared(self, parameter: Tensor) -> bool:
         """Return whether several lanes would have a parameter itself."""

@@ -19,7 +19,7 @@ from .._replicas.copies import copies_in_place, storages
 from .._replicas.replica import Replica, ReplicaCache, Substitutions, substitutions
 from .._replicas.snapshot import AttributeMap, ModuleSnapshot
 from .._replicas.survivors import Survivors
-from .._replicas.writes import ParameterWatch
+from .._replicas.writes import Look, ParameterWatch
 from .._torch_private import foreach_copy_
 from .reducer import Gradients, bucket_positions
 
@@ -73,7 +73,8 @@ class TrainingLane:
         self._memory: list[torch.UntypedStorage] = []
         assert cache.snapshot is not None, "the replicas are built"
         self._parameters = [self._tensors[id(each)] for each in cache.snapshot.parameters]
-        self._watch: ParameterWatch | None = None
+        self._watch = ParameterWatch(self._parameters, closely=False)
+        self._before: Look | None = None
         self._versions: dict[int, int] = {}
         self.survivors: Survivors | None = None
         """What the forward did to buffers, until `take_survivors`."""
@@ -96,7 +97,9 @@ class TrainingLane:
         changes = self._cache.changes
         self._replica.bind(self._tensors, {**changes, **carried} if carried else changes, training)
         self._versions = self._replica.versions()
-        self._watch = ParameterWatch(self._parameters, closely=looks_closely)
+        if self._watch.closely is not looks_closely:
+            self._watch = ParameterWatch(self._parameters, closely=looks_closely)
+        self._before = self._watch.look()
         return self._replica.module
 
     def refresh(self) -> None:
@@ -117,8 +120,8 @@ class TrainingLane:
         Raises:
             LazyModuleError: the forward made submodules or parameters.
         """
-        assert self._watch is not None, "the forward has begun"
-        written = self._watch.written()
+        assert self._before is not None, "the forward has begun"
+        written = self._watch.written(self._before)
         self.survivors = self._replica.survivors(self._cache.snapshot, self._versions, written)
         return written
 
@@ -145,7 +148,7 @@ class TrainingLane:
     def collect(self) -> Gradients:
         """Take the gradients that were not reported; after a failure too, or the next step has them."""
         self._report = None  # it refers to the step's reducer, and so to all its sums
-        self._watch = None
+        self._before = None
         self._replica.end(is_recorded=False, looks_anew=True)
         gradients = [leaf.grad for leaf in self.leaves]
         for leaf in self.leaves:

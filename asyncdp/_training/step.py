@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import chain
@@ -20,7 +20,6 @@ from .._replicas.order import Use, in_turn
 from .._replicas.replica import Replica
 from .._replicas.replica_set import ReplicaSet
 from .._replicas.snapshot import ModuleSnapshot
-from .._replicas.writes import ParameterWatch
 from .._runtime import Lane
 from .._torch_private import hooks_of
 from .._verbs.batch import Batch, positional
@@ -127,6 +126,7 @@ class Step:
         self.options = options
         self.accumulate = accumulate
         self._state = state
+        self._kind = "step", state.training[0]  # what steps have that are likely to write the same parameters
         self._modules = modules
         self._replicas = replicas
         self._accumulated = accumulated
@@ -195,28 +195,30 @@ class Step:
         self._saved = SavedGradients(trainable, self.options.optimizer)
         carried = state.carried.values_since(state.snapshot)
         replica = self._replicas.bind_in_place(state.snapshot, state.training, carried)
-        scale, shares = self._scale(trainable), []
+        scale, shares, has_looked = self._scale(trainable), [], False
         try:
-            written = self._modules.written
-            written.own(state.snapshot, self._kind, [0])
-            watch = ParameterWatch(state.snapshot.parameters, closely=written.needs_close_look(self._kind))
+            watch = self._modules.written.watch_of(state.snapshot, self._kind)
+            before = watch.look()
             for piece in self._pieces[0]:
                 share = self._loss_of(piece, replica.module, self._lanes[0].device)
-                self._end_forward_in_place(replica, watch.written())
+                self._note_writes_in_place(replica, watch.written(before))
                 loss = share if scale is None else share * scale.to(share.device)
                 self._backward(loss, trainable, piece is self._pieces[0][-1])
                 shares.append(share.detach())
+            replica.survivors(None, None)  # refuses parts that the forward has made
+            has_looked = True
         finally:
-            replica.end(is_recorded=False, looks_anew=True)
+            replica.end(is_recorded=False, looks_anew=not has_looked)
         self._in_place = trainable
         return _sum(shares)
 
-    def _end_forward_in_place(self, replica: Replica, written: Sequence[int]) -> None:
-        """Carry what a forward did to the module, at once as what it wrote there itself."""
+    def _note_writes_in_place(self, replica: Replica, written: Sequence[int]) -> None:
+        """Carry what goes with parameters that a forward wrote into the module, where those are already."""
         self._note_writes(written)
-        survivors = replica.survivors(self._state.snapshot if written else None, {}, written)
-        if survivors is not None:
-            self._modules.carried.apply(survivors, self._state.training[0])
+        if written:
+            survivors = replica.survivors(self._state.snapshot, {}, written)
+            if survivors is not None:
+                self._modules.carried.apply(survivors, self._state.training[0])
 
     def accumulate_gradients(self) -> None:
         """Accumulate the lanes' gradients for the next step that reduces."""
@@ -330,11 +332,6 @@ class Step:
                 self._prepared = self._prepare_lanes()
             return self._prepared
 
-    @property
-    def _kind(self) -> Hashable:
-        """What steps have in common that are likely to write the same parameters."""
-        return "step", self._state.training[0]
-
     def _note_writes(self, positions: Sequence[int]) -> None:
         """Have later steps and passes know which parameters a forward wrote.
 
@@ -343,7 +340,7 @@ class Step:
         """
         written = self._modules.written
         written.add(self._kind, positions)
-        if len(self._lanes) > 1:
+        if positions and len(self._lanes) > 1:
             written.check_apart(positions, self._own, self._state.snapshot)
 
     def _prepare_lanes(self) -> _Prepared:
