@@ -172,6 +172,10 @@ def image(path: Path) -> list[Any]:
 
     with Image.open(path) as opened:
         upright = ImageOps.exif_transpose(opened)
+        if upright.mode.startswith("I;16"):  # the library's own conversion cuts values off at 255
+            grey = np.asarray(upright).astype(int)
+            clear = grey == upright.info.get("transparency")
+            return [np.where(clear, 255, np.rint(grey / 257)).astype(np.uint8)[..., None].repeat(3, axis=2)]
         if not upright.has_transparency_data:
             return [np.asarray(upright.convert("RGB"))]
         pixels = np.asarray(upright.convert("RGBA")).astype(float)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import sqlite3
 import tarfile
@@ -56,6 +57,45 @@ def test_arrow_that_is_cut_anywhere(tmp_path, stream):
         (tmp_path / "cut.arrow").write_bytes(whole[:end])
         with pytest.raises(DamagedInputError, match=r"cut.arrow cannot be read"):
             values(tmp_path / "cut.arrow")
+
+
+def test_a_stream_of_an_old_release(tmp_path):
+    """Before Arrow 0.15 another mark ended a stream; one that lacks it is cut."""
+    path = tmp_path / "old.arrows"
+    table = pa.table({"x": [1, 2]})
+    options = pa.ipc.IpcWriteOptions(use_legacy_format=True)
+    with pa.ipc.new_stream(path, table.schema, options=options) as writer:
+        writer.write_table(table)
+    assert values(path) == [{"x": 1}, {"x": 2}]
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(DamagedInputError, match="no end mark"):
+        values(path)
+
+
+# Schemas of one column, as Arrow writes them: its functions for Python cannot make these types.
+SPANS = {
+    "month_interval": (
+        "/////3AAAAAQAAAAAAAKAAwABgAFAAgACgAAAAABBAAMAAAACAAIAAAABAAIAAAABAAAAAEAAAAUAAAAEAAUAAgABgAHAAwA"
+        "AAAQABAAAAAAAAELEAAAABwAAAAEAAAAAAAAAAQAAABzcGFuAAAAAAQABAAEAAAA"
+    ),
+    "day_time_interval": (
+        "/////3gAAAAQAAAAAAAKAAwABgAFAAgACgAAAAABBAAMAAAACAAIAAAABAAIAAAABAAAAAEAAAAUAAAAEAAUAAgABgAHAAwA"
+        "AAAQABAAAAAAAAELEAAAABwAAAAEAAAAAAAAAAQAAABzcGFuAAAGAAgABgAGAAAAAAABAAAAAAA="
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SPANS)
+def test_types_that_arrow_does_not_give_to_python(tmp_path, kind):
+    """Such a column is named at the start, and no record is lost; the others can be read."""
+    span = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(SPANS[kind]))).field("span")
+    for field in (span, pa.field("span", pa.list_(span.type))):
+        path = tmp_path / "odd.arrow"
+        with pa.ipc.new_file(path, pa.schema([pa.field("x", pa.int64()), field])):
+            pass
+        with pytest.raises(InputError, match=f"column 'span' is of type .*{kind}.*Choose others"):
+            values(path)
+        assert values(path, ["x"]) == []
 
 
 def test_a_feather_file(tmp_path):

@@ -29,6 +29,13 @@ def test_16_bit_grey(work, name):
     assert image.getpixel((15, 15)) == (255, 255, 255)
 
 
+def test_a_transparent_16_bit_grey(work):
+    """It is white, as other transparency is, and not the grey that nobody sees."""
+    image = Image.fromarray(np.array([[7, 700]], np.uint16))
+    found = saved(work, image, transparency=700)
+    assert [found.getpixel((x, 0)) for x in range(2)] == [(0, 0, 0), (255, 255, 255)]
+
+
 def test_floating_point_grey(work):
     """From black, 0, to white, 1; a picture in another range is refused, not made black."""
     image = saved(work, Image.fromarray(np.array([[0, 0.5, 1]], np.float32)), "a.tiff")

@@ -72,7 +72,10 @@ def _opened(file: InputFile) -> Iterator[tuple[Any, Iterator[Any]]]:
             with stream:
                 head = stream.read(len(_MAGIC))
                 stream.seek(-min(len(_END), file.num_bytes), os.SEEK_END)
-                has_end = stream.read(len(_END)) == _END
+                end = stream.read(len(_END))
+                # Until version 0.15 the mark was zeros alone, after messages of a multiple of 8 bytes.
+                is_old = head[:4] != _END[:4] and file.num_bytes % 8 == 4
+                has_end = end == _END or (is_old and end[4:] == _END[4:])
             if is_remote(file.path):
                 source = stack.enter_context(open_place(file.path, in_order=False))
             else:

@@ -14,7 +14,7 @@ from .base import InputFile, Selection
 
 
 def check_schema(file: InputFile, schema: Any, selection: Selection) -> None:
-    """Fail where two columns have the same name, or the condition does not fit the columns.
+    """Fail where columns share a name, one has a type that Python lacks, or the condition does not fit.
 
     Raises:
         InputError: with what is wrong.
@@ -23,8 +23,24 @@ def check_schema(file: InputFile, schema: Any, selection: Selection) -> None:
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise InputError(f"{file.name} has two columns {twice!r}", "Rename one: records go by names.")
+    for field in schema:
+        if (selection.needed is None or field.name in selection.needed) and not _exists_in_python(field.type):
+            raise InputError(
+                f"{file.name}: column {field.name!r} is of type {field.type}, which Python cannot get",
+                "Choose others with --column, or convert it.",
+            )
     if selection.where is not None:
         selection.where.check_fit(schema, file.name)
+
+
+def _exists_in_python(kind: Any) -> bool:
+    import pyarrow
+
+    try:
+        pyarrow.nulls(0, kind)
+    except KeyError:  # intervals of months, or of days and milliseconds
+        return False
+    return all(_exists_in_python(kind.field(index).type) for index in range(kind.num_fields))
 
 
 def selected_rows(batch: Any, selection: Selection, name: str, number: int) -> Iterator[Row | None]:

@@ -45,7 +45,9 @@ def _as_rgb(image: Any) -> Any:
     from PIL import Image
 
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        return _from_numbers(np.asarray(image).astype(np.float64) / 65535)
+        pixels = np.asarray(image).astype(np.float64)
+        pixels[pixels == image.info.get("transparency", -1)] = 65535  # as on white
+        return _from_numbers(pixels / 65535)
     if image.mode == "F":
         return _from_numbers(np.asarray(image))
     if image.mode == "I":
