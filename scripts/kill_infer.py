@@ -2,6 +2,7 @@
 
     .venv/bin/python scripts/kill_infer.py --kills 100
     .venv/bin/python scripts/kill_infer.py --kills 100 --store    # into a server that speaks as S3 does
+    .venv/bin/python scripts/kill_infer.py --kills 50 --ray       # of each: actors, raylets, drivers
 
 Every attempt is a forked process that gets SIGKILL after a random time. A job that reaches its end is
 compared with one that nobody disturbed, file by file and byte by byte, and the ids in its shards are counted;
@@ -26,11 +27,13 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import anyio
 import machine
 import pyarrow.parquet
 import torch
+from kill_ray import hunt_on_ray
 from torch import nn
 
 from asyncdp.infer import InferOptions, Job
@@ -38,6 +41,9 @@ from asyncdp.infer.output.journal import load_journal
 from asyncdp.infer.places import find_all, open_place, place_of
 
 BAD_FROM, BAD_EVERY = 500, 997
+
+
+RAY_SHARD = 32
 
 
 class Scaled(nn.Module):
@@ -48,24 +54,54 @@ class Scaled(nn.Module):
         return {"double": x * 2, "sum": x.sum(1)}
 
 
+class Slowly(Scaled):
+    """The same, as slow as a model of some size."""
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return both."""
+        time.sleep(0.02)
+        return super().forward(x)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--records", type=int, default=6000)
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--store", action="store_true", help="write into a store instead of a disk")
+    parser.add_argument("--ray", action="store_true", help="over a Ray cluster of two raylets")
     parser.add_argument("--keep", type=Path, default=None, help="add the result to a file of JSON")
     chosen = parser.parse_args()
     seed = chosen.seed if chosen.seed is not None else random.randrange(2**32)
     print(f"seed {seed}", flush=True)
     sys.modules["kill_infer_models"] = sys.modules["__main__"]
+    if chosen.ray:
+        with tempfile.TemporaryDirectory() as folder:
+            keep(chosen, "ray", seed, on_ray(Path(folder), chosen.kills, chosen.records, random.Random(seed)))
+        return
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         outputs = stack.enter_context(store()) if chosen.store else folder
         found = hunt(Path(folder), outputs, chosen.kills, chosen.records, random.Random(seed))
+    keep(chosen, "store" if chosen.store else "disk", seed, found)
+
+
+def keep(chosen: argparse.Namespace, name: str, seed: int, found: dict[str, Any]) -> None:
     if chosen.keep is not None:
         results = json.loads(chosen.keep.read_text()) if chosen.keep.exists() else {}
-        results["store" if chosen.store else "disk"] = {**machine.origin(), "seed": seed, **found}
+        results[name] = {**machine.origin(), "seed": seed, **found}
         chosen.keep.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def on_ray(folder: Path, num_kills: int, num_records: int, dice: random.Random) -> dict[str, Any]:
+    source = write_input(folder, num_records)
+    assert attempt(lambda: run(source, str(folder / "whole"), RAY_SHARD)), "the undisturbed run failed"
+    options = ["--model", "kill_infer:Slowly", "--column", "x", "--on-error", "record"]
+    options += ["--batch-size", "8", "--window", "32", "--shard-size", str(RAY_SHARD)]
+
+    def check(output: Path) -> None:
+        assert attempt(lambda: compare(str(folder / "whole"), str(output), num_records))
+
+    return {"records": num_records, **hunt_on_ray(folder, source, num_kills, dice, options, check)}
 
 
 @contextlib.contextmanager
@@ -96,12 +132,7 @@ def store() -> Iterator[str]:
 
 
 def hunt(folder: Path, outputs: str, num_kills: int, num_records: int, dice: random.Random) -> dict[str, int]:
-    source = folder / "input.jsonl"
-    with open(source, "w") as file:
-        for index in range(num_records):
-            # A few records are bad, so that error shards are part of what must survive.
-            is_bad = index % BAD_EVERY == BAD_FROM
-            file.write(("bad" if is_bad else json.dumps({"x": [index, index % 7, 1.5, -index]})) + "\n")
+    source = write_input(folder, num_records)
     whole = f"{outputs}/whole"
     started = time.monotonic()
     assert attempt(lambda: run(source, whole)), "the undisturbed run failed"
@@ -121,6 +152,16 @@ def hunt(folder: Path, outputs: str, num_kills: int, num_records: int, dice: ran
         print(f"{kills} kills, {jobs} jobs", flush=True)
     print(f"{kills} kills ({midway} of them midway), {jobs} jobs finished, every output identical")
     return {"kills": kills, "midway": midway, "jobs": jobs, "records": num_records, "lost": 0, "repeated": 0}
+
+
+def write_input(folder: Path, num_records: int) -> Path:
+    source = folder / "input.jsonl"
+    with open(source, "w") as file:
+        for index in range(num_records):
+            # A few records are bad, so that error shards are part of what must survive.
+            is_bad = index % BAD_EVERY == BAD_FROM
+            file.write(("bad" if is_bad else json.dumps({"x": [index, index % 7, 1.5, -index]})) + "\n")
+    return source
 
 
 def check_midway(output: str, num_records: int) -> None:
@@ -154,7 +195,7 @@ def attempt(work: Callable[[], None], seconds: float | None = None, *, may_fail:
         time.sleep(0.001)
 
 
-def run(source: Path, output: str) -> None:
+def run(source: Path, output: str, shard_size: int = 64) -> None:
     options = InferOptions(
         (str(source),),
         "kill_infer_models:Scaled",
@@ -163,7 +204,7 @@ def run(source: Path, output: str) -> None:
         devices="cpu*2",
         batch_size=8,
         window=32,
-        shard_size=64,
+        shard_size=shard_size,
         on_error="record",
         resume=True,
     )

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from ...errors import JobUsageError, MissingExtraError
+from ...errors import JobError, JobUsageError, MissingExtraError
 from .actor import JobActor
 from .messages import Setup
 from .placing import Node, Slot
@@ -51,8 +51,18 @@ class RayCluster:
         self.is_new = is_new
 
     def nodes(self) -> list[Node]:
-        """Return the nodes that live."""
-        found = [entry for entry in self._ray.nodes() if entry["Alive"]]
+        """Return the nodes that live.
+
+        Raises:
+            JobError: the cluster does not answer.
+        """
+        try:
+            found = [entry for entry in self._ray.nodes() if entry["Alive"]]
+        except Exception as error:  # of several classes
+            raise JobError(
+                f"The cluster does not answer: {_brief(error)}",
+                "Start it again, then continue with --resume.",
+            ) from error
         names = Counter(entry["NodeManagerAddress"] for entry in found)
         return [Node(entry["NodeID"], _name(entry, names), entry["Resources"]) for entry in found]
 
