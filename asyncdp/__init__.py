@@ -106,12 +106,15 @@ _MODULES = (
     "_verbs.scatter",
 )
 
+# Rooms of their own, which nothing else here needs. That of Ray is no part of `import *`, since it needs Ray.
+_ROOMS = ("infer", "ray")
+
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in (*__all__, *_ROOMS):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name == "infer":  # a room of its own, which nothing else here needs
-        return importlib.import_module(".infer", __name__)
+    if name in _ROOMS:
+        return importlib.import_module(f".{name}", __name__)
     modules = [importlib.import_module(f".{each}", __name__) for each in _MODULES]
     if name not in globals():
         exported = {

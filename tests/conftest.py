@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis  # noqa: F401  before `quick_collections`: as it is imported it asks for referrers
 import pytest
@@ -40,3 +41,25 @@ def never_block_the_loop() -> Iterator[BlockBuster]:
     """Fail any test whose code makes a blocking call on an asyncio event loop's thread."""
     with blockbuster_ctx() as blockbuster:
         yield blockbuster
+
+
+@pytest.fixture(scope="session")
+def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BERT with a word tokenizer, saved as transformers saves one."""
+    transformers = pytest.importorskip("transformers")
+    import tokenizers
+
+    folder = tmp_path_factory.mktemp("encoder")
+    words = {word: index for index, word in enumerate(["[PAD]", "[UNK]", "one", "two", "three", "four"])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_max_length=16
+    )
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=6, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    transformers.BertModel(config).save_pretrained(folder)
+    return folder

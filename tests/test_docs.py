@@ -16,7 +16,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 # The job's page is one story of shell and Python together; tests/infer/test_docs.py runs it as a whole.
-RUN_ELSEWHERE = {ROOT / "docs" / "infer.md"}
+# Programs with Ray run in the one cluster of tests/ray/test_cluster.py.
+RUN_ELSEWHERE = {ROOT / "docs" / "infer.md", ROOT / "docs" / "ray.md"}
 EXAMPLES = [
     (page.relative_to(ROOT), number, code)
     for page in PAGES

@@ -29,6 +29,7 @@ from .serving import CollateError as CollateError
 from .serving import DuplicateNameError as DuplicateNameError
 from .serving import EngineCancelledError as EngineCancelledError
 from .serving import NestedCallError as NestedCallError
+from .serving import NoLaneWorksError as NoLaneWorksError
 from .serving import NotServableError as NotServableError
 from .serving import OtherLoopError as OtherLoopError
 from .serving import SplitError as SplitError

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from .base import AsyncDPError
 
 
@@ -106,3 +108,11 @@ class DuplicateNameError(AsyncDPError, ValueError):
             f"the metrics of a batcher named {name!r} are exported there already. "
             "Pass another name=, to the Batcher or to this export."
         )
+
+
+class NoLaneWorksError(AsyncDPError, RuntimeError):
+    """All lanes of a model are lost, hang or are closed, so that nothing it is asked will be answered."""
+
+    def __init__(self, states: Mapping[str, str]) -> None:
+        listed = ", ".join(f"{name} is {state}" for name, state in states.items())
+        super().__init__(f"no lane works: {listed}. Start another process in the place of this one.")

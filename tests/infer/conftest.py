@@ -9,7 +9,6 @@ from pathlib import Path
 
 import anyio
 import pytest
-import torch
 
 from asyncdp.infer import InferOptions, Job
 
@@ -50,28 +49,6 @@ def run(work, anyio_backend):
         return anyio.run(job.run, None, monitor, backend=anyio_backend)
 
     return run
-
-
-@pytest.fixture(scope="session")
-def encoder_folder(tmp_path_factory):
-    """A tiny BERT with a word tokenizer, saved as transformers saves one."""
-    transformers = pytest.importorskip("transformers")
-    import tokenizers
-
-    folder = tmp_path_factory.mktemp("encoder")
-    words = {word: index for index, word in enumerate(["[PAD]", "[UNK]", "one", "two", "three", "four"])}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_max_length=16
-    )
-    fast.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=6, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
-    )
-    transformers.BertModel(config).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
