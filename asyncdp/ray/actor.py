@@ -85,7 +85,7 @@ class InferenceActor:
             args = await anyio.to_thread.run_sync(self._model.tensors, args)
             kwargs = await anyio.to_thread.run_sync(self._model.tensors, kwargs)
             return await self._model.engine(*args, **kwargs)
-        values = args[0] if len(args) == 1 and not kwargs else None
+        values: Any = args[0] if len(args) == 1 and not kwargs else None
         if isinstance(values, str | bytes | Mapping) or not hasattr(values, "__len__"):
             raise JobUsageError(
                 "A batch of this model is one list of values", 'Call it with ["a text", ...] alone.'
