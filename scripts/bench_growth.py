@@ -34,8 +34,9 @@ SCRIPT = Path(__file__).resolve()
 RESULTS = SCRIPT.parent.parent / "docs" / "results"
 NUM_ROWS = 64
 MIN_ROUNDS = 3
-NUM_WARM_UPS = 3
+NUM_WARM_UPS = 3  # fewer, but one, where they take longer than all timed turns may
 NUM_LEARNING = 24  # calls after which an engine has chosen how many lanes to take
+MAX_REPLICATED = 160_000  # more parameters or submodules on all lanes together take minutes
 AUTO = "auto"
 """In the place of a number of lanes: two, of which the engine takes as many as it finds quickest."""
 CALLS = ("no gradients", "forward", "forward and backward", "step")
@@ -127,19 +128,23 @@ async def measure(kind: str, count: int, lanes: str, rounds: int, seconds: float
             times: dict[str, list[float]] = {PLAIN: [], ENGINE: []}
             num_warm_ups = NUM_LEARNING if lanes == AUTO else NUM_WARM_UPS
             began = time.perf_counter()
-            for number in range(num_warm_ups + rounds):
+            while len(times[PLAIN]) < rounds:
                 for name in random.sample(list(times), 2):
                     started = time.perf_counter()
                     await contenders[name][call]()
-                    times[name].append(time.perf_counter() - started)
+                    if num_warm_ups == 0:
+                        times[name].append(time.perf_counter() - started)
                 for module in (plain, ours):
                     for parameter in module.parameters():
                         parameter.grad = None
-                num_timed = number + 1 - num_warm_ups
-                if num_timed >= MIN_ROUNDS and time.perf_counter() - began > seconds:
+                is_late = time.perf_counter() - began > seconds
+                if num_warm_ups > 0:
+                    num_warm_ups = 0 if is_late else num_warm_ups - 1
+                    began = time.perf_counter() if num_warm_ups == 0 else began
+                elif is_late and len(times[PLAIN]) >= MIN_ROUNDS:
                     break
-            found[call] = {name: statistics.median(each[num_warm_ups:]) for name, each in times.items()}
-            found[call]["rounds"] = len(times[PLAIN]) - num_warm_ups
+            found[call] = {name: statistics.median(each) for name, each in times.items()}
+            found[call]["rounds"] = len(times[PLAIN])
     return found
 
 
@@ -267,7 +272,8 @@ def main() -> None:
     )
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--rounds", type=int, default=50, help="at most so many timed turns of each")
-    parser.add_argument("--seconds", type=float, default=5.0, help="no new turn of a call after so long")
+    parser.add_argument("--seconds", type=float, default=0.7, help="no new turn of a call after so long")
+    parser.add_argument("--large", action="store_true", help="also 10,000 on 64 lanes, which take minutes")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     parser.add_argument("--here", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -284,6 +290,8 @@ def main() -> None:
     for kind in options.kinds:
         for count in result["counts"]:
             for lanes in options.lanes:
+                if lanes != AUTO and count * int(lanes) > MAX_REPLICATED and not options.large:
+                    continue
                 result["rows"].append(measure_in_process(kind, count, lanes, options))
                 print(json.dumps(result["rows"][-1]), file=sys.stderr, flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
