@@ -54,7 +54,8 @@ def main() -> None:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
     rows = ray.data.read_json(source, lines=True).repartition(machine.num_cores() * 4)
-    embedded = rows.map_batches(Embedder, batch_size=32, concurrency=machine.num_cores(), num_cpus=1)
+    # An actor on every core, but not all of Ray's processors: its readers and writers would wait for ever.
+    embedded = rows.map_batches(Embedder, batch_size=32, concurrency=machine.num_cores(), num_cpus=0.5)
     embedded.write_parquet(output)
     import pyarrow.dataset
 
