@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .._torch_private import store_of_group, timeout_of_group
 from ..errors import ProcessGroupError
+from .waits import wait_done
 
 dist: Any = torch.distributed  # exports part of what it documents
 
@@ -106,7 +107,7 @@ class Transport:
         """Give signed 64-bit numbers to all processes, as many as they give; return those of each."""
         table = torch.zeros(self.size, len(numbers), dtype=torch.int64)
         table[self.rank] = torch.tensor(numbers, dtype=torch.int64)
-        self._gloo.allreduce([table]).wait()
+        wait_done(self._gloo.allreduce([table]))
         return table.tolist()
 
     def exchange_texts(self, text: str) -> list[str]:
@@ -117,7 +118,7 @@ class Transport:
         if own:
             table[self.rank, : len(own)] = torch.frombuffer(bytearray(own), dtype=torch.uint8)
         if table.numel():
-            self._gloo.allreduce([table]).wait()
+            wait_done(self._gloo.allreduce([table]))
         return [
             bytes(row[:length].tolist()).decode(errors="replace")
             for row, length in zip(table, lengths, strict=True)
@@ -140,8 +141,10 @@ class Transport:
         work = group.allreduce([tensor])
 
         def wait() -> Tensor:
-            work.wait()
-            if tensor.device.type == "cuda":
+            if group is self._gloo:
+                wait_done(work)
+            else:
+                work.wait()
                 torch.cuda.current_stream(device).synchronize()
             return tensor.to(device)
 
@@ -151,5 +154,5 @@ class Transport:
         """Give a contiguous tensor on the CPU to all processes; the others' are written to."""
         options = dist.BroadcastOptions()
         options.rootRank = owner
-        self._gloo.broadcast([tensor], options).wait()
+        wait_done(self._gloo.broadcast([tensor], options))
         return tensor
