@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from .._replicas.copies import DEFAULT_BUCKET_BYTES, buckets
 from ..errors import ProcessMismatchError
 from .agreement import first_difference
+from .digest import digest_of
 from .layout import strides_of
 from .transport import Transport
 
@@ -108,12 +108,6 @@ def share_tensors(transport: Transport, tensors: Sequence[Tensor], owner: int) -
             for tensor, part in zip(bucket, flat.split([each.numel() for each in values]), strict=True):
                 # A copy, as a part of the whole need not begin where a number of that dtype may.
                 tensor.copy_(part.clone().view(tensor.dtype).view(tensor.shape))
-
-
-def digest_of(text: str | bytes) -> int:
-    """Return a number of 62 bits that differs, as good as surely, for different texts."""
-    data = text.encode() if isinstance(text, str) else text
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") >> 2
 
 
 def _lines(module: nn.Module) -> list[str]:

@@ -31,6 +31,7 @@ from .agreement import (
     num_words,
     words_of,
 )
+from .digest import digest_of
 from .layout import Gradients, Layout
 
 MAX_TEXT = 4000
@@ -71,6 +72,7 @@ class Intent:
         workload: None if it failed before that was known.
         is_sum: whether losses are added up, not averaged.
         needs_vote: whether something may fail after the gradients were summed.
+        settings: what else must be the same everywhere, and may change from step to step.
         number: which of the process's steps it is.
     """
 
@@ -79,6 +81,7 @@ class Intent:
     workload: Workload | None = None
     is_sum: bool = False
     needs_vote: bool = False
+    settings: str = ""
     number: int = 0
 
 
@@ -315,7 +318,7 @@ class StepExchange:
             num_done,
             kind,
             NO_ROWS if intent.rows is None else intent.rows,
-            0 if intent.workload is None else intent.workload.digest,
+            0 if intent.workload is None else intent.workload.digest ^ digest_of(intent.settings),
             intent.is_sum,
             intent.needs_vote,
             is_diverged,
@@ -323,7 +326,8 @@ class StepExchange:
 
     def workload(self) -> str:
         """Describe what must be the same everywhere."""
-        return "" if self.intent.workload is None else self.intent.workload.text
+        text = "" if self.intent.workload is None else self.intent.workload.text
+        return f"{text}\n{self.intent.settings}"
 
     def report(self, *, is_vote: bool) -> Report:
         """Say what came of this process's part."""

@@ -85,6 +85,15 @@ class Transport:
             store = store_of_group(process_group)
         except (KeyError, ValueError):
             raise ProcessGroupError("was destroyed, or not made by torch.distributed") from None
+        try:
+            self._connect(process_group, store, timeout)
+        except RuntimeError as error:
+            raise ProcessGroupError(
+                f"has processes that did not come within {timeout.total_seconds():g} s, or are gone",
+                "Make the engine, or call rejoin, on every process of the group, in the same order.",
+            ) from error
+
+    def _connect(self, process_group: Any, store: Any, timeout: timedelta) -> None:
         # By a collective of the group's own: in the store there may be all that earlier processes have left,
         # as torchrun keeps one for all of its restarts.
         name = [uuid.uuid4().hex]

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import _loops
-from .._distributed.adoption import Standing, adopt, compare, describe, digest_of
+from .._distributed.adoption import Standing, adopt, compare, describe
 from .._distributed.agreement import Kind
 from .._distributed.communicator import Communicator
+from .._distributed.digest import digest_of
 from .._distributed.exchange import Intent, StepExchange, Workload
 from .._distributed.layout import Layout
 from .._distributed.transport import Transport
@@ -67,8 +68,9 @@ class SharedSteps:
             or any(chain.from_iterable(map(hooks_of, filter(lambda each: each.is_leaf, trainable))))
         )
         workload = self._describe(trainable, options, state)
+        settings = "" if options.reduce_only else _settings(options.optimizer)
         is_sum = options.loss_reduction == "sum"
-        return self.communicator.exchange(Intent(kind, rows, workload, is_sum, needs_vote))
+        return self.communicator.exchange(Intent(kind, rows, workload, is_sum, needs_vote, settings))
 
     async def aclose(self, timeout: float) -> None:
         """End what this process has begun, for `timeout` seconds at most, and close the connections."""
@@ -169,6 +171,19 @@ async def on_thread(function: Callable[[], T]) -> T:
     if errors:
         raise errors.pop()
     return results.pop()
+
+
+def _settings(optimizer: Any) -> str:
+    """Describe the options of an optimizer's groups, each in one line: they may change between two steps."""
+    return "\n".join(
+        f"group {place}: " + ", ".join(f"{name}={group[name]!r}" for name in group if _is_number(group[name]))
+        for place, group in enumerate(getattr(optimizer, "param_groups", ()))
+    )
+
+
+def _is_number(value: object) -> bool:
+    # Read on the event loop's thread, which must not wait for a device.
+    return isinstance(value, (int, float, tuple))
 
 
 def _workload(

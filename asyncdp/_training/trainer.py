@@ -219,6 +219,8 @@ def _divide(
 ) -> list[list[Piece]]:
     """Return what each lane computes of some batches, and the weight of each part's loss."""
     pieces: list[list[Piece]] = [[]]
+    if len(batches) > 1:  # a mean over no rows is none, and batch norm refuses them
+        batches = [batch for batch in batches if batch.rows_if_any != 0] or batches[:1]
     parts = _parts(batches, loss_reduction)
     for batch, part in zip(batches, parts, strict=True):
         for position, (leaves, weight) in enumerate(_split(batch, num_lanes, loss_reduction)):

@@ -32,14 +32,17 @@ class PeerStepError(AsyncDPError, RuntimeError):
         self.rank = rank
 
 
-class ProcessGroupError(AsyncDPError, ValueError):
-    """A `process_group` is none, or this process is not in it."""
+_GROUPS = (
+    "Pass torch.distributed.group.WORLD after init_process_group, a group of torch.distributed.new_group "
+    'that this process is in, or one dimension of a mesh, mesh["dp"].'
+)
 
-    def __init__(self, cause: str) -> None:
-        super().__init__(
-            f"process_group {cause}. Pass torch.distributed.group.WORLD after init_process_group, a group of "
-            'torch.distributed.new_group that this process is in, or one dimension of a mesh, mesh["dp"].'
-        )
+
+class ProcessGroupError(AsyncDPError, ValueError):
+    """A `process_group` is none, this process is not in it, or the others in it do not answer."""
+
+    def __init__(self, cause: str, remedy: str = _GROUPS) -> None:
+        super().__init__(f"process_group {cause}. {remedy}")
 
 
 class ProcessMismatchError(AsyncDPError, ValueError):

@@ -15,6 +15,7 @@ import anyio
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional
 
 import asyncdp
@@ -165,6 +166,7 @@ TROUBLES = {
     "sum": {"loss_reduction": "sum"},
     "max": {"loss_reduction": "max"},
     "optimizer": {},
+    "learning rate": {},
 }
 """What process 1 does wrong."""
 
@@ -184,6 +186,7 @@ def fail_in_every_way(rank: int, lanes: str, norm: bool) -> Any:
                 options |= TROUBLES[name]
             if is_wrong and name == "lengths":
                 mine[1] = mine[1][1:]
+            optimizer.param_groups[0]["lr"] = 0.5 if is_wrong and name == "learning rate" else 1e-2
             if is_wrong and name == "optimizer":
                 options["optimizer"] = torch.optim.SGD(module.parameters(), 1e-2)
             troubles = {"forward": ValueError("bad record"), "interrupt": KeyboardInterrupt()}
@@ -272,7 +275,9 @@ def wait_for_late_peer(rank: int) -> Any:
 
 def refuse_constructions(rank: int) -> list[str]:
     """Return what is said of groups that are none, and of modules that are not alike."""
-    wrong: list[Any] = ["gloo", 3, dist.GroupMember.NON_GROUP_MEMBER]
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("tp", "dp"))
+    asyncdp.DataParallel(net(), "cpu", process_group=mesh["dp"])
+    wrong: list[Any] = ["gloo", mesh, dist.GroupMember.NON_GROUP_MEMBER]
     found = []
     for group in wrong:
         try:

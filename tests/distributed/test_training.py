@@ -108,8 +108,10 @@ def test_failures_fail_everywhere_and_change_nothing(pair: Processes, lanes: str
         "sum": "PeerStepError",
         "max": "LossReductionError",
         "optimizer": "PeerStepError",
+        "learning rate": "PeerStepError",
     }
     assert "ValueError: bad record" in found["forward"][2]
+    assert "lr=0.5" in found["learning rate"][2]
     assert 'it has loss_reduction="sum" where process 0 has loss_reduction="mean"' in found["sum"][2]
     assert checks.are_equal(state, other_state)
 
@@ -148,10 +150,11 @@ def test_a_late_peer_is_waited_for_off_the_loop(pair: Processes) -> None:
 
 
 def test_what_cannot_train_together_is_refused(pair: Processes) -> None:
-    """A wrong group, and the first difference between modules, are named on every process."""
+    """A wrong group, and the first difference between modules, are named on every process; a mesh serves."""
     for found in pair.run(checks.refuse_constructions):
         assert len(found) == 4
         assert "'gloo'" in found[0]
+        assert "one dimension" in found[1]
         assert "does not contain this process" in found[2]
         assert "weight [2, 4] float32" in found[3]
         assert "weight [2, 3] float32" in found[3]
