@@ -91,6 +91,9 @@ class CudaStub:
         self._local = threading.local()
         self._default = Stream(self, "default")
 
+    def __deepcopy__(self, memo: object) -> CudaStub:
+        return self  # a module that has it shares it with its replicas
+
     def check(self) -> None:
         if self.lost:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")

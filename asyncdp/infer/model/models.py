@@ -51,12 +51,15 @@ class LoadedModel:
 class _CompiledCalls:
     """The compiled call of every replica of a module, made once, by the lane that has the replica.
 
-    A replica itself cannot hold it: what a forward sets on a module is undone after it. An object of a
-    class of our own is shared by all replicas.
+    A replica itself cannot hold it: what a forward sets on a module is undone after it. All replicas share
+    this object, since a copy of it is itself.
     """
 
     def __init__(self) -> None:
         self._calls: dict[int, tuple[nn.Module, Callable[..., Any]]] = {}
+
+    def __deepcopy__(self, memo: object) -> _CompiledCalls:
+        return self
 
     def of(self, module: nn.Module) -> Callable[..., Any]:
         """Return the compiled call of a replica."""
