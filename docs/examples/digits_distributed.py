@@ -26,6 +26,7 @@ from torch.nn import functional
 import asyncdp
 
 BATCH_SIZE = 120  # of all processes together
+LEARNING_RATE = 1e-2
 
 
 def digits() -> tuple[Tensor, Tensor]:
@@ -37,22 +38,28 @@ def digits() -> tuple[Tensor, Tensor]:
     return torch.tensor(data.data, dtype=torch.float32)[order] / 16, torch.tensor(data.target)[order]
 
 
-def rows_of_step(step: int, num_rows: int) -> Tensor:
-    """Return the rows of this process's part of a step's batch: the same whenever it is asked for."""
+def net() -> nn.Module:
+    """Return a new classifier."""
+    return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Dropout(0.1), nn.Linear(64, 10))
+
+
+def rows_of_step(step: int, num_rows: int, rank: int, world_size: int) -> Tensor:
+    """Return the rows of one process's part of a step's batch: the same whenever it is asked for."""
     num_batches = num_rows // BATCH_SIZE
     epoch, place = divmod(step, num_batches)
     order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(epoch))
     batch = order[place * BATCH_SIZE : (place + 1) * BATCH_SIZE]
-    return batch[dist.get_rank() :: dist.get_world_size()]
+    return batch[rank::world_size]
 
 
 async def train(checkpoint: Path, num_steps: int, every: int) -> None:
     """Train up to a number of steps, from the checkpoint if there is one, and save one now and then."""
-    torch.manual_seed(dist.get_rank())  # each process has its own dropout
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(rank)  # each process has its own dropout
     images, classes = digits()
     num_train = len(classes) * 4 // 5
-    module = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Dropout(0.1), nn.Linear(64, 10))
-    optimizer = torch.optim.AdamW(module.parameters(), 1e-2)
+    module = net()
+    optimizer = torch.optim.AdamW(module.parameters(), LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
     async with asyncdp.DataParallel(module, "cpu", process_group=dist.group.WORLD) as engine:
         step = 0
@@ -60,7 +67,7 @@ async def train(checkpoint: Path, num_steps: int, every: int) -> None:
             step = (await engine.load(checkpoint, optimizer, schedule)).num_steps
             say(f"goes on from step {step}")
         while step < num_steps:
-            rows = rows_of_step(step, num_train)
+            rows = rows_of_step(step, num_train, rank, world_size)
             await engine.train_step(images[rows], classes[rows], functional.cross_entropy, optimizer)
             schedule.step()
             step += 1
