@@ -15,3 +15,14 @@ def sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_tree(path: Path) -> None:
+    """Make all that is in a folder, at any depth, survive a power loss."""
+    for each in path.rglob("*"):
+        if each.is_file():
+            with open(each, "rb+") as file:
+                os.fsync(file.fileno())
+        else:
+            sync_folder(each)
+    sync_folder(path)

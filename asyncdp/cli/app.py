@@ -61,12 +61,13 @@ def report(
 def merge(
     parts: Annotated[list[str], typer.Argument(help="Output folders of all parts of one job.")],
     output: Annotated[str, typer.Option("--output", "-o", help="Folder for the whole.")],
+    output_format: Annotated[str | None, typer.Option(help="lance: one data set; else as the parts.")] = None,
 ) -> None:
     """Join the outputs of infer --shard i/n, and check that nothing is missing."""
     with _exit_codes():
         from ..infer.output.merge import merge_parts
 
-        merged = merge_parts(parts, output)
+        merged = merge_parts(parts, output, output_format)
         print(f"{merged.num_records:,} records, {merged.num_bad:,} of them bad, in {output}")
         raise typer.Exit(exit_code_of(merged.num_bad))
 

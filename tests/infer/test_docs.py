@@ -39,7 +39,7 @@ def work(tmp_path, monkeypatch, encoder_folder, s3, s3_server):
 @pytest.mark.timeout(180)  # fourteen jobs, two of them with a server
 def test_every_command_of_the_docs_runs(work):
     """All commands, in order, end with 0 and leave the shards they promise."""
-    assert len(COMMANDS) == 14
+    assert len(COMMANDS) == 15
     for command in COMMANDS:
         result = CliRunner().invoke(app, shlex.split(command))
         assert result.exit_code == 0, (command, result.output)

@@ -12,6 +12,7 @@ from ...errors import JobUsageError, ResumeRefusedError
 from ..files import whole_file
 from ..places import Found, find, open_place, place_of
 from .journal import SAMPLED_TIMES, TIMES, Block, JournalState, StoredFile, load_journal
+from .lance_dataset import check_lance_output, write_lance
 from .output import OutputFolder, check_output_free, explain_changes
 from .shards import check_joins
 
@@ -23,7 +24,9 @@ class Merged(NamedTuple):
     num_bad: int
 
 
-def merge_parts(folders: Sequence[str | Path], output: str | Path) -> Merged:
+def merge_parts(
+    folders: Sequence[str | Path], output: str | Path, output_format: str | None = None
+) -> Merged:
     """Copy the shards of all parts into one folder, which then is as if one run had made it.
 
     Shards carry the number of their block, so their names in the whole are the ones they have.
@@ -31,26 +34,38 @@ def merge_parts(folders: Sequence[str | Path], output: str | Path) -> Merged:
     Args:
         folders: output folders of the parts, by path or URL, in any order.
         output: folder for the whole; must be empty or missing, or hold an earlier try at the same.
+        output_format: None for that of the parts; "lance" makes one data set of Lance.
 
     Raises:
         JobUsageError: a part is missing, named twice, unfinished, damaged or of another job.
         JobError: the parts' outputs are of different types or shapes.
     """
     output = place_of(output)
-    check_output_free(output, resume=True)
+    if output_format not in (None, "lance"):
+        raise JobUsageError(f"--output-format {output_format} is unknown to merge", "Give lance or nothing.")
+    if output_format == "lance":
+        check_lance_output(output)
+    else:
+        check_output_free(output, resume=True)
     parts = {folder: load_journal(folder) for folder in map(place_of, folders)}
     fingerprint, total = _same_job(parts), _same_length(parts)
     blocks = _all_blocks(parts, total, fingerprint["shard_size"])
     whole = JournalState(fingerprint, {block.index: block for _, block in blocks})
     for index, block in whole.blocks.items():
         check_joins(fingerprint["output_format"], whole.schema, block.schema, whole.place_of(index))
+    merged = Merged(sum(block.num_records for _, block in blocks), sum(block.num_bad for _, block in blocks))
+    if output_format == "lance":
+        write_lance(
+            output, [(_intact_shards(folder, block), whole.place_of(block.index)) for folder, block in blocks]
+        )
+        return merged
     with OutputFolder(output, fingerprint["output_format"], fingerprint, resume=True) as target:
         for folder, block in blocks:
             if block.index not in target.finished:
                 _copy(folder, block, target)
         target.widen_shards()
         target.finish(total)
-    return Merged(sum(block.num_records for _, block in blocks), sum(block.num_bad for _, block in blocks))
+    return merged
 
 
 def _same_job(parts: dict[Path, JournalState]) -> dict[str, Any]:
@@ -99,12 +114,23 @@ def _all_blocks(parts: dict[Path, JournalState], total: int, block_size: int) ->
     return [found[index] for index in sorted(found)]
 
 
+def _intact_shards(folder: Path, block: Block) -> list[Path]:
+    """Return the shards of a block with outputs; fail where one is not what the journal says."""
+    shards = [stored for stored in block.files if stored.name.startswith("part-")]
+    return [_intact(folder, stored) for stored in shards]
+
+
+def _intact(folder: Path, stored: StoredFile) -> Path:
+    path = folder / stored.name
+    if not stored.is_intact(_found(path)):
+        raise JobUsageError(f"{path} is missing or damaged", "Run that part again with --resume.")
+    return path
+
+
 def _copy(folder: Path, block: Block, target: OutputFolder) -> None:
     files = []
     for stored in block.files:
-        path = folder / stored.name
-        if not stored.is_intact(_found(path)):
-            raise JobUsageError(f"{path} is missing or damaged", "Run that part again with --resume.")
+        path = _intact(folder, stored)
         with open_place(path) as source, whole_file(target.path / stored.name) as copy:
             shutil.copyfileobj(source, copy)
         files.append(StoredFile.of(target.path / stored.name, copy))
