@@ -66,7 +66,7 @@ def test_one_folder_and_what_is_refused(run, numbers, work, monkeypatch):
     with pytest.raises(JobUsageError, match="missing or damaged"):
         merge_parts([work / "out"], work / "b.lance", "lance")
     run(numbers(4), output_format="jsonl", output=work / "lines")
-    with pytest.raises(JobUsageError, match="needs types, and part-000000.jsonl states none"):
+    with pytest.raises(JobUsageError, match=r"needs types, and part-000000\.jsonl states none"):
         merge_parts([work / "lines"], work / "c.lance", "lance")
     with pytest.raises(JobUsageError, match="it needs a folder that can be renamed"):
         merge_parts([work / "out"], "memory://bucket/d.lance", "lance")
