@@ -182,18 +182,21 @@ def cut(kind, share, **settings):
     return data[: int(len(data) * share)]
 
 
+# Named, since some formats hold the time of their making, and a test has the same name in every process.
 @pytest.mark.parametrize(
     ("data", "message"),
     [
         *(
-            (cut(format, share), "")
+            pytest.param(cut(format, share), "", id=f"{share:.0%} of {format}")
             for format in ("WAV", "AIFF", "FLAC", "MP3", "OGG")
             for share in (0.6, 0.99)
         ),
-        (cut("OGG", 0.99, subtype="OPUS"), "damaged or cut short"),
-        (b"no sound", "cannot be decoded"),
-        (encoded(SOUNDS[1][:0], format="WAV"), "no samples"),
-        (encoded(np.array([0.1, np.nan]), format="WAV", subtype="FLOAT"), "NaN or infinite"),
+        pytest.param(cut("OGG", 0.99, subtype="OPUS"), "damaged or cut short", id="99% of Opus"),
+        pytest.param(b"no sound", "cannot be decoded", id="text"),
+        pytest.param(encoded(SOUNDS[1][:0], format="WAV"), "no samples", id="empty"),
+        pytest.param(
+            encoded(np.array([0.1, np.nan]), format="WAV", subtype="FLOAT"), "NaN or infinite", id="NaN"
+        ),
     ],
 )
 def test_damaged_sounds_are_refused(data, message):
