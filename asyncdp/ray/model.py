@@ -18,10 +18,11 @@ from .._devices import Devices, parse_devices
 from .._engine.data_parallel import DataParallel
 from .._runtime import Runtime
 from .._tree import map_leaves
-from ..errors import JobUsageError, ModelLoadError
+from ..errors import JobUsageError
 from ..infer.config import make_options, named_options
 from ..infer.dtypes import InputDtypes, dtypes_of_model, parse_dtypes
-from ..infer.model.models import InferenceModule, LoadedModel, load_model
+from ..infer.job import open_model
+from ..infer.model.models import InferenceModule, LoadedModel, module_made_by
 from ..infer.model.task_options import TaskOptions
 from ..infer.options import InferOptions
 from ..infer.setup import make_steps
@@ -120,20 +121,11 @@ class ModelPlan:
             UnknownDeviceError, NoCudaDeviceError, NoDevicesError: a device cannot be used.
         """
         targets = devices_of_worker() if devices is None else parse_devices(devices)
-        is_named = isinstance(self.model, str | os.PathLike)
-        spec = os.fspath(self.model) if isinstance(self.model, str | os.PathLike) else "rows"
-        options = self._job_options(spec, self.options)
-        if is_named:
-            loaded = load_model(
-                spec,
-                options,
-                weights=options.weights,
-                dtype=options.dtype,
-                autocast=options.autocast,
-                compile=options.compile,
-                allow_pickle=options.allow_unsafe_pickle,
-            )
+        if isinstance(self.model, str | os.PathLike):
+            options = self._job_options(os.fspath(self.model), self.options)
+            loaded = open_model(options)
         else:
+            options = self._job_options("rows", self.options)
             loaded = _made(self.model)
         # Made by the thread that has loaded the model, whose OpenMP threads it ends.
         runtime = Runtime(targets, hang_timeout=hang_timeout)
@@ -202,20 +194,9 @@ class _Nowhere(io.RawIOBase):
 
 def _made(model: Any) -> LoadedModel:
     name = getattr(model, "__qualname__", type(model).__qualname__)
-    if not isinstance(model, nn.Module):
-        try:
-            model = model()
-        except Exception as error:
-            raise ModelLoadError(
-                f"The function {name} failed with {type(error).__name__}: {error}",
-                "It is called without arguments and must return a torch.nn.Module.",
-            ) from error
-    if not isinstance(model, nn.Module):
-        raise ModelLoadError(
-            f"The function {name} returned {type(model).__name__}", "It must return a torch.nn.Module."
-        )
+    module = module_made_by(model, f"The function {name}")
     with torch.no_grad():
-        model.eval().requires_grad_(False)
+        module.eval().requires_grad_(False)
     return LoadedModel(
-        InferenceModule(model, None, None, compile=False), {}, dtypes_of_model(model), made_by_code=True
+        InferenceModule(module, None, None, compile=False), {}, dtypes_of_model(module), made_by_code=True
     )

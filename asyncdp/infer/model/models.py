@@ -195,19 +195,27 @@ def _from_factory(spec: str) -> tuple[nn.Module, dict[str, Path]]:
             "Name a factory as package.module:name, a .pt2 file, or a Hugging Face folder.",
         )
     factory = load_name(spec, "--model")
+    module = module_made_by(factory, f"The factory {spec}")
+    source = source_of(spec, "--model")
+    return module, {f"model file {source.name}": source} if source else {}
+
+
+def module_made_by(factory: Any, what: str) -> nn.Module:
+    """Return a module itself, or the one that a factory makes.
+
+    Raises:
+        ModelLoadError: `what` it is called has failed, or made no module.
+    """
     try:
         module = factory if isinstance(factory, nn.Module) else factory()
     except Exception as error:
         raise ModelLoadError(
-            f"The factory {spec} failed with {type(error).__name__}: {error}",
+            f"{what} failed with {type(error).__name__}: {error}",
             "It is called without arguments and must return a torch.nn.Module.",
         ) from error
     if not isinstance(module, nn.Module):
-        raise ModelLoadError(
-            f"The factory {spec} returned {type(module).__name__}", "It must return a torch.nn.Module."
-        )
-    source = source_of(spec, "--model")
-    return module, {f"model file {source.name}": source} if source else {}
+        raise ModelLoadError(f"{what} returned {type(module).__name__}", "It must return a torch.nn.Module.")
+    return module
 
 
 def _existing(path: Path, what: str) -> Path:
