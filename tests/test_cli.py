@@ -32,7 +32,7 @@ FROZEN = {
         language timestamps chunk-seconds num-beams config print-config=False dry-run=False plot json=False
     """,
     "report": "output picture html",
-    "merge": "parts output/o",
+    "merge": "parts output/o output-format",
     "devices": "spec",
     "trace summary": "file",
 }
