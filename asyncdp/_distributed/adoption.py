@@ -39,7 +39,7 @@ def compare(
     Args:
         transport: between them.
         module: what they train.
-        others: an optimizer, a scheduler; None where a process has none.
+        others: an optimizer, a scheduler, a scaler; None where a process has none.
         standing: how this process comes.
 
     Returns:

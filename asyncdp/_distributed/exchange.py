@@ -72,7 +72,7 @@ class Intent:
         workload: None if it failed before that was known.
         is_sum: whether losses are added up, not averaged.
         needs_vote: whether something may fail after the gradients were summed.
-        settings: what else must be the same everywhere, and may change from step to step.
+        settings: what else must be the same everywhere as the step begins; earlier steps may change it.
         number: which of the process's steps it is.
     """
 
@@ -184,12 +184,13 @@ class StepExchange:
         """Give the step its number among those of this process, in the order of calls."""
         self.intent.number = self._next_number()
 
-    def begin(self) -> None:
-        """Tell the other processes that this one begins the step."""
+    def begin(self, settings: str = "") -> None:
+        """Tell the other processes that this one begins the step, with the settings of now."""
         with self._changed:
             if self._stage is not Stage.NEW:
                 return
             self._stage = Stage.BEGUN
+            self.intent.settings = settings
         if not self.intent.number:
             self.take_number()
         self._submit(self)

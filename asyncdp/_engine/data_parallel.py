@@ -341,18 +341,21 @@ class DataParallel(StatefulCalls):
         finally:
             _accumulating.reset(token)
 
-    async def rejoin(self, process_group: Any, optimizer: Any = None, scheduler: Any = None) -> int:
+    async def rejoin(
+        self, process_group: Any, optimizer: Any = None, scheduler: Any = None, scaler: Any = None
+    ) -> int:
         """Train on together with the processes that are left or came back, all of which call this.
 
-        The module, and the optimizer and scheduler if given, get the state of the process that has taken the
-        most steps: it may be one ahead of the others, if a process was lost just as all agreed to take one.
-        Gradients under `no_sync` are discarded. A process that is new makes its engine without a
+        The module, and optimizer, scheduler and scaler if given, get the state of the process that has taken
+        the most steps: it may be one ahead of the others, if a process was lost just as all agreed to take
+        one. Gradients under `no_sync` are discarded. A process that is new makes its engine without a
         `process_group`, and then calls this too. Calls go on meanwhile; no step may be under way.
 
         Args:
             process_group: a new one, as for `DataParallel`.
             optimizer: what steps are taken with; all processes give it, or none.
             scheduler: likewise, of torch.optim.lr_scheduler.
+            scaler: likewise, a torch.amp.GradScaler.
 
         Returns:
             How many steps have been taken together, accumulating ones included.
@@ -365,7 +368,7 @@ class DataParallel(StatefulCalls):
         change = Use(self._route.parts(), changes=True, optimizer=optimizer)
         self._trainer.discard_accumulated()
         self._trainer.shared, num_done = await meet_again(
-            group, self.module, (optimizer, scheduler), change, self._trainer.shared
+            group, self.module, (optimizer, scheduler, scaler), change, self._trainer.shared
         )
         return num_done
 

@@ -68,9 +68,8 @@ class SharedSteps:
             or any(chain.from_iterable(map(hooks_of, filter(lambda each: each.is_leaf, trainable))))
         )
         workload = self._describe(trainable, options, state)
-        settings = "" if options.reduce_only else _settings(options.optimizer)
         is_sum = options.loss_reduction == "sum"
-        return self.communicator.exchange(Intent(kind, rows, workload, is_sum, needs_vote, settings))
+        return self.communicator.exchange(Intent(kind, rows, workload, is_sum, needs_vote))
 
     async def aclose(self, timeout: float) -> None:
         """End what this process has begun, for `timeout` seconds at most, and close the connections."""
@@ -128,7 +127,7 @@ async def meet_again(
     Args:
         process_group: they are in.
         module: what they train.
-        others: the optimizer and the learning rate scheduler; None for none.
+        others: the optimizer, the learning rate scheduler and the scaler; None for none.
         change: of the module and the optimizer, for its turn among all that reads them.
         before: with the processes until now.
 
@@ -173,17 +172,28 @@ async def on_thread(function: Callable[[], T]) -> T:
     return results.pop()
 
 
-def _settings(optimizer: Any) -> str:
-    """Describe the options of an optimizer's groups, each in one line: they may change between two steps."""
-    return "\n".join(
-        f"group {place}: " + ", ".join(f"{name}={group[name]!r}" for name in group if _is_number(group[name]))
-        for place, group in enumerate(getattr(optimizer, "param_groups", ()))
+def settings_of(options: StepOptions) -> str:
+    """Describe what steps may change and the next one uses: the scale of losses, and each group's options.
+
+    Waits for the device of what is a tensor: for lanes, once all earlier steps have ended.
+    """
+    if options.reduce_only:
+        return ""
+    groups = getattr(options.optimizer, "param_groups", ())
+    lines = [f"group {place}: {_numbers_of(group)}" for place, group in enumerate(groups)]
+    if options.scaler is not None:
+        lines.append(f"a scaler of scale {options.scaler.get_scale()!r}")
+    return "\n".join(lines)
+
+
+def _numbers_of(group: dict[str, Any]) -> str:
+    values = {
+        name: value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+        for name, value in group.items()
+    }
+    return ", ".join(
+        f"{name}={value!r}" for name, value in values.items() if isinstance(value, (int, float, tuple))
     )
-
-
-def _is_number(value: object) -> bool:
-    # Read on the event loop's thread, which must not wait for a device.
-    return isinstance(value, (int, float, tuple))
 
 
 def _workload(

@@ -17,7 +17,7 @@ from .._replicas.order import in_turn
 from .._runtime.task import on_cancel
 from ..errors import UnsupportedModuleError
 from .commit import clear, commit, deliver, forget_unscaling, learning_rate_of, prepare, step_scheduler
-from .processes import StepGivenUpError, digest_of_gradients
+from .processes import StepGivenUpError, digest_of_gradients, settings_of
 from .reducer import Gradients, add_up
 from .shared_state import decoded, encoded
 from .step import Step
@@ -49,8 +49,9 @@ class SharedStep(Step):
         """
         assert self.exchange is not None
         on_cancel(partial(self.exchange.fail, "its caller was cancelled"))
-        self.exchange.begin()
         try:
+            if not self.exchange.has_begun:
+                self.exchange.begin(settings_of(self.options))
             return function()
         except StepGivenUpError:
             return None

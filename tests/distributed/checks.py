@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -167,6 +167,8 @@ TROUBLES = {
     "max": {"loss_reduction": "max"},
     "optimizer": {},
     "learning rate": {},
+    "tensor learning rate": {},
+    "scale": {},
 }
 """What process 1 does wrong."""
 
@@ -187,6 +189,10 @@ def fail_in_every_way(rank: int, lanes: str, norm: bool) -> Any:
             if is_wrong and name == "lengths":
                 mine[1] = mine[1][1:]
             optimizer.param_groups[0]["lr"] = 0.5 if is_wrong and name == "learning rate" else 1e-2
+            if name == "tensor learning rate":
+                optimizer.param_groups[0]["lr"] = torch.tensor(0.5 if is_wrong else 0.25)
+            if name == "scale":
+                options["scaler"] = torch.amp.GradScaler("cpu", init_scale=8.0 if is_wrong else 4.0)
             if is_wrong and name == "optimizer":
                 options["optimizer"] = torch.optim.SGD(module.parameters(), 1e-2)
             troubles = {"forward": ValueError("bad record"), "interrupt": KeyboardInterrupt()}
@@ -243,6 +249,47 @@ def train_streams(rank: int, counts: list[int], ending: str) -> Any:
                 error = type(raised).__name__, getattr(raised, "rank", None), str(raised)
             await engine.train_step(*batch(99, 4), functional.cross_entropy, optimizer)
         return found, error, state_of(module, optimizer)
+
+    return run(rank, main)
+
+
+def queue_ahead_or_not(rank: int) -> Any:
+    """Train on a stream whose learning rate falls, process 0 with steps queued ahead, process 1 with none."""
+
+    async def main() -> Any:
+        module = net()
+        optimizer = torch.optim.SGD(module.parameters(), 0.5)
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+        taken = [anyio.Event() for _ in range(4)]
+
+        async def source() -> AsyncIterator[Any]:
+            for step in range(4):
+                if rank and step:
+                    await taken[step - 1].wait()
+                yield batch(step, 4)
+
+        rates = []
+        async with engine_of(module) as engine:
+            stream = engine.train(source(), functional.cross_entropy, optimizer, scheduler=schedule)
+            async for step in stream:
+                rates.append(step.learning_rate)
+                taken[step.index].set()
+        return rates, state_of(module, optimizer)
+
+    return run(rank, main)
+
+
+def rejoin_with_scalers(rank: int) -> Any:
+    """Rejoin with scalers of unlike scales, and take a step with them; return the scale and the state."""
+
+    async def main() -> Any:
+        module = net()
+        optimizer = torch.optim.SGD(module.parameters(), 0.5)
+        scaler = torch.amp.GradScaler("cpu", init_scale=(8.0, 2.0)[rank])
+        async with engine_of(module) as engine:
+            await engine.rejoin(dist.group.WORLD, optimizer, None, scaler)
+            await engine.train_step(*batch(0, 4), functional.cross_entropy, optimizer, scaler=scaler)
+        return scaler.get_scale(), state_of(module, optimizer)
 
     return run(rank, main)
 

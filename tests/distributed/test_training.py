@@ -109,9 +109,13 @@ def test_failures_fail_everywhere_and_change_nothing(pair: Processes, lanes: str
         "max": "LossReductionError",
         "optimizer": "PeerStepError",
         "learning rate": "PeerStepError",
+        "tensor learning rate": "PeerStepError",
+        "scale": "PeerStepError",
     }
     assert "ValueError: bad record" in found["forward"][2]
     assert "lr=0.5" in found["learning rate"][2]
+    assert "lr=0.5" in found["tensor learning rate"][2]
+    assert "a scaler of scale 8.0 where process 0 has a scaler of scale 4.0" in found["scale"][2]
     assert 'it has loss_reduction="sum" where process 0 has loss_reduction="mean"' in found["sum"][2]
     assert checks.are_equal(state, other_state)
 
@@ -138,6 +142,20 @@ def test_streams_end_together(
     assert [rows for _, rows, _, _ in found[: counts[0]]] == [7] * min(counts[0], num_steps)
     assert all(rows == 0 for _, rows, _, _ in found[counts[0] :])
     assert (raised and raised[0], other_raised and other_raised[0]) == error
+    assert checks.are_equal(state, other_state)
+
+
+def test_rates_are_compared_as_steps_begin(pair: Processes) -> None:
+    """Processes may queue steps at different times: what an earlier step changes is no difference."""
+    (rates, state), (other_rates, other_state) = pair.run(checks.queue_ahead_or_not)
+    assert rates == other_rates == [0.5, 0.25, 0.125, 0.0625]
+    assert checks.are_equal(state, other_state)
+
+
+def test_a_rejoin_gives_the_scale(pair: Processes) -> None:
+    """A scaler gets the scale of the process whose state goes to all, and serves at once."""
+    (scale, state), (other_scale, other_state) = pair.run(checks.rejoin_with_scalers)
+    assert scale == other_scale == 8.0
     assert checks.are_equal(state, other_state)
 
 
