@@ -18,7 +18,7 @@ from .._runtime.schedule import PassState
 from .._runtime.task import last_seconds
 from .._verbs.batch import arguments
 from .prefetch import Prefetcher
-from .source import sayable
+from .source import SourceFailure
 
 _QUICK_SECONDS = 1e-3
 _QUICK_PER_LANE = 8
@@ -31,7 +31,7 @@ class Outcome(NamedTuple):
     error: BaseException | None = None
 
 
-class Flow:
+class Flow(SourceFailure):
     """Runs batches, and gives out what became of them; all on one event loop.
 
     A batch is a pass that no task waits for: its end is a call by the loop, and one wake-up may carry any
@@ -44,13 +44,11 @@ class Flow:
             and more where they are quick.
 
     Attributes:
-        failure: of the source.
         closing: whether the stream is closed by its reader.
         closed: finished when the task that fills the stream has ended.
     """
 
     def __init__(self, runner: StatefulLaneRunner, ordered: bool, max_in_flight: int | None) -> None:
-        self.failure: BaseException | None = None
         self.closing = False
         self.closed: list[Completion] = []
         self._runner = runner
@@ -159,16 +157,6 @@ class Flow:
             self._readers.append(reader)
             await reader
         return outcome
-
-    def raise_failure(self) -> None:
-        """Raise the source's failure, if there is one that was not raised yet."""
-        failure, self.failure = self.failure, None
-        if failure is not None:
-            try:
-                raise sayable(failure)
-            finally:
-                # The traceback refers to this frame: they would keep each other alive.
-                del failure
 
     def _take(self) -> Outcome | None:
         if self._ordered:

@@ -69,6 +69,25 @@ class Source:
             await anyio.to_thread.run_sync(iterator.close)
 
 
+class SourceFailure:
+    """What ended the reading of a stream's source, until the stream raises it.
+
+    Attributes:
+        failure: of the source, or of a batch that cannot be run; None if there is none, or no more.
+    """
+
+    failure: BaseException | None = None
+
+    def raise_failure(self) -> None:
+        """Raise the failure, if it was not raised yet."""
+        failure, self.failure = self.failure, None
+        if failure is not None:
+            try:
+                raise sayable(failure)
+            finally:
+                del failure  # its traceback refers to this frame: they would keep each other alive
+
+
 def sayable(error: BaseException) -> BaseException:
     """Return an error as a stream can raise it: `StopAsyncIteration` would pass for its end."""
     if not isinstance(error, StopAsyncIteration):

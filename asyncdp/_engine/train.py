@@ -21,7 +21,7 @@ from .._verbs.batch import Batch
 from ..errors import NotAPairError
 from .adaptive import Adaptive
 from .prefetch import Prefetcher
-from .source import END, Source, sayable
+from .source import END, Source, SourceFailure, sayable
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +137,7 @@ class Steps:
         return Batch.of_step(inputs, targets, self._dim, self._num_lanes)
 
 
-class _Run:
+class _Run(SourceFailure):
     """What a stream and the task that fills it share, on one event loop.
 
     The task must not refer to the stream: only the stream's deletion in mid-run ends the task.
@@ -148,7 +148,6 @@ class _Run:
         self.source = source
         self.has_ended = False
         self.is_closing = False
-        self.failure: BaseException | None = None  # of the source or of a batch, after all results
         self.gone: list[Completion] = []  # finished when the task has ended
         self._accumulate = accumulate
         self._room = max_ahead
@@ -198,15 +197,6 @@ class _Run:
         _wake(self._readers)
         for completion in self.gone:
             completion.finish()
-
-    def raise_failure(self) -> None:
-        """Raise what ended the stream, if that was not raised yet."""
-        failure, self.failure = self.failure, None
-        if failure is not None:
-            try:
-                raise sayable(failure)
-            finally:
-                del failure  # its traceback refers to this frame
 
     async def _read_all(self) -> None:
         try:
