@@ -107,8 +107,10 @@ class InferOptions(TaskOptions):
         for name, allowed in _ALLOWED.items():
             value = getattr(self, name)
             if value is not None and value not in allowed:
-                choices = ", ".join(allowed)
-                raise JobUsageError(f"{_flag(name)} {value} is unknown", f"Choose one of {choices}.")
+                remedy = f"Choose one of {', '.join(allowed)}."
+                if (name, value) == ("output_format", "lance"):
+                    remedy = "Write parquet or arrow, then run `asyncdp merge --output-format lance`."
+                raise JobUsageError(f"{_flag(name)} {value} is unknown", remedy)
         self.check_choices()
         is_folder = Path(fetched(self.model)).is_dir()
         if self.task and not is_folder:

@@ -371,6 +371,7 @@ def test_output_inside_the_input_is_refused(run, work, numbers):
         ({"max_errors": -1}, JobUsageError, "--max-errors is -1"),
         ({"on_error": "shrug"}, JobUsageError, "--on-error shrug is unknown"),
         ({"dtype": "int4"}, JobUsageError, "--dtype int4 is unknown"),
+        ({"output_format": "lance"}, JobUsageError, "asyncdp merge --output-format lance"),
         ({"shard": "3/2"}, JobUsageError, "--shard 3/2 is no part"),
         ({"task": "embed"}, JobUsageError, "do not go together"),
         ({"collate": "models_for_tests:NOT_CALLABLE"}, JobUsageError, "is no function"),
