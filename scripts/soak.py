@@ -236,10 +236,19 @@ def verdict(found: dict[str, Any]) -> dict[str, tuple[str, bool]]:
 def memory_growth(rss: list[tuple[float, int]]) -> float:
     """Return the memory in the last tenth of the time with faults, as a multiple of that before them."""
     before = [size for when, size in rss if when < 0]
+    return at_the_end(rss) / statistics.median(before[len(before) // 2 :])
+
+
+def late_memory_growth(rss: list[tuple[float, int]]) -> float:
+    """Return the same as a multiple of that after half of the time with faults: a leak would go on."""
+    half = rss[-1][0] / 2
+    return at_the_end(rss) / next(size for when, size in rss if when >= half)
+
+
+def at_the_end(rss: list[tuple[float, int]]) -> float:
+    """Return the memory in the last tenth of the time with faults, in bytes."""
     after = [size for when, size in rss if when >= 0]
-    return statistics.median(after[-max(1, len(after) // 10) :]) / statistics.median(
-        before[len(before) // 2 :]
-    )
+    return statistics.median(after[-max(1, len(after) // 10) :])
 
 
 def as_page(found: dict[str, Any]) -> str:
@@ -269,6 +278,8 @@ def as_page(found: dict[str, Any]) -> str:
         f"| {name} | {value} | {'yes' if kept else '**no**'} |"
         for name, (value, kept) in found["verdict"].items()
     ]
+    late = late_memory_growth(found["rss"])
+    lines += ["", f"Memory at the end was {late:.3f} of that after half of the time with faults."]
     lines += ["", "| good requests | p50, ms | p90, ms | p99, ms | longest, ms |", "|---|---|---|---|---|"]
     for name, key in (
         ("without faults", "calm"),
