@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -28,6 +29,8 @@ _SAMPLE = 1 << 20
 _NUM_SAMPLES = 64
 _SHARE = 32
 """One part in so many of each input file is read for the fingerprint of a job that is split."""
+
+_READ_AT_ONCE = 64 << 10
 
 # These change which rows come out or how they are grouped into batches, which changes the last bits.
 _FINGERPRINTED = (
@@ -163,9 +166,10 @@ def _digest_samples(path: Path, size: int, num_bytes: int) -> str:
     with open_place(path, in_order=False) as file:
         if not file.seekable():  # a server that gives whole files only
             return digest_file(path)
+        source = io.BytesIO(file.read()) if size <= _READ_AT_ONCE else file
         for index in range(_NUM_SAMPLES):
-            file.seek(max(size - num_bytes, 0) * index // (_NUM_SAMPLES - 1))
-            digest.update(file.read(num_bytes))
+            source.seek(max(size - num_bytes, 0) * index // (_NUM_SAMPLES - 1))
+            digest.update(source.read(num_bytes))
     return digest.hexdigest()
 
 

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple, cast
 
@@ -81,6 +81,23 @@ def lies_in(place: Path, folder: Path) -> bool:
     if is_remote(place) or is_remote(folder):
         return f"{place}/".startswith(f"{str(folder).rstrip('/')}/")
     return place.resolve().is_relative_to(folder.resolve())
+
+
+def outside(folder: Path, files: Iterable[Found]) -> list[Found]:
+    """Return those of many files that do not lie in a folder; each folder of theirs is resolved but once."""
+    real: dict[Path, Path] = {}
+
+    def real_path(place: Path) -> Path:
+        if place.is_symlink():
+            return place.resolve()
+        if place.parent not in real:
+            real[place.parent] = place.parent.resolve()
+        return real[place.parent] / place.name
+
+    if is_remote(folder):
+        return [file for file in files if not lies_in(file.path, folder)]
+    inside = folder.resolve()
+    return [file for file in files if is_remote(file.path) or not real_path(file.path).is_relative_to(inside)]
 
 
 def find(place: Path) -> Found:

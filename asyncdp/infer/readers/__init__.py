@@ -16,9 +16,9 @@ from ..places import (
     find_all,
     find_matching,
     is_remote,
-    lies_in,
     names_in,
     open_place,
+    outside,
     place_of,
     unreachable,
 )
@@ -310,12 +310,12 @@ def _fulfilling(where: Where, rows: Iterator[Row | None]) -> Iterator[Row | None
 
 
 def _outside(folder: Path, files: list[Found]) -> list[Found]:
-    outside = [file for file in files if not lies_in(file.path, folder)]
-    if not outside:
+    found = outside(folder, files)
+    if not found:
         raise InputError(
             f"All of the input lies in the output folder {folder}", "Name another folder for the output."
         )
-    return outside
+    return found
 
 
 def _expand(spec: str, passed_over: Counter[str]) -> list[Found]:

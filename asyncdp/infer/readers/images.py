@@ -38,7 +38,8 @@ def decode_image(path: Path | io.BytesIO, *, first_frame: bool = False) -> Any:
                 raise ValueError(
                     f"the image has {frames} frames or pages: save each as a file, or give --first-frame"
                 )
-            return _as_rgb(ImageOps.exif_transpose(image))
+            ImageOps.exif_transpose(image, in_place=True)
+            return _as_rgb(image)
 
 
 def _as_rgb(image: Any) -> Any:
