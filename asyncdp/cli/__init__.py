@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import importlib.util
 import os
 import signal
@@ -35,10 +34,6 @@ def main() -> None:
     _keep_memory_flat()
     from .app import app
 
-    # Else the collector walks through all that torch has made, again and again while records come and go:
-    # 3.2 s without and 2.7 s with it for 120,000 rows of JSON through a model that costs nothing, start
-    # included (`asyncdp infer`, five runs in turns, 2026-11-29).
-    gc.freeze()
     # Until a job handles signals itself, SIGTERM ends the command as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     app(prog_name="asyncdp")

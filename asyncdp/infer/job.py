@@ -28,7 +28,7 @@ from .places import is_remote, lies_in, place_of
 from .readers import STDIN, Inputs, open_inputs
 from .records import Failure, Record
 from .report.events import Report, ignore
-from .report.memory import release_memory
+from .report.memory import heap_set_aside, release_memory
 from .report.monitor import Monitor
 from .report.summary import Plan, Summary
 from .report.watch import Watch
@@ -77,7 +77,8 @@ class Job:
         with await anyio.to_thread.run_sync(self._open_output) as output:
             take_up(output, self.inputs, monitor)
             if not is_complete(self.options, self.inputs, output):
-                await self._run_engine(output, watch)
+                with heap_set_aside():
+                    await self._run_engine(output, watch)
             return await conclude(watch, output, self.inputs)
 
     async def plan(self) -> Plan:

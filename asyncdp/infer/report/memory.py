@@ -1,11 +1,33 @@
-"""The memory of the process, and what of it was freed but still counts."""
+"""The memory of the process: what it costs to look through, and what was freed but still counts."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import gc
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+
+@contextlib.contextmanager
+def heap_set_aside() -> Iterator[None]:
+    """Have the collector of cyclic garbage pass over all objects that were there before the block.
+
+    Else it walks through all that torch has made, again and again while records come and go: 200,000 rows of
+    JSON through a model that costs nothing took 2.4 s of the processors without and 1.9 s with this (medians
+    of `scripts/bench_infer jsonl`'s job, runs in turns, 2026-11-30). What becomes garbage among those objects
+    is freed after the block. A process that has frozen some itself is left alone.
+    """
+    if gc.get_freeze_count():
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def release_memory() -> None:
