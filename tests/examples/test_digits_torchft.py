@@ -53,10 +53,9 @@ def ends(lines: list[str]) -> dict[int, re.Match[str]]:
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("seed", [0, 1])
-def test_a_group_loses_no_more_than_a_step_when_the_other_one_dies(seed: int) -> None:
+def test_a_group_loses_no_more_than_a_step_when_the_other_one_dies() -> None:
     """It takes the step in which the other one died again, alone and with all rows, and learns as well."""
-    die_at = random.Random(seed).randrange(1, NUM_STEPS)
+    die_at = random.Random(0).randrange(1, NUM_STEPS)
     lines = [line for _, line in lines_of(f"--die-at={die_at}")]
     assert lines.count("group 1 ended with -9") == 1
     steps = [line for line in lines if line.startswith("group 0 has taken step")]
