@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -185,6 +188,14 @@ def test_a_step_that_is_half_done_stops_all_until_they_rejoin(pair: Processes) -
     assert other_names == ["ZeroDivisionError", "PeerStepError"]
     assert num_done == 2
     assert checks.are_equal(state, other_state)
+
+
+def test_a_process_exits_while_it_waits(tmp_path: Path) -> None:
+    """One whose peer did not come, and dies as this one ends, ends quietly and with success."""
+    command = [sys.executable, "-m", "tests.distributed.exits", str(tmp_path / "store")]
+    root = Path(__file__).parents[2]
+    ended = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=50, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 def test_nothing_is_left(pair: Processes) -> None:
