@@ -174,6 +174,7 @@ async def test_methods() -> None:
                     {"samples": [ROWS]},
                     {**CALL, "samples": COUNT - {"list", "tensor"}},
                 ),
+                (batcher.check_room, {}, {"num_samples": COUNT}),
                 *((each.aclose, {}, {"timeout": COUNT}) for each in (runtime, engine, batcher)),
             ):
                 missed += await not_told(call, given, wrong)

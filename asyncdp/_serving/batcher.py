@@ -209,18 +209,41 @@ class Batcher:
                 "Make several requests of them, or raise max_queue."
             )
         try:
-            if not queue.has_room(count):
-                raise QueueFullError("this batcher", queue.max_queue, count)
+            self._check_room(count)
             checked = [self._checked(sample, timeout, priority) for sample in samples]
             return [Call(self._dispatcher.submit(*each)) for each in checked]
         except Exception as error:
             self._dispatcher.recorder.on_refused(error, count)
             raise
 
+    def check_room(self, num_samples: int = 1) -> None:
+        """Refuse a request that `call_many_nowait` would refuse now, before work is done to prepare it.
+
+        It counts as refused in statistics and metrics, too.
+
+        Args:
+            num_samples: of the request.
+
+        Raises:
+            QueueFullError: the queue has no room for them now.
+            ValueError: `num_samples` is no number of samples.
+        """
+        check_counts(num_samples=num_samples)
+        try:
+            self._check_room(num_samples)
+        except QueueFullError as error:
+            self._dispatcher.recorder.on_refused(error, num_samples)
+            raise
+
     def statistics(self) -> BatcherStatistics:
         """Return a snapshot of queue, batches and durations."""
         dispatcher = self._dispatcher
         return dispatcher.recorder.statistics(**dispatcher.counts())
+
+    def _check_room(self, count: int) -> None:
+        queue = self._dispatcher.queue
+        if not queue.has_room(count):
+            raise QueueFullError("this batcher", queue.max_queue, count)
 
     def _submit(self, sample: Any, timeout: float | None, priority: int) -> Request:
         """Queue a sample; if anything about it is wrong, nothing has changed."""

@@ -117,6 +117,7 @@ class Service:
         """Answer with one vector for each text."""
         texts = check_texts(body)
         until = time.perf_counter() + self.timeout
+        self.batcher.check_room(len(texts))  # before they are tokenized for nothing
         # Samples are tokens, so that texts of like length go together.
         samples = await answer(self.tokenizer, texts, until)
         vectors = await answer(self.batcher, samples, until)

@@ -143,25 +143,34 @@ async def while_connected(request: Request, work: Callable[[], Awaitable[Respons
 
 
 async def _answer(endpoint: Endpoint, request: Request, body: Any) -> Response:
-    headers = {"Retry-After": str(seconds_to_wait(request.app.state.batcher))}
     try:
         return await endpoint(request, body)
     except Refusal as error:
         return JSONResponse({"error": str(error)}, error.status)
     except QueueFull as error:
-        return JSONResponse({"error": str(error)}, 429, headers)
+        return JSONResponse({"error": str(error)}, 429, _retry_after(request))
     except CallTimeoutError as error:
         return JSONResponse({"error": str(error)}, 504)
     except (DeviceLostError, LaneHungError, BatcherClosedError) as error:
-        return JSONResponse({"error": str(error)}, 503, headers)
+        return JSONResponse({"error": str(error)}, 503, _retry_after(request))
     except Exception as error:
         # What a model says of an input may tell more than a client should know.
         _logger.warning("a request failed", exc_info=error)
         return JSONResponse({"error": "the model failed on this input"}, 500)
 
 
+def _retry_after(request: Request) -> dict[str, str]:
+    return {"Retry-After": str(seconds_to_wait(request.app.state.batcher))}
+
+
 def seconds_to_wait(batcher: Batcher) -> int:
     """Return how long calls have waited of late: what is queued now will be done by then."""
+    return _seconds_to_wait(batcher, int(time.perf_counter()))
+
+
+@functools.lru_cache(maxsize=1)
+def _seconds_to_wait(batcher: Batcher, _second: int) -> int:
+    # At most once a second, as making percentiles takes longer than all else that a refusal costs.
     stats = batcher.statistics()
     return max(1, min(LONGEST_RETRY, math.ceil(stats.wait.p90 + stats.run.p90)))
 

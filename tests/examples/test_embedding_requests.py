@@ -219,6 +219,8 @@ async def test_large_requests_leave_room_for_small_ones() -> None:
         assert refused.status_code == 429
         assert int(refused.headers["Retry-After"]) >= 1
         assert "no room" in refused.json()["error"]
+        assert client.service.tokenizer.statistics().num_done == 752  # refused before that
+        assert batcher.statistics().num_refused == 250
         assert (await client.get("/readyz")).status_code == 200
         group.start_soon(ask, client, 1)
         await wait_until(lambda: batcher.statistics().num_queued == 751)

@@ -340,7 +340,7 @@ def test_a_call_goes_where_coroutines_go() -> None:
 
 
 async def test_a_large_request_leaves_room_for_small_ones() -> None:
-    """Requests of many samples are taken while as much room stays free, and whole or not at all."""
+    """Requests of many samples are taken whole, and while as much room stays free, which can be asked."""
     device = FakeDevice(held=True)
     async with Runtime([device]) as runtime, Batcher(double, max_queue=8, runtime=runtime) as batcher:
         running = batcher.call_nowait(ONE)
@@ -348,12 +348,15 @@ async def test_a_large_request_leaves_room_for_small_ones() -> None:
         calls = batcher.call_many_nowait([ONE] * 4)
         with pytest.raises(QueueFullError, match=r"no room for 3 at once \(8\)"):
             batcher.call_many_nowait([ONE] * 3)
+        with pytest.raises(QueueFullError, match=r"no room for 3 at once \(8\)"):
+            batcher.check_room(3)
+        batcher.check_room(2)
         calls += batcher.call_many_nowait([ONE] * 2)
         assert batcher.statistics().num_queued == 6
         calls += [*batcher.call_many_nowait([ONE]), batcher.call_nowait(ONE)]
         with pytest.raises(QueueFullError, match=r"full \(8\)"):
             batcher.call_many_nowait([ONE])
-        assert batcher.statistics().num_refused == 4
+        assert batcher.statistics().num_refused == 7
         device.release()
         assert [(await call).item() for call in [running, *calls]] == [2.0] * 9
         assert batcher.call_many_nowait([]) == []
