@@ -31,6 +31,7 @@ _SHARE = 32
 """One part in so many of each input file is read for the fingerprint of a job that is split."""
 
 _READ_AT_ONCE = 64 << 10
+"""Bytes up to which a file is read whole, and its samples taken from that."""
 
 # These change which rows come out or how they are grouped into batches, which changes the last bits.
 _FINGERPRINTED = (

@@ -25,8 +25,8 @@ from typing import Any
 
 # One thread of the tokenizer per lane; its own pool would fight with torch for the cores.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# oneDNN keeps a kernel for each shape of batch that a lane has met: 866 MiB instead of 639 after 1,200
-# batches of MiniLM on four CPU lanes, and rising (2026-11-30).
+# oneDNN keeps a kernel for each shape of batch that a lane has met: 820 MiB instead of 630 after 1,200
+# batches of MiniLM on four CPU lanes, and rising, in as much time give or take (2026-11-30).
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "0")
 
 import prometheus_client

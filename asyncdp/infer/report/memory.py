@@ -16,9 +16,10 @@ def heap_set_aside() -> Iterator[None]:
     """Have the collector of cyclic garbage pass over all objects that were there before the block.
 
     Else it walks through all that torch has made, again and again while records come and go: 200,000 rows of
-    JSON through a model that costs nothing took 2.4 s of the processors without and 1.9 s with this (medians
-    of `scripts/bench_infer jsonl`'s job, runs in turns, 2026-11-30). What becomes garbage among those objects
-    is freed after the block. A process that has frozen some itself is left alone.
+    JSON through a model that costs nothing (the job of `scripts/bench_infer jsonl`) took 2.7 s without and
+    2.2 s with this on an idle machine, 3.4 and 2.6 s beside two busy processes (medians of 7 in turns,
+    2026-11-30). What becomes garbage among those objects is freed after the block. A process that has frozen
+    some itself is left alone.
     """
     if gc.get_freeze_count():
         yield
