@@ -1,8 +1,9 @@
 """What bad samples cost their neighbours: good answers per second of a `Batcher`, by their share.
 
-The model takes as long for one sample as for a full batch, which is the dearest case: a run that raises
-then wastes the most. It raises either before it computes ("early", as one that checks its input) or after
-("late"). A search by runs that only say whether they raise has a bound: if a share p of the samples is bad,
+The model takes as long for one sample as for a full batch ("fixed"), which is the dearest case, since a run
+that raises then wastes the most, or a time in proportion to its samples, as most models on a CPU do. It
+raises either before it computes ("early", as one that checks its input) or after ("late"). Where the time
+is fixed, a search by runs that only say whether they raise has a bound: if a share p of the samples is bad,
 each of them holds H(p) bits, and a run tells no more than one.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import math
 import random
 import statistics
@@ -25,11 +27,18 @@ BATCH_SIZE = 32
 
 
 class Model:
-    """Takes its time for a batch, and raises if a sample is bad."""
+    """Takes its time for a batch, and raises if a sample is bad.
 
-    def __init__(self, seconds: float, *, is_early: bool) -> None:
+    Args:
+        seconds: for a full batch.
+        is_early: whether it raises before it takes its time.
+        is_fixed: whether smaller batches take as long.
+    """
+
+    def __init__(self, seconds: float, *, is_early: bool = False, is_fixed: bool = True) -> None:
         self.seconds = seconds
         self.is_early = is_early
+        self.is_fixed = is_fixed
         self.is_down = False
         self.num_runs = 0
 
@@ -39,7 +48,7 @@ class Model:
         is_bad = self.is_down or any(batch)
         if is_bad and self.is_early:
             raise ValueError("bad")
-        time.sleep(self.seconds)
+        time.sleep(self.seconds * (1.0 if self.is_fixed else len(batch) / BATCH_SIZE))
         if is_bad:
             raise ValueError("bad")
         return batch
@@ -121,30 +130,35 @@ async def runs_when_down(model: Model, num_batches: int = 8) -> list[int]:
 async def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Measure all shares in turns."""
     model_seconds = options.milliseconds / 1e3
-    kinds = {"early": True, "late": False}
+    raising = {"early": True, "late": False}
+    timing = {"fixed": True, "in proportion": False}
     costs = {
-        kind: await raised_cost(Model(model_seconds, is_early=is_early)) for kind, is_early in kinds.items()
+        kind: await raised_cost(Model(model_seconds, is_early=is_early)) for kind, is_early in raising.items()
     }
-    cases = [("clean", 0.0), *((kind, share) for kind in kinds for share in options.shares)]
-    rounds: dict[tuple[str, float], list[dict[str, float]]] = defaultdict(list)
+    cases = [
+        *((timed, "late", 0.0) for timed in timing),
+        *itertools.product(timing, raising, options.shares),
+    ]
+    rounds: dict[tuple[str, str, float], list[dict[str, float]]] = defaultdict(list)
     for _ in range(options.rounds):
-        for kind, share in random.sample(cases, len(cases)):
-            model = Model(model_seconds, is_early=kinds.get(kind, False))
-            rounds[kind, share].append(await serve(model, share, options.clients, options.seconds))
+        for timed, kind, share in random.sample(cases, len(cases)):
+            model = Model(model_seconds, is_early=raising[kind], is_fixed=timing[timed])
+            rounds[timed, kind, share].append(await serve(model, share, options.clients, options.seconds))
     medians = {
         case: {key: statistics.median(each[key] for each in found) for key in found[0]}
         for case, found in rounds.items()
     }
-    clean = medians.pop(("clean", 0.0))
+    clean = {timed: medians.pop((timed, "late", 0.0)) for timed in timing}
     rows = [
         {
+            "time": timed,
             "kind": kind,
             "share": share,
             **found,
-            "of_clean": found["rate"] / clean["rate"],
-            "bound": bound(share, costs[kind]),
+            "of_clean": found["rate"] / clean[timed]["rate"],
+            "bound": bound(share, costs[kind]) if timing[timed] else None,
         }
-        for (kind, share), found in sorted(medians.items())
+        for (timed, kind, share), found in sorted(medians.items())
     ]
     down = await runs_when_down(Model(model_seconds, is_early=False))
     return {"clean": clean, "costs": costs, "rows": rows, "runs_when_down": down}
@@ -160,17 +174,22 @@ def report(result: dict[str, Any]) -> str:
         f"{result['date']}, commit {result['commit']},",
         f"{result['machine']}, Python {result['python']}, torch {result['torch']}.",
         f"Load of the machine before and after: {result['load']}.",
-        f"A model on one lane takes {result['milliseconds']:g} ms for a batch of up to {BATCH_SIZE} samples,",
-        f"and {result['clients']} clients that call again at once. A run that raises early takes",
-        f"{result['costs']['early']:.2f} of the time of one that succeeds. The bound is what no search by",
+        f"A model on one lane takes {result['milliseconds']:g} ms for a batch of {BATCH_SIZE} samples,",
+        f"for smaller ones the same (fixed) or less in proportion; {result['clients']} clients call again at",
+        f"once. Where the time is fixed, a run that raises early takes {result['costs']['early']:.2f}",
+        "of that of one that succeeds. The bound is what no search by",
         "runs that say only whether they raise can exceed: a sample holds H(p) bits, a run tells one.",
         "",
-        "| bad samples | raises | good answers/s | of clean | bound | p99 of good calls, ms |",
-        "|---|---|---|---|---|---|",
-        f"| none | | {clean['rate']:.0f} | 1.00 | | {clean['p99_ms']:.0f} |",
+        "| time | bad samples | raises | good answers/s | of clean | bound | p99 of good calls, ms |",
+        "|---|---|---|---|---|---|---|",
         *(
-            f"| {row['share']:.0%} | {row['kind']} | {row['rate']:.0f} | {row['of_clean']:.2f} "
-            f"| {row['bound']:.2f} | {row['p99_ms']:.0f} |"
+            f"| {timed} | none | | {found['rate']:.0f} | 1.00 | | {found['p99_ms']:.0f} |"
+            for timed, found in clean.items()
+        ),
+        *(
+            f"| {row['time']} | {row['share']:.0%} | {row['kind']} | {row['rate']:.0f} "
+            f"| {row['of_clean']:.2f} | {'' if row['bound'] is None else format(row['bound'], '.2f')} "
+            f"| {row['p99_ms']:.0f} |"
             for row in result["rows"]
         ),
         "",

@@ -18,10 +18,11 @@ from .._runtime import trace
 from .._runtime.hangs import GRACE_SECONDS
 from ..errors import BatcherClosedError, DeviceLostError, LaneHungError, NestedCallError, OtherLoopError
 from .call import BatcherState, CallState, Request
+from .health import Health, signature
 from .outcomes import closed_by, fail_all, for_callers
 from .queue import BatchQueue
 from .running import RunningBatch
-from .search import Health, Search, signature
+from .search import Search, start_search
 from .slots import Slot
 from .statistics import Recorder
 
@@ -231,7 +232,8 @@ class Dispatcher:
         is_turn = self._num_parts >= _MAX_PARTS or self.queue.num_queued >= self.queue.max_batch_size
         if not self._searches or (is_turn and self._num_parts > 0):
             self._num_parts = 0.0
-            taken = self.queue.take(now, 1 if slot.is_quick else len(self._free))
+            limit = self._health.batch_size(self.queue.max_batch_size)
+            taken = self.queue.take(now, 1 if slot.is_quick else len(self._free), limit)
             if taken or not self._searches:
                 return None, taken
         self._num_parts += self._health.raised_cost
@@ -333,7 +335,7 @@ class Dispatcher:
             fail_all(batch.calls, closed_by(None))
         elif search is None:
             self.recorder.num_retried += 1
-            search = self._health.search(batch.calls, error)
+            search = start_search(batch.calls, error, self._health)
         if batch.search is not None:
             if lost is None:
                 batch.search.on_error(error)

@@ -130,20 +130,21 @@ class BatchQueue(Generic[ItemT]):
         oldest = self._oldest().arrived
         return oldest if self.may_leave else oldest + self.max_wait
 
-    def take(self, now: float, num_free: int = 1) -> list[ItemT]:
+    def take(self, now: float, num_free: int = 1, limit: int | None = None) -> list[ItemT]:
         """Take the next batch out of the queue.
 
         Args:
             now: the time, in seconds.
             num_free: places that could run a batch now; what is queued is shared out between them,
                 unless batches wait to fill.
+            limit: most items of the batch, if fewer than `max_batch_size`.
 
         Returns:
             The items, the leader first; empty if none is queued or the batch may still fill.
         """
         if self.num_queued == 0 or (self.max_wait != 0 and self._must_fill(now)):
             return []
-        limit = self.max_batch_size
+        limit = min(self.max_batch_size, limit or self.max_batch_size)
         if self.max_wait == 0:
             limit = min(limit, -(-self.num_queued // num_free))
         batch = self._alike(now, limit) if self.sized else self._in_order(now, limit)

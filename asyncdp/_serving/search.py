@@ -3,90 +3,14 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 
 from .call import CallState, Request
-
-_MAX_COMPARED = 500  # characters of what an error says
-_WITH_DIGITS = re.compile(r"\S*\d\S*")
-
-Signature = tuple[type[BaseException], str]
+from .health import Health, signature
 
 _NUM_PROBES = 4  # of 10,000 calls of which 1 in 20 is bad, none gets blamed with a model that works
 
 _MAX_RAISED = 8  # runs of one search, before samples run alone to see whether the model is down
-_MIN_RAISED = 16  # runs that raised, before their cost counts: fewer may be chance
-_KEPT_RUNS = 0.98  # of what is known of runs, at each new one
-_KEPT_SAMPLES = 1 - 1 / 256  # of what is known of samples, at each new one
-
-
-class Health:
-    """What earlier batches say of the model.
-
-    Attributes:
-        is_up: whether a batch has succeeded since the model was last found to be down.
-        down: what the error says by which it was found to be down, if it still is.
-        mixed: what the error says of batches that raised although each of their samples ran alone.
-    """
-
-    def __init__(self) -> None:
-        self.is_up = False
-        self.down: Signature | None = None
-        self.mixed: Signature | None = None
-        self._share = 0.0  # of samples that are bad
-        self._num_raised = 0
-        self._seconds = {False: 0.0, True: 0.0}  # that a run takes, by whether it raises
-
-    def on_run(self, num_calls: int, seconds: float, *, raised: bool) -> None:
-        """Take note of how long a run took."""
-        self._num_raised += raised
-        before = self._seconds[raised] or seconds
-        self._seconds[raised] = seconds + _KEPT_RUNS * (before - seconds)
-        if not raised:
-            self._share *= _KEPT_SAMPLES**num_calls
-        elif num_calls == 1:
-            self._share = 1 + _KEPT_SAMPLES * (self._share - 1)
-
-    @property
-    def raised_cost(self) -> float:
-        """The time of a run that raises, of that of one that succeeds; at most 1."""
-        if self._num_raised < _MIN_RAISED or not self._seconds[False]:
-            return 1.0
-        return min(1.0, max(0.01, self._seconds[True] / self._seconds[False]))
-
-    def part_size(self, num_suspects: int) -> int:
-        """Return how many of some calls, of which not all are fine, to run next.
-
-        If a run costs the same whether or not it raises, it says most if either is as likely: about half of
-        the calls. A model that checks its inputs first raises at once: there larger parts, most of which
-        raise, find a bad sample by fewer runs that take their time, and these answer more calls.
-        """
-        if num_suspects < 2:
-            return num_suspects
-        fine = 1 - min(0.5, max(0.001, self._share))
-        raises = (1 - _success_chance(self.raised_cost)) * (1 - fine**num_suspects)
-        return min(num_suspects - 1, max(1, round(math.log1p(-raises) / math.log(fine))))
-
-    def on_success(self, num_calls: int) -> None:
-        """Take note of a batch that succeeded."""
-        self.is_up, self.down = True, None
-        if num_calls > 1:
-            self.mixed = None
-
-    def on_down(self, error: BaseException) -> None:
-        """Take note that whatever is run fails."""
-        self.is_up, self.down = False, signature(error)
-        self._share = 0.0
-
-    def search(self, calls: Sequence[Request], error: BaseException) -> Search:
-        """Return the search for the culprits of a batch that raised `error`."""
-        if signature(error) == self.mixed:
-            return Search(calls, error, self, one_by_one=True)
-        if self.is_up:
-            return Search(calls, error, self, num_probes=_NUM_PROBES)
-        num_probes = 1 if signature(error) == self.down else 2
-        return Search(calls, error, self, num_probes=num_probes, probes_first=True)
 
 
 class Search:
@@ -103,6 +27,7 @@ class Search:
         num_probes: samples that must raise alone for the model to be at fault.
         probes_first: whether to run those before any other part.
         one_by_one: whether to run every sample alone.
+        max_raised: parts that may raise before some samples run alone, even if those runs cost little.
 
     Attributes:
         put_back: calls of which nothing is known any more; their taker clears it.
@@ -120,6 +45,7 @@ class Search:
         num_probes: int = 0,
         probes_first: bool = False,
         one_by_one: bool = False,
+        max_raised: float = _MAX_RAISED,
     ) -> None:
         self.error = error
         self.put_back: list[Request] = []
@@ -128,6 +54,7 @@ class Search:
         self._health = health
         self._num_culprits = 0
         self._one_by_one = one_by_one
+        self._max_raised = max_raised
         self._is_up = num_probes == 0 and not one_by_one
         self._num_probes = num_probes
         self.is_complete = True
@@ -153,7 +80,7 @@ class Search:
         self._others = self._pending(self._others)
         # A sample that runs alone takes its time for little, if other runs raise at once and so cost less.
         cost = self.num_raised * self._health.raised_cost
-        is_due = not self._suspects or cost > 1 or self.num_raised >= _MAX_RAISED
+        is_due = not self._suspects or cost > 1 or self.num_raised >= self._max_raised
         self._is_probe = is_due and bool(self._others)
         if self._is_probe:
             self._part = [self._others.pop(0 if self._one_by_one else len(self._others) // 2)]
@@ -172,6 +99,7 @@ class Search:
         self.num_raised += 1
         if len(self._part) == 1:
             self._num_culprits += 1
+            self._health.culprit = signature(error)
         if self._one_by_one:
             return
         if signature(error) != signature(self.error):
@@ -217,24 +145,13 @@ class Search:
         self._others = []
 
 
-def _success_chance(raised_cost: float) -> float:
-    """Return how likely a run should succeed to say most for its cost: x, where x + x ** raised_cost = 1.
-
-    Known from codes of two letters that differ in cost: the best ones use each letter by that law.
-    """
-    low, high = 0.0, 1.0
-    for _ in range(20):
-        x = (low + high) / 2
-        if x + x**raised_cost < 1:
-            low = x
-        else:
-            high = x
-    return high
-
-
-def signature(error: BaseException) -> Signature:
-    """Return what an error says, but for what may differ from run to run: times, sizes, addresses, ids.
-
-    Unlike the error, it keeps nothing alive.
-    """
-    return type(error), _WITH_DIGITS.sub("#", str(error)[:_MAX_COMPARED])
+def start_search(calls: Sequence[Request], error: BaseException, health: Health) -> Search:
+    """Return the search for the culprits of a batch that raised `error`."""
+    found = signature(error)
+    if found == health.mixed:
+        return Search(calls, error, health, one_by_one=True)
+    if not health.is_up:
+        return Search(calls, error, health, num_probes=1 if found == health.down else 2, probes_first=True)
+    # An error that samples are known to raise alone hardly says that the model is down.
+    max_raised = math.inf if found == health.culprit else _MAX_RAISED
+    return Search(calls, error, health, num_probes=_NUM_PROBES, max_raised=max_raised)

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
 from asyncdp._serving.call import CallState
+from asyncdp._serving.health import Health, make_plan
 from asyncdp._serving.queue import BatchQueue
-from asyncdp._serving.search import Health, Search
+from asyncdp._serving.search import Search, start_search
 
 MAX_AGE = 10.0
 
@@ -323,7 +324,7 @@ def runs_of(health: Health, place: int, num_calls: int = 32) -> tuple[int, int]:
     """How many runs raise and how many succeed until the one bad call is found; put back ones not counted."""
     calls: list[Any] = [SimpleNamespace(state=CallState.PENDING, number=n) for n in range(num_calls)]
     error = ValueError("bad")
-    search = health.search(calls, error)
+    search = start_search(calls, error, health)
     search.on_success()  # of another batch
     num_raised = num_succeeded = 0
     while search.num_left:
@@ -340,9 +341,7 @@ def succeeding(health: Health) -> float:
     return sum(runs_of(health, place)[1] for place in range(32)) / 32
 
 
-@pytest.mark.parametrize(
-    "health", [Health(), health_after(0.01), health_after(0.02), health_after(0.0003, num_raised=8)]
-)
+@pytest.mark.parametrize("health", [Health(), health_after(0.01), health_after(0.0003, num_raised=8)])
 def test_parts_are_halves_unless_runs_that_raise_are_known_to_be_quick(health: Health) -> None:
     """If runs that raise take as long as others, or little is known, a part is about half of the calls."""
     assert [health.part_size(count) for count in (0, 1, 2, 8, 32)] == [0, 1, 1, 4, 16]
@@ -387,3 +386,72 @@ def test_samples_run_alone_late_where_runs_that_raise_are_quick() -> None:
 
     assert sizes(health_after(0.01)) == [16, 1, 1, 1, 1]
     assert len(sizes(health_after(0.0003))) <= 11
+
+
+def test_the_error_of_a_known_culprit_is_followed_as_long_as_that_costs_little() -> None:
+    """For an error that no lone sample has raised, samples run alone early: it may be the model's."""
+    calls: list[Any] = [SimpleNamespace(state=CallState.PENDING) for _ in range(32)]
+
+    def num_parts_before_probes(health: Health, error: Exception) -> int:
+        search, parts = start_search(calls, error, health), 0
+        while len(search.take()) > 1:
+            search.on_error(error)
+            parts += 1
+        return parts
+
+    health = health_after(0.0003)
+    runs_of(health, 20)
+    assert num_parts_before_probes(health, ConnectionError("down")) == 7
+    assert num_parts_before_probes(health, ValueError("bad")) > 12
+
+
+def health_by_size(seconds: float, each: float, share: float) -> Health:
+    """What is known of a model whose runs take some time, and some for each call."""
+    health = Health()
+    health.on_success(1)
+    num_bad = 0
+    for turn in range(400):
+        for size in (4, 8, 32):
+            health.on_run(size, seconds + each * size, raised=False)
+        health.on_run(2, seconds + each * 2, raised=True)
+        while num_bad < share * 44 * (turn + 1):
+            health.on_run(1, seconds + each, raised=True)
+            num_bad += 1
+    return health
+
+
+def test_batches_are_smaller_where_bad_samples_abound_and_small_batches_are_quick() -> None:
+    """A batch that raises wastes the time it took, so it is as large as pays for the share of bad samples."""
+    sizes = [health_by_size(0.0003, 0.0003, share).batch_size(32) for share in (0.0, 0.02, 0.05, 0.2)]
+    assert sizes[0] == 32
+    assert sizes == sorted(sizes, reverse=True)
+    assert 3 <= sizes[1] <= 12
+    assert sizes[2] <= 6
+    # Where a small batch takes as long as a large one, nothing is gained by it.
+    assert health_by_size(0.01, 0.0, 0.01).batch_size(32) == 32
+    assert health_by_size(0.01, 0.0, 0.05).batch_size(512) == 512
+
+
+def test_parts_are_smaller_where_small_ones_are_quick() -> None:
+    """Of calls that cost their time each, a few at a time are run; else about half of them."""
+    assert health_by_size(0.0003, 0.0003, 0.05).part_size(32) <= 6
+    assert health_by_size(0.01, 0.0, 0.01).part_size(32) >= 14
+    assert health_by_size(0.01, 0.0, 0.01).part_size(320) >= 140
+
+
+@pytest.mark.parametrize("each", [0.0, 1.0])
+@pytest.mark.parametrize("raises", [0.01, 1.0])
+@pytest.mark.parametrize("share", [0.001, 0.05, 0.5])
+def test_a_plan_names_parts_that_can_be_run(each: float, raises: float, share: float) -> None:
+    """A part has at least one of the calls, and of several not all of them."""
+    plan = make_plan((1.0, each), (raises, raises * each), share)
+    assert plan.part_sizes[:2] == [0, 1]
+    assert all(1 <= size < count for count, size in enumerate(plan.part_sizes) if count > 1)
+    assert plan.batch_size is None or 1 <= plan.batch_size < 32
+
+
+def test_a_plan_takes_the_time_that_the_best_one_takes() -> None:
+    """For three calls whose runs cost the same, the sizes are those that hand calculation finds."""
+    # Of two of which not both are fine, one runs; of three, one or two, by what runs that raise cost.
+    assert make_plan((1.0, 0.0), (1.0, 0.0), 0.01).part_sizes[2:4] == [1, 1]
+    assert make_plan((1.0, 0.0), (0.01, 0.0), 0.01).part_sizes[2:4] == [1, 2]
