@@ -22,32 +22,64 @@ from typing import Any
 
 import numpy as np
 import pyarrow
+from machine import origin, save
 
 from asyncdp.errors import AsyncDPError
 from asyncdp.infer.readers import FORMATS, Selection, decode_image, known_format, open_inputs
+
+VERDICTS = ("right", "refused", "wrong", "unknown")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--seconds", type=float, default=60, help="for one file")
+    parser.add_argument("--save", action="store_true", help="the table under docs/results")
     chosen = parser.parse_args()
-    paths = sorted({path for folder in chosen.folders for path in folder.rglob("*") if path.is_file()})
     table: dict[str, Counter[str]] = defaultdict(Counter)
-    for path in paths:
-        name = known_format(path)
-        if name is None:
-            continue
-        verdict, why = in_a_process(path, name, chosen.seconds)
-        table[name][verdict] += 1
-        if verdict != "right":
-            print(f"{verdict:8} {path}: {why}", flush=True)
-    print(f"\n{'format':12} {'right':>6} {'refused':>8} {'wrong':>6} {'unknown':>8}")
-    for name, counts in sorted(table.items()):
-        print(
-            f"{name:12} {counts['right']:6} {counts['refused']:8} {counts['wrong']:6} {counts['unknown']:8}"
-        )
+    others = []  # than right
+    for folder in chosen.folders:
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            name = known_format(path)
+            if name is None:
+                continue
+            verdict, why = in_a_process(path, name, chosen.seconds)
+            table[name][verdict] += 1
+            if verdict != "right":
+                why = why.replace(str(path), path.name)
+                file = str(folder.name / path.relative_to(folder))
+                others.append({"format": name, "file": file, "verdict": verdict, "why": why})
+                print(f"{verdict:8} {path}: {why}", flush=True)
+    names = [folder.name for folder in chosen.folders]
+    result = {**origin(), "folders": names, "formats": dict(sorted(table.items())), "others": others}
+    page = report(result)
+    if chosen.save:
+        save("check_files", result, page)
+    else:
+        print("\n" + page)
     sys.exit(1 if any(counts["wrong"] for counts in table.values()) else 0)
+
+
+def report(result: dict[str, Any]) -> str:
+    """Return the table as Markdown, and what was not right."""
+    lines = [
+        "# Other people's files, read as `asyncdp infer` reads them",
+        "",
+        f"`scripts/check_files {' '.join(result['folders'])}`, {result['date']}, commit {result['commit']},",
+        f"Python {result['python']}. Right: the records are those that another library reads (pyarrow,",
+        "pandas, Pillow, the standard library's json); refused: an error or a bad record says why not.",
+        "",
+        "| format | right | refused | wrong | unknown |",
+        "|---|---|---|---|---|",
+    ]
+    for name, counts in result["formats"].items():
+        numbers = " | ".join(str(counts.get(verdict, 0)) for verdict in VERDICTS)
+        lines.append(f"| {name} | {numbers} |")
+    lines += ["", "| file | | why |", "|---|---|---|"]
+    for other in result["others"]:
+        why = " ".join(other["why"].split()).replace("|", "\\|")
+        lines.append(f"| {other['file']} | {other['verdict']} | {why[:160]} |")
+    return "\n".join([*lines, ""])
 
 
 def in_a_process(path: Path, name: str, seconds: float) -> tuple[str, str]:
