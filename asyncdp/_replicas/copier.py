@@ -34,6 +34,7 @@ class Copier:
         templates: the same for tuples in which tensors are: a container, the key and the original.
         holders: containers whose content a forward may change.
         containers: those of them that are no registries, and not torch's own.
+        objects: those whose attributes are among these.
     """
 
     def __init__(self, snapshot: ModuleSnapshot, modules: Sequence[nn.Module], *, deep: bool) -> None:
@@ -43,11 +44,12 @@ class Copier:
         tensors = snapshot.tensors if deep else [*snapshot.tensors, *snapshot.loose]
         self._tensor_ids = {id(tensor) for tensor in tensors}
         self._contents = snapshot.contents
-        self._objects = snapshot.objects
+        self._originals = snapshot.objects
         self.places: list[tuple[Any, Any, int]] = []
         self.templates: list[tuple[Any, Any, Any]] = []
         self.holders: list[Any] = []
         self.containers: list[Any] = []
+        self.objects: list[Any] = []
         self._hooks: dict[int, Any] = {}  # a copy of each dictionary of hooks, by the `id` of the original
         self._handles: list[tuple[Any, Any, RemovableHandle]] = []
 
@@ -91,12 +93,12 @@ class Copier:
         kind = type(value)
         if id(value) in self._copies:
             return self._copies[id(value)]
-        if id(value) in self._objects:
+        if id(value) in self._originals:
             return self._own_object(value)
         if kind is MethodType:
             owner = self._own(value.__self__)
             return value if owner is value.__self__ else MethodType(value.__func__, owner)
-        if kind is ReferenceType and (id(value()) in self._copies or id(value()) in self._objects):
+        if kind is ReferenceType and (id(value()) in self._copies or id(value()) in self._originals):
             return ReferenceType(self._own(value()))
         if kind in (FunctionType, partial):
             return rebound(value, self._captured)
@@ -111,17 +113,18 @@ class Copier:
 
     def _own_object(self, value: Any) -> Any:
         new = self._copies[id(value)] = bare_like(value)
+        self.objects.append(new)
         held = parts_of(new)
         self.holders += held
         self.containers += held
-        for mine, part in zip(held, self._objects[id(value)][1], strict=True):
+        for mine, part in zip(held, self._originals[id(value)][1], strict=True):
             self._copies[id(part)] = mine
             self._filled(mine, part)
         return new
 
     def _captured(self, value: Any) -> Any:
         """Return the replica's own of what a function captured, if that is a module or held by one."""
-        is_ours = any(id(value) in each for each in (self._copies, self._contents, self._objects))
+        is_ours = any(id(value) in each for each in (self._copies, self._contents, self._originals))
         return self._own(value) if is_ours or type(value) in (MethodType, FunctionType, partial) else value
 
     def _filled(self, new: Any, value: Any) -> Any:

@@ -74,8 +74,11 @@ class Replica:
         # Restored from these, but for tensors, which are bound again.
         self._saved_namespaces = [*map(dict, self._namespaces)]
         self._saved = [shallow(each) if each else None for each in self._holders]
-        self._watch = Watch(self._modules, copier.containers)
-        self._containers = copier.containers
+        self._containers, self._objects = copier.containers, copier.objects
+        self._watch = self._new_watch()
+
+    def _new_watch(self) -> Watch:
+        return Watch(self._modules, self._containers, self._objects)
 
     def bind(self, tensors: Substitutions, changes: AttributeMap, training: Sequence[bool] = ()) -> None:
         """Make the replica as if it had just been made: with these tensors, attributes and modes.
@@ -87,7 +90,7 @@ class Replica:
         """
         if self._may_differ:
             self._may_differ = False
-            if not self._watch.holds(self._modules):
+            if not self._watch.holds(self.module):
                 self._restore()
         is_new = tensors is not self._bound
         if is_new:
@@ -104,9 +107,9 @@ class Replica:
             self._set_modes(training)
         if self._is_reshaped:
             self._is_reshaped = False
-            self._watch = Watch(self._modules, self._containers)
+            self._watch = self._new_watch()
         elif is_new:
-            self._watch.renew(self._modules)
+            self._watch.renew(self.module)
 
     def end(self, *, is_recorded: bool, looks_anew: bool = False) -> None:
         """Undo what a forward has left on the replica.
@@ -120,7 +123,7 @@ class Replica:
         self._may_differ = is_recorded
         if is_recorded or differs is False:
             return
-        if differs or not self._watch.holds(self._modules):
+        if differs or not self._watch.holds(self.module):
             self._restore()
 
     def versions(self) -> dict[int, int]:
@@ -147,7 +150,7 @@ class Replica:
             LazyModuleError: the forward made submodules or parameters.
         """
         assert self._bound is not None, "a forward has run"
-        differs = self._differed = not self._watch.holds(self._modules)
+        differs = self._differed = not self._watch.holds(self.module)
         if differs:
             self._check_additions()
         if snapshot is None or versions is None:
@@ -270,7 +273,7 @@ class Replica:
             elif not is_same(holder, content):
                 refill(holder, content)
         self._bound = None  # registries hold what they held when the replica was made
-        self._watch = Watch(self._modules, self._containers)
+        self._watch = self._new_watch()
 
     def _bind_changes(self, changes: AttributeMap) -> None:
         # Passes do not always come in the order of their calls: one of before a change may come after it.

@@ -130,7 +130,7 @@ class ModuleSnapshot:
         self._live_names = [each.keys() for each in (*registries, *hooks, *mappings) if each]
         self._empty_registries = [each for each in registries if not each]
         self._names = [*chain.from_iterable(self._live_names)]
-        self._watch = Watch(modules, [*containers.values()])
+        self._watch = Watch(modules, [*containers.values()], [each for each, _ in self.objects.values()])
         self.loose = loose_tensors(namespaces, [*containers.values()])
         self.training = [*map(_training, modules)]
         self._modes: dict[bool, list[bool]] = {}
@@ -187,7 +187,7 @@ class ModuleSnapshot:
     def is_current(self) -> bool:
         """Return whether nothing at all was replaced, added, removed, renamed or reordered since."""
         root = self._root()
-        if root is None or not self._watch.holds([root, *self._below]):
+        if root is None or not self._watch.holds(root):
             return False
         return [*chain.from_iterable(self._live_names)] == self._names
 

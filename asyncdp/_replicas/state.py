@@ -45,17 +45,22 @@ class Watch:
     """Tells whether modules, their parameters, buffers, submodules and hooks, and containers are the same.
 
     Args:
-        modules: which modules; not kept.
-        containers: what else their attributes hold, also of objects.
+        modules: which modules; the first one is not kept.
+        containers: what else their attributes hold.
+        objects: whose attributes are among these.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], containers: Sequence[Any]) -> None:
+    def __init__(
+        self, modules: Sequence[nn.Module], containers: Sequence[Any], objects: Sequence[Any] = ()
+    ) -> None:
         namespaces = namespaces_of(modules)
         held = [namespace[name] for namespace in namespaces for name in REGISTRIES + HOOKS]
-        self._holders = [_holder(each) for each in (*held, *containers) if each]
-        self._empty = [each for each in (*held, *containers) if not each]
-        self._types = [*map(type, modules)]
-        self._found = gc.get_referents(*namespaces, *self._holders)
+        held += [each for each in containers if type(each) is not Slots]
+        self._empty = [each for each in held if not each]
+        # From Python 3.13 on most objects have their attributes themselves, and so tell of them; before, and
+        # also later after some changes, their `__dict__` does.
+        self._holders = (*modules[1:], *namespaces[1:], *objects, *(each for each in held if each))
+        self._found = self._find(modules[0])
         # Dictionaries of torch's own are followed by what they hold.
         followed = {
             id(value)
@@ -71,32 +76,32 @@ class Watch:
         self._pick = itemgetter(*places, *places[:1]) if places else (lambda _: ())
         self._picked = self._pick(self._found)
 
-    def holds(self, modules: Sequence[nn.Module]) -> bool:
-        """Return whether nothing was replaced, added, removed or reordered since."""
-        namespaces = [*map(_namespace, modules)]
-        if CACHE_ATTRIBUTE in namespaces[0]:
-            namespaces = namespaces_of(modules)
-        # `get_referents` gives all values at once; identities first, lest different tensors are compared.
-        found = gc.get_referents(*namespaces, *self._holders)
+    def _find(self, root: nn.Module) -> list[Any]:
+        """Return all values that are held now, and the types of what holds them."""
+        return gc.get_referents((type(root),), _without_replicas(root.__dict__), *self._holders)
+
+    def holds(self, root: nn.Module) -> bool:
+        """Return whether nothing was replaced, added, removed or reordered since.
+
+        Args:
+            root: the first of the modules.
+        """
+        # All values at once; identities first, lest different tensors are compared.
+        found = self._find(root)
         try:
             return (
                 len(found) == len(self._found)
                 and all(map(is_, self._pick(found), self._picked))
                 and found == self._found
                 and not any(self._empty)
-                and [*map(type, modules)] == self._types
             )
         except Exception:  # a new value cannot be compared
             return False
 
-    def renew(self, modules: Sequence[nn.Module]) -> None:
+    def renew(self, root: nn.Module) -> None:
         """Take the values that are held now, in the same places, for those to be held."""
-        self._found = gc.get_referents(*namespaces_of(modules), *self._holders)
+        self._found = self._find(root)
         self._picked = self._pick(self._found)
-
-
-def _holder(container: Any) -> Any:
-    return container.owner if type(container) is Slots else container
 
 
 def _is_compared_by_identity(value: Any) -> bool:
@@ -107,9 +112,14 @@ def _is_compared_by_identity(value: Any) -> bool:
 def namespaces_of(modules: Sequence[nn.Module]) -> list[dict[str, Any]]:
     """Return the attributes of modules; of the first one without its replicas."""
     namespaces = [*map(_namespace, modules)]
-    if CACHE_ATTRIBUTE in namespaces[0]:
-        namespaces[0] = {name: value for name, value in namespaces[0].items() if name != CACHE_ATTRIBUTE}
+    namespaces[0] = _without_replicas(namespaces[0])
     return namespaces
+
+
+def _without_replicas(namespace: dict[str, Any]) -> dict[str, Any]:
+    found = namespace.copy()
+    found.pop(CACHE_ATTRIBUTE, None)
+    return found
 
 
 def attributes_of(namespace: dict[str, Any]) -> Iterator[tuple[str, Any]]:
