@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import _tree
 from .._replicas.snapshot import ModuleSnapshot
+from .._runtime import Task
 from .._runtime.schedule import split_sizes
 from .._tree import PerRow
 from .._verbs.batch import Batch
 from ..errors import GatherError
+from .results import growth, have_like_values, layout
 from .route import Route
 from .tuner import LaneChoice, Tuner, Workload
 
@@ -23,6 +24,8 @@ from .tuner import LaneChoice, Tuner, Workload
 _MIN_CHANGING = 2
 
 NOT_ROWS = "outputs are not made of rows of the batch"
+ROWS_MEET = "what a row gives depends on the other rows of its shard, or on chance"
+WRITES = "forwards write into their input"
 
 
 class Adaptive:
@@ -48,22 +51,27 @@ class Adaptive:
         workload = self._workload("call", batch, self._route.parts())
         is_trial = workload.is_learning
         num_lanes = workload.choose()
+        is_all = num_lanes == self._num_lanes
+        versions = _versions(batch) if is_trial else None
+        random = None if is_all or workload.is_compared(num_lanes) else self._random_states()
         started = time.perf_counter()
         try:
             result = await self._run(batch, num_lanes)
         except GatherError:
-            if num_lanes == self._num_lanes:
+            if is_all:
                 raise
-            return await self._stay_on_all(workload, batch)
+            return await self._stay_on_all(workload, batch, NOT_ROWS)
         seconds = time.perf_counter() - started
         workload.record(num_lanes, seconds, batch.num_elements)
-        if is_trial and not self._keeps_its_meaning(workload, result, batch):
-            if num_lanes == self._num_lanes:
+        if is_trial and _versions(batch) != versions:
+            workload.fix(WRITES)  # which no second run would find as it was
+        elif is_all:
+            if is_trial and not self._keeps_its_meaning(workload, result, batch):
                 workload.fix(NOT_ROWS)
-                return result
-            return await self._stay_on_all(workload, batch)
-        if not await self._looks_the_same(workload, batch, result, num_lanes):
-            return await self._stay_on_all(workload, batch)
+        elif is_trial and not self._keeps_its_meaning(workload, result, batch):
+            return await self._stay_on_all(workload, batch, NOT_ROWS)
+        elif random is not None and self._splits_differ(batch, num_lanes):
+            return await self._compare(workload, batch, result, num_lanes, random)
         return result
 
     def choose_for_step(
@@ -80,30 +88,35 @@ class Adaptive:
             return self._route.run_whole_with_all_threads(batch)
         return self._route.run_split(batch, num_lanes)
 
-    async def _stay_on_all(self, workload: Workload, batch: Batch) -> Any:
+    async def _stay_on_all(self, workload: Workload, batch: Batch, reason: str) -> Any:
         """Take all lanes from now on, and return what they give."""
-        workload.fix(NOT_ROWS)
+        workload.fix(reason)
         return await self._run(batch, self._num_lanes)
 
-    async def _looks_the_same(self, workload: Workload, batch: Batch, result: Any, num_lanes: int) -> bool:
-        """Return whether all lanes give a result of the same structure and the same shapes.
+    async def _compare(
+        self, workload: Workload, batch: Batch, result: Any, num_lanes: int, random: list[Tensor]
+    ) -> Any:
+        """Run a batch on all lanes too; return what they give if it is something else, else `result`.
 
-        It is asked once for each number of lanes; where no batch of these shapes has run on all lanes yet,
-        this one does.
+        Values are not compared if the forward draws random numbers.
         """
-        if num_lanes == self._num_lanes:
-            if workload.is_learning:
-                workload.note_layout(batch.shapes, layout(result))
-            return True
-        if num_lanes in workload.compared or not self._splits_differ(batch, num_lanes):
-            return True
-        expected = workload.layouts.get(batch.shapes)
-        if expected is None:
-            expected = layout(await self._run(batch, self._num_lanes))
-        if layout(result) != expected:
-            return False
-        workload.compared.add(num_lanes)
-        return True
+        expected = await self._run(batch, self._num_lanes)
+        if layout(result) != layout(expected):
+            workload.fix(NOT_ROWS)
+            return expected
+        if all(map(torch.equal, random, self._random_states())):
+            is_coarse = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+            compare = partial(have_like_values, result, expected, is_coarse=is_coarse)
+            if not (await self._route.scheduler.run([Task(self._route.lanes[0], compare, "compare")]))[0]:
+                workload.fix(ROWS_MEET)
+                return expected
+        workload.num_compared[num_lanes] += 1
+        return result
+
+    def _random_states(self) -> list[Tensor]:
+        """Return the states of torch's generators on the host and on the lanes' devices."""
+        devices = {lane.device for lane in self._route.lanes if lane.device.type == "cuda"}
+        return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, sorted(devices, key=str))]
 
     def _splits_differ(self, batch: Batch, num_lanes: int) -> bool:
         num_rows = batch.num_rows
@@ -169,6 +182,11 @@ class WorkloadKey(NamedTuple):
         return " ".join(map(str, (self.kind, self.mode, self.torch_mode, *self.shapes, *reason)))
 
 
+def _versions(batch: Batch) -> list[int]:
+    """Return the versions of the tensors of a batch: a write into one changes its own."""
+    return [leaf._version for leaf in batch.leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]
+
+
 def _torch_mode() -> str:
     """Return what of torch's state in this thread makes calls quicker or slower."""
     records = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
@@ -190,31 +208,3 @@ def why_fixed(snapshot: ModuleSnapshot) -> str | None:
         elif is_training:
             return "a module in train mode has buffers, which may hold statistics of batches"
     return None
-
-
-def growth(result: Any, num_rows: int, dim: int) -> tuple[int | None, ...] | None:
-    """Return how many rows each output has per row of input; None if an output has no such ratio.
-
-    A result that has one, and the same on any number of lanes, does not depend on how many there were.
-    """
-    ratios: list[int | None] = []
-    for leaf in _tree.flatten(result)[0]:
-        if isinstance(leaf, Tensor):
-            if not -leaf.dim() <= dim < leaf.dim() or num_rows == 0 or leaf.shape[dim] % num_rows:
-                return None
-            ratios.append(leaf.shape[dim] // num_rows)
-        elif isinstance(leaf, PerRow):
-            if len(leaf) != num_rows:
-                return None
-            ratios.append(1)
-        elif leaf is None or isinstance(leaf, (str, bool)):
-            ratios.append(None)
-        else:
-            return None
-    return tuple(ratios)
-
-
-def layout(result: Any) -> Any:
-    """Return the structure of a result and the shapes of all tensors in it."""
-    leaves, spec = _tree.flatten(result)
-    return spec, [leaf.shape if isinstance(leaf, Tensor) else None for leaf in leaves]

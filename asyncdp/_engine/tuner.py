@@ -7,10 +7,9 @@ time to time it learns again. It decides and counts; it reads no clock and runs 
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Any
 
 TURN = 3
 """Calls in a row on one number of lanes; the first of them only warms up caches and threads."""
@@ -22,7 +21,8 @@ MAX_TURNS = 4
 # A number of lanes that is slower than the best by this factor gets no further turns.
 _CLOSE = 1.2
 _MAX_WORKLOADS = 128
-_MAX_LAYOUTS = 16
+# Batches that a number of lanes runs as well as all lanes do: one alone may hide a difference.
+_MIN_COMPARED = 2
 # Fewer lanes leave room for other passes and use less memory: a tie goes to them.
 _TIE = 1.03
 # Learned again after this many calls in a row that took longer or shorter by this factor,
@@ -74,8 +74,7 @@ class Workload:
     calls_since_choice: int = 0
     size: int | None = None
     shape: Hashable = None
-    layouts: dict[Hashable, Any] = field(default_factory=dict)  # of results on all lanes, by input shapes
-    compared: set[int] = field(default_factory=set)  # numbers of lanes whose results had the same layout
+    num_compared: Counter[int] = field(default_factory=Counter)  # batches that gave the same on all lanes
 
     @property
     def is_learning(self) -> bool:
@@ -108,10 +107,9 @@ class Workload:
             self.shape = shape
         return self.shape == shape
 
-    def note_layout(self, shapes: Hashable, layout: Any) -> None:
-        """Note what results on all lanes look like for inputs of these shapes."""
-        if len(self.layouts) < _MAX_LAYOUTS:
-            self.layouts[shapes] = layout
+    def is_compared(self, num_lanes: int) -> bool:
+        """Return whether a number of lanes is known to give what all lanes give."""
+        return self.num_compared[num_lanes] >= _MIN_COMPARED
 
     def record(self, num_lanes: int, seconds: float, size: int = 1) -> None:
         """Record the duration of a call of `size` elements."""

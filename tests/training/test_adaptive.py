@@ -274,6 +274,65 @@ async def test_where_rows_meet_every_call_means_the_same(function: Any, rows: li
             torch.testing.assert_close(found, expected)
 
 
+def counts_of_last(x: Tensor) -> Tensor:
+    return (x[:, None] == x[None]).all(-1).sum(1)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.softmax(0),
+        lambda x: x - x.mean(0),
+        lambda x: {"sorted": x.sort(0).values, "x": x},
+        lambda x: (x, x.cumsum(0).to(torch.bfloat16)),
+        lambda x: x > x.median(),
+        counts_of_last,
+    ],
+    ids=["softmax", "centred", "sorted", "running sum", "above the median", "duplicates"],
+)
+@pytest.mark.parametrize("records", [False, True])
+async def test_where_rows_meet_in_values_every_call_means_the_same(function: Any, records: bool) -> None:
+    """A row that depends on the others of its shard has the values of all lanes, in every call."""
+    async with (
+        asyncdp.DataParallel(Counting(function), "cpu*2", num_lanes="all") as fixed,
+        asyncdp.DataParallel(Counting(function), "cpu*2") as one,
+    ):
+        for number in range(20):
+            x = torch.randn(64, 3)
+            x[63] = x[62] = x[0]
+            if number == 3:  # a batch of equal rows hides what others show
+                x = torch.ones(64, 3)
+            x.requires_grad_(records)
+            torch.testing.assert_close(await one(x), await fixed(x))
+        choice = one.statistics().choices[0]
+    assert (choice.num_lanes, "depends on the other rows" in choice.reason) == (2, True)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda x: functional.dropout(x, 0.5), lambda x: x.argmax(1), lambda x: x / 0.0, lambda x: x.half()],
+    ids=["dropout", "argmax", "not finite", "half"],
+)
+async def test_rows_for_themselves_leave_the_choice_free(function: Any) -> None:
+    """Chance, indices and values that are no numbers are not taken for rows that meet."""
+    async with asyncdp.DataParallel(Counting(function), "cpu*2") as one:
+        for _ in range(8):
+            await one(torch.randn(8, 3))
+        assert "rows" not in one.statistics().choices[0].reason
+
+
+async def test_a_forward_that_writes_into_its_input_runs_once() -> None:
+    """A batch whose forward changes it is never run again to compare, so all lanes run all of them."""
+    module = Counting(lambda x: x.add_(1.0))
+    async with asyncdp.DataParallel(module, "cpu*2") as one:
+        for _ in range(8):
+            x = torch.zeros(4, 3)
+            assert torch.equal(await one(x), torch.ones(4, 3))
+            assert torch.equal(x, torch.ones(4, 3))
+        assert "write into their input" in one.statistics().choices[0].reason
+    assert set(module.rows) == {2}
+
+
 async def test_results_are_compared_in_all_dimensions_before_a_choice() -> None:
     """A number of lanes is chosen only once its results had the shape that all lanes give."""
     module = Counting(lambda x: x * 2)
