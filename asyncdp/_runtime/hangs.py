@@ -83,7 +83,8 @@ class HangWatch:
 
     def _watch(self) -> None:
         assert self.hang_timeout is not None
-        while not self._is_stopped.wait(max(0.01, self.hang_timeout / 4)):
+        seconds = min(max(0.01, self.hang_timeout / 4), threading.TIMEOUT_MAX)
+        while not self._is_stopped.wait(seconds):
             self.find_hung(self.hang_timeout)
 
     # All that follows is called with the lock held.

@@ -236,7 +236,7 @@ class Scheduler(HangWatch):
         timers: list[threading.Timer] = []
 
         def abandon_after(seconds: float) -> None:
-            timer = threading.Timer(seconds, self.abandon)
+            timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), self.abandon)
             timer.daemon = True
             timer.start()
             timers.append(timer)

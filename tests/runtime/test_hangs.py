@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import subprocess
@@ -128,11 +129,14 @@ async def test_close_ends_by_its_timeout(owner: str, caplog: pytest.LogCaptureFi
         await engine.aclose()
 
 
-async def test_close_within_its_timeout_abandons_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    """A timeout that is not needed changes nothing."""
-    rt = asyncdp.Runtime("cpu")
+@pytest.mark.parametrize("seconds", [30, math.inf])
+async def test_close_within_its_timeout_abandons_nothing(
+    seconds: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A timeout that is not needed changes nothing, however long it is."""
+    rt = asyncdp.Runtime("cpu", hang_timeout=seconds)
     assert await rt.run(lambda: 7) == 7
-    await rt.aclose(timeout=30)
+    await rt.aclose(timeout=seconds)
     assert not caplog.records
 
 
