@@ -96,6 +96,10 @@ class Ambient:
         other._contexts = [self._contexts[0].copy()]
         return other
 
+    def run(self, function: Callable[..., Any], *args: Any) -> None:
+        """Call a function that sets context variables; for an ambient that no task runs under yet."""
+        self._contexts[0].run(function, *args)
+
     def bind(self, function: Callable[[], T], index: int, device: torch.device) -> Callable[[], T]:
         """Give `function` the caller's context variables, default device and hooks for saved tensors.
 

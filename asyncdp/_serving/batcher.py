@@ -159,7 +159,7 @@ class Batcher:
             CallTimeoutError: the call was not answered in time.
             DeviceLostError: the device under its batch was lost.
             BatcherClosedError: outside of the batcher's `async with` block.
-            NestedCallError: within the batcher's own async function.
+            NestedCallError: within what the batcher itself runs, which would wait for itself.
             EngineCancelledError: the engine raised a cancellation of its own, or what ends a process.
             ValueError: `timeout`, `priority` or what `size_of` gave is no number that it can be.
             BaseException: what the engine raised for this very sample.

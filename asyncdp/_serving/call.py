@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from .. import _loops
 from .._loops import Loop, Waiter
-from ..errors import CallCancelledError, CallTimeoutError
+from ..errors import CallCancelledError, CallTimeoutError, OtherLoopError
 from .queue import BatchQueue
 
 _MAX_KINDS = 50  # each is a time series of its own where it is exported
@@ -72,10 +73,11 @@ class Call(Coroutine[Any, Any, Any]):
     It belongs to the event loop of its batcher. Its time runs from the call on, awaited or not.
     """
 
-    __slots__ = ("_request", "_steps")
+    __slots__ = ("_is_over", "_request", "_steps")
 
     def __init__(self, request: Request) -> None:
         self._request = request
+        self._is_over = False  # whether the task that ran it has its outcome
         self._steps: Generator[Any, None, Any] | None = None  # once a task runs it
 
     def __repr__(self) -> str:
@@ -89,16 +91,25 @@ class Call(Coroutine[Any, Any, Any]):
             CallCancelledError: `cancel` came first.
             DeviceLostError: the device under its batch was lost.
             BatcherClosedError: the batcher was cancelled.
+            OtherLoopError: this is another event loop than the batcher's.
             EngineCancelledError: the engine raised a cancellation of its own, or what ends a process.
             BaseException: what the engine raised for this very sample.
         """
+        if self._request.state is CallState.PENDING and _loops.current() is not self._request.loop:
+            raise OtherLoopError
         return self._request.__await__()
 
     def send(self, value: Any, /) -> Any:
         """Wait on, as the task that runs this call."""
         if self._steps is None:
-            self._steps = self._request.__await__()
-        return self._steps.send(value)
+            self._steps = self.__await__()
+        elif self._is_over:
+            raise _shared()  # a generator that is over would give None
+        try:
+            return self._steps.send(value)
+        except BaseException:
+            self._is_over = True
+            raise
 
     def throw(self, *error: Any) -> Any:
         """Raise an error in the wait, as the task that runs this call does to cancel it."""
@@ -133,6 +144,7 @@ class Request:
         sample: what is to run.
         size, priority, arrived, ordinal: see `Item`.
         timeout: seconds it may take in all.
+        within: the batchers whose batches wait for it.
         state: a result that comes when it is no longer pending is dropped.
     """
 
@@ -144,6 +156,7 @@ class Request:
     priority: int
     arrived: float
     timeout: float | None
+    within: frozenset[object]
     ordinal: int = field(init=False)
     state: CallState = field(default=CallState.PENDING, init=False)
     _waiter: Waiter | None = field(default=None, init=False)  # made when somebody awaits the call
@@ -155,7 +168,7 @@ class Request:
         """Wait for the result, as `Call.__await__` documents."""
         if self.state is CallState.PENDING:
             if self._waiter is not None:
-                raise RuntimeError("two tasks await one call. Await it in one task and pass the result on.")
+                raise _shared()
             self._waiter = self.loop.waiter()
             stop_timer = self._start_timer() if self.timeout is not None else None
             try:
@@ -230,3 +243,7 @@ class Request:
             self.outcomes[self.state] += 1
             if self._error is not None:
                 self.outcomes.on_error(self.state, self._error)
+
+
+def _shared() -> RuntimeError:
+    return RuntimeError("two tasks await one call. Await it in one task and pass the result on.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextvars
 import logging
 import time
 from collections import deque
@@ -23,7 +22,7 @@ from .outcomes import closed_by, fail_all, for_callers
 from .queue import BatchQueue
 from .running import RunningBatch
 from .search import Search, start_search
-from .slots import Slot
+from .slots import Slot, within
 from .statistics import Recorder
 
 _MAX_PARTS = 4  # that succeed, of batches that raised, before one of the queue goes although it is not full
@@ -83,12 +82,12 @@ class Dispatcher:
         """Begin to take calls, on the event loop that runs in this thread."""
         if self.state is not BatcherState.NEW:
             raise BatcherClosedError("a batcher can be entered only once")
-        within = _within.set(_within.get() | {self})  # for what the slots capture
+        token = within.set(within.get() | {self})  # for what the slots capture
         try:
             for slot in self._slots:
                 slot.open()
         finally:
-            _within.reset(within)
+            within.reset(token)
         self._loop = _loops.current()
         self._ended = anyio.Event()
         self.state = BatcherState.OPEN
@@ -106,13 +105,14 @@ class Dispatcher:
         loop = _loops.current()
         if loop is not self._loop:
             raise OtherLoopError
-        if self in _within.get():
+        waiting = within.get()
+        if self in waiting:
             raise NestedCallError
         if self._lost is not None:
             raise DeviceLostError(self._lost, "no lane of this batcher is left")
         now = time.perf_counter()
         request = self.make_request(
-            self.queue, self.recorder.outcomes, loop, sample, size, priority, now, timeout
+            self.queue, self.recorder.outcomes, loop, sample, size, priority, now, timeout, waiting
         )
         self.queue.add(request)
         # In the loop's next turn, when others may have come.
@@ -232,8 +232,7 @@ class Dispatcher:
         is_turn = self._num_parts >= _MAX_PARTS or self.queue.num_queued >= self.queue.max_batch_size
         if not self._searches or (is_turn and self._num_parts > 0):
             self._num_parts = 0.0
-            limit = self._health.batch_size(self.queue.max_batch_size)
-            taken = self.queue.take(now, 1 if slot.is_quick else len(self._free), limit)
+            taken = self.queue.take(now, 1 if slot.is_quick else len(self._free))
             if taken or not self._searches:
                 return None, taken
         self._num_parts += self._health.raised_cost
@@ -276,8 +275,9 @@ class Dispatcher:
 
     def _run(self, batch: RunningBatch) -> None:
         on_end = partial(self._on_end, batch)
+        waiting = frozenset().union(*(call.within for call in batch.calls))
         try:
-            batch.cancel = batch.slot.begin([call.sample for call in batch.calls], on_end)
+            batch.cancel = batch.slot.begin([call.sample for call in batch.calls], on_end, waiting)
         except Exception as error:
             assert self._loop is not None
             # Not at once: very many batches might fail within one another.
@@ -348,6 +348,7 @@ class Dispatcher:
         seconds = time.perf_counter() - batch.started
         self.recorder.runs.append(seconds)
         self._health.on_run(len(batch.calls), seconds, raised=batch.has_failed)
+        self.queue.full_size = self._health.batch_size(self.queue.max_batch_size)
         slot = batch.slot
         if batch.is_substituted:
             slot.leave()
@@ -439,7 +440,3 @@ class Dispatcher:
         self.reject_waiting(partial(closed_by, None))
         self.recorder.on_closed()
         self._ended.set()
-
-
-_within: contextvars.ContextVar[frozenset[Dispatcher]] = contextvars.ContextVar("within", default=frozenset())
-"""Whose batches this task belongs to."""

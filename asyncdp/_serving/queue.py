@@ -53,6 +53,7 @@ class BatchQueue(Generic[ItemT]):
 
     Attributes:
         num_queued: items in the queue.
+        full_size: items of a full batch, at most `max_batch_size`: more of them do not wait to fill one.
     """
 
     max_batch_size: int
@@ -64,6 +65,7 @@ class BatchQueue(Generic[ItemT]):
     sized: bool = False
     is_closing: bool = False
     num_queued: int = field(default=0, init=False)
+    full_size: int = field(init=False)
     # By priority, no entry empty; the items in order of arrival.
     _items: dict[int, dict[ItemT, None]] = field(default_factory=dict, init=False)
     _by_size: dict[int, list[tuple[float, int, ItemT]]] = field(default_factory=dict, init=False)
@@ -73,6 +75,9 @@ class BatchQueue(Generic[ItemT]):
     # A heap of negated priority and ordinal of those outside; entries of those who left go later.
     _outside_ranks: list[tuple[int, int]] = field(default_factory=list, init=False)
     _ordinals: Iterator[int] = field(default_factory=itertools.count, init=False)
+
+    def __post_init__(self) -> None:
+        self.full_size = self.max_batch_size
 
     @property
     def num_outside(self) -> int:
@@ -130,21 +135,20 @@ class BatchQueue(Generic[ItemT]):
         oldest = self._oldest().arrived
         return oldest if self.may_leave else oldest + self.max_wait
 
-    def take(self, now: float, num_free: int = 1, limit: int | None = None) -> list[ItemT]:
+    def take(self, now: float, num_free: int = 1) -> list[ItemT]:
         """Take the next batch out of the queue.
 
         Args:
             now: the time, in seconds.
             num_free: places that could run a batch now; what is queued is shared out between them,
                 unless batches wait to fill.
-            limit: most items of the batch, if fewer than `max_batch_size`.
 
         Returns:
             The items, the leader first; empty if none is queued or the batch may still fill.
         """
         if self.num_queued == 0 or (self.max_wait != 0 and self._must_fill(now)):
             return []
-        limit = min(self.max_batch_size, limit or self.max_batch_size)
+        limit = self.full_size
         if self.max_wait == 0:
             limit = min(limit, -(-self.num_queued // num_free))
         batch = self._alike(now, limit) if self.sized else self._in_order(now, limit)
@@ -205,7 +209,7 @@ class BatchQueue(Generic[ItemT]):
         return min((next(iter(items)) for items in self._items.values()), key=lambda item: item.ordinal)
 
     def _is_batch_full(self) -> bool:
-        if self.num_queued >= self.max_batch_size or self.is_full:
+        if self.num_queued >= self.full_size or self.is_full:
             return True
         return self.max_cost is not None and self._total_size >= self.max_cost
 

@@ -28,6 +28,9 @@ from .collate import StatedSample, Steps
 # Up to here the batches of two lanes, for most of which Python's lock is held, take longer than one of both.
 _QUICK_SECONDS = 250e-6
 
+within: contextvars.ContextVar[frozenset[object]] = contextvars.ContextVar("within", default=frozenset())
+"""The batchers whose batches wait for what runs in this context."""
+
 OnEnd = Callable[[Sequence[Any] | None, BaseException | None], object]
 """Called with one result for each sample, or with an error; with neither if the batch was cancelled."""
 
@@ -81,13 +84,22 @@ class Slot(ABC):
         with torch.no_grad():  # results carry no graph
             self.ambient = self.scheduler.ambient()
 
+    def _ambient_of(self, waiting: frozenset[object]) -> Ambient:
+        ambient = self.ambient.copy()
+        if waiting:
+            ambient.run(_add_within, waiting)
+        return ambient
+
     @abstractmethod
-    def begin(self, samples: Sequence[Any], on_end: OnEnd) -> Callable[[], object]:
+    def begin(
+        self, samples: Sequence[Any], on_end: OnEnd, waiting: frozenset[object]
+    ) -> Callable[[], object]:
         """Collate the samples, run the batch and split its output: one result for each.
 
         Args:
             samples: the batch.
             on_end: called on this event loop, in a later turn.
+            waiting: batchers whose batches wait for this one, see `within`.
 
         Returns:
             What cancels the batch; `on_end` is still called, once everything has drained.
@@ -150,7 +162,9 @@ class LaneSlot(Slot):
                 return lane
         return None
 
-    def begin(self, samples: Sequence[Any], on_end: OnEnd) -> Callable[[], object]:
+    def begin(
+        self, samples: Sequence[Any], on_end: OnEnd, waiting: frozenset[object]
+    ) -> Callable[[], object]:
         is_stated = isinstance(samples[0], StatedSample)
         steps = self.steps.run_as_called if is_stated else self.steps.run
         run = partial(steps, self.functions[self.lane], samples)
@@ -158,9 +172,13 @@ class LaneSlot(Slot):
             Task(self.lane, run, "run"),
             partial(_report, on_end),
             num_threads=self.num_threads,
-            ambient=self.ambient.copy(),
+            ambient=self._ambient_of(waiting),
         )
         return partial(self.scheduler.cancel, pass_)
+
+
+def _add_within(batchers: frozenset[object]) -> None:
+    within.set(within.get() | batchers)
 
 
 def _report(on_end: OnEnd, pass_: Pass) -> None:
@@ -181,20 +199,24 @@ class AsyncSlot(Slot):
         super().open()
         self.context = contextvars.copy_context()
 
-    def begin(self, samples: Sequence[Any], on_end: OnEnd) -> Callable[[], object]:
+    def begin(
+        self, samples: Sequence[Any], on_end: OnEnd, waiting: frozenset[object]
+    ) -> Callable[[], object]:
         # A copy, since the context variables that one batch sets are not for the next.
-        return self.context.copy().run(_loops.current().spawn, partial(self._run, samples, on_end))
+        context, ambient = self.context.copy(), self._ambient_of(waiting)
+        context.run(_add_within, waiting)
+        return context.run(_loops.current().spawn, partial(self._run, samples, on_end, ambient))
 
-    async def _run(self, samples: Sequence[Any], on_end: OnEnd) -> None:
+    async def _run(self, samples: Sequence[Any], on_end: OnEnd, ambient: Ambient) -> None:
         try:
-            args, kwargs = await self._on_lane(partial(self.steps.arguments, samples), "collate")
+            args, kwargs = await self._on_lane(partial(self.steps.arguments, samples), "collate", ambient)
             begun = time.perf_counter()
             try:
                 output = await _without_grad(self._call(args, kwargs))
             finally:
                 if trace.recorder is not None:
                     trace.recorder.add("event loop", "awaiting", "model", begun, time.perf_counter())
-            results = await self._on_lane(partial(self.steps.results, output, samples), "split")
+            results = await self._on_lane(partial(self.steps.results, output, samples), "split", ambient)
         except BaseException as error:
             if ends_tasks(error) and is_cancelled():
                 on_end(None, None)
@@ -203,9 +225,9 @@ class AsyncSlot(Slot):
         else:
             on_end(results, None)
 
-    async def _on_lane(self, function: Callable[[], Any], label: str) -> Any:
+    async def _on_lane(self, function: Callable[[], Any], label: str, ambient: Ambient) -> Any:
         lane = self.scheduler.least_busy(self.scheduler.lanes)[0]
-        return (await self.scheduler.run([Task(lane, function, label)], ambient=self.ambient.copy()))[0]
+        return (await self.scheduler.run([Task(lane, function, label)], ambient=ambient.copy()))[0]
 
     async def _call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         return await self.function(*args, **kwargs)

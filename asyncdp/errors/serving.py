@@ -81,12 +81,12 @@ class OtherLoopError(AsyncDPError, RuntimeError):
 
 
 class NestedCallError(AsyncDPError, RuntimeError):
-    """The async function of a batcher called this very batcher."""
+    """What a batcher runs called this very batcher, by itself or through another one."""
 
     def __init__(self) -> None:
         super().__init__(
-            "the async function of a batcher called the batcher that runs it, which could wait for itself "
-            "for ever. Call the model itself there, or another Batcher."
+            "what a batcher runs called this very batcher, by itself or through another one, which could "
+            "wait for itself for ever. Call the model itself there, or another Batcher that does not call it."
         )
 
 

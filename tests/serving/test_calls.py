@@ -14,7 +14,13 @@ import pytest
 import torch
 
 from asyncdp import Batcher, BatcherStatistics, Runtime
-from asyncdp.errors import CallCancelledError, CallTimeoutError, NestedCallError, QueueFullError
+from asyncdp.errors import (
+    CallCancelledError,
+    CallTimeoutError,
+    NestedCallError,
+    OtherLoopError,
+    QueueFullError,
+)
 from asyncdp.testing.fake import FakeDevice
 
 pytestmark = pytest.mark.anyio
@@ -288,22 +294,55 @@ def test_numbers_that_are_none_are_refused(make: Callable[[], object], cause: st
 
 
 async def test_a_batcher_that_waits_for_itself_is_refused() -> None:
-    """An async function that calls its own batcher gets an error, and may call another one."""
+    """An engine that calls its own batcher gets an error, also through another one, which it may call."""
 
     async def engine(x: torch.Tensor) -> torch.Tensor:
-        if (x < 0).any():
+        if x[0] == 0:
             return x + await batcher(ONE)
-        return x + await other(ONE)
+        return x + await other(x[0])
+
+    async def back(x: torch.Tensor) -> torch.Tensor:
+        return x + await batcher(ONE) if x[0] < 0 else x * 2
 
     async with (
         Runtime("cpu") as runtime,
-        Batcher(double, runtime=runtime) as other,
+        Batcher(back, runtime=runtime) as other,
         Batcher(engine, runtime=runtime) as batcher,
     ):
         with anyio.fail_after(30):
-            with pytest.raises(NestedCallError, match="wait for itself"):
-                await batcher(-ONE)
+            for value in (0 * ONE, -ONE):
+                with pytest.raises(NestedCallError, match="wait for itself"):
+                    await batcher(value)
             assert (await batcher(ONE)).item() == 3.0
+
+
+def test_a_call_is_awaited_where_its_batcher_is() -> None:
+    """On another event loop a call is refused, instead of waiting for ever there and harming its own."""
+
+    async def main() -> None:
+        device = FakeDevice(held=True)
+        async with Runtime([device]) as runtime, Batcher(double, runtime=runtime) as batcher:
+            call = batcher.call_nowait(ONE)
+            with pytest.raises(OtherLoopError):
+                await asyncio.to_thread(asyncio.run, wait_for(call))
+            device.release()
+            assert (await call).item() == 2.0
+
+    asyncio.run(main())
+
+
+def test_a_call_in_two_tasks_has_one_outcome() -> None:
+    """Of two tasks made of one call, one gets the result and the other one an error."""
+
+    async def main() -> None:
+        async with Runtime("cpu") as runtime, Batcher(double, runtime=runtime) as batcher:
+            call = batcher.call_nowait(ONE)
+            tasks = [asyncio.create_task(call) for _ in range(2)]
+            result, error = await asyncio.gather(*tasks, return_exceptions=True)
+            assert result.item() == 2.0
+            assert "two tasks" in str(error)
+
+    asyncio.run(main())
 
 
 def test_a_call_goes_where_coroutines_go() -> None:

@@ -8,11 +8,14 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import anyio
 import pytest
+import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
+from asyncdp import Batcher, Runtime
 from asyncdp._serving.call import CallState
 from asyncdp._serving.health import Health, make_plan
 from asyncdp._serving.queue import BatchQueue
@@ -455,3 +458,24 @@ def test_a_plan_takes_the_time_that_the_best_one_takes() -> None:
     # Of two of which not both are fine, one runs; of three, one or two, by what runs that raise cost.
     assert make_plan((1.0, 0.0), (1.0, 0.0), 0.01).part_sizes[2:4] == [1, 1]
     assert make_plan((1.0, 0.0), (0.01, 0.0), 0.01).part_sizes[2:4] == [1, 2]
+
+
+@pytest.mark.anyio
+async def test_smaller_batches_do_not_wait_to_be_larger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where batches are made smaller for the sake of bad samples, `max_wait` fills no more than those."""
+    monkeypatch.setattr(Health, "batch_size", lambda self, num_calls: 2)
+    sizes = []
+
+    def engine(x: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(x))
+        return x
+
+    async with (
+        Runtime("cpu") as runtime,
+        Batcher(engine, max_batch_size=4, max_wait=600.0, runtime=runtime) as batcher,
+    ):
+        with anyio.fail_after(10):
+            for count in (4, 4, 2):  # of the first nothing is known yet
+                for call in [batcher.call_nowait(torch.ones(1)) for _ in range(count)]:
+                    await call
+    assert sizes == [4, 2, 2, 2]
