@@ -39,14 +39,20 @@ def numbers(work):
 
 
 @pytest.fixture
-def run(work, anyio_backend):
-    """Run a job over `inputs` into the folder `out` and return its summary."""
+def run(work, request):
+    """Run a job over `inputs` into the folder `out` and return its summary.
+
+    Tests that are about more than what is read and written have it run on both event loops, by the fixture
+    `anyio_backend`; elsewhere trio would only go the same way through the files again.
+    """
+    is_on_both = "anyio_backend" in request.fixturenames
+    backend = request.getfixturevalue("anyio_backend") if is_on_both else "asyncio"
 
     def run(inputs, model="models_for_tests:Sums", monitor=None, **options):
         options = {"columns": ("x",), "devices": "cpu*2", "output": work / "out", **options}
         inputs = inputs if isinstance(inputs, tuple) else (str(inputs),)
         job = Job(InferOptions(inputs=inputs, model=model, **options))
-        return anyio.run(job.run, None, monitor, backend=anyio_backend)
+        return anyio.run(job.run, None, monitor, backend=backend)
 
     return run
 

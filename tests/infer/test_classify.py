@@ -20,12 +20,6 @@ PAIRS = [(TEXTS[index], TEXTS[-1 - index]) for index in range(len(TEXTS))]
 
 
 @pytest.fixture
-def anyio_backend():
-    """Nothing here depends on the event loop."""
-    return "asyncio"
-
-
-@pytest.fixture
 def results(run, work):
     """Run a job over the texts and their pairs; return its columns."""
 

@@ -29,12 +29,6 @@ def encoder(tmp_path_factory):
 
 
 @pytest.fixture
-def anyio_backend():
-    """Nothing here depends on the event loop."""
-    return "asyncio"
-
-
-@pytest.fixture
 def save(work, encoder):
     """Save a model of sentence-transformers made of these modules; return its folder and the model."""
 

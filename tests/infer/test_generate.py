@@ -18,12 +18,6 @@ transformers = pytest.importorskip("transformers")
 PROMPTS = ["the", "dogs and foxes", "Anna met Bob in Berlin", "a fox", "the quick brown fox", "dogs", "dogs"]
 
 
-@pytest.fixture
-def anyio_backend():
-    """Nothing here depends on the event loop."""
-    return "asyncio"
-
-
 @pytest.fixture(scope="session")
 def decoder(tmp_path_factory):
     """A tiny language model that goes on with a text."""

@@ -33,6 +33,8 @@ from asyncdp.infer.output.journal import load_journal
 from asyncdp.infer.report import memory
 from asyncdp.infer.report.monitor import Monitor
 
+pytestmark = pytest.mark.usefixtures("anyio_backend")
+
 
 def rows(work, name="out"):
     return pyarrow.dataset.dataset(work / name, format="parquet").to_table().to_pylist()

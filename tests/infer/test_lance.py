@@ -15,12 +15,6 @@ lance = pytest.importorskip("lance")
 
 
 @pytest.fixture
-def anyio_backend():
-    """Nothing here depends on the event loop."""
-    return "asyncio"
-
-
-@pytest.fixture
 def parts(run, numbers, work):
     """Two parts of a job, and the columns of the whole."""
     path = numbers(10)

@@ -42,12 +42,6 @@ COLUMNS = {
 
 
 @pytest.fixture
-def anyio_backend():
-    """One loop is enough here: files are written by worker threads only."""
-    return "asyncio"
-
-
-@pytest.fixture
 def records(work):
     """Write dicts as JSONL; the model gives them back."""
 

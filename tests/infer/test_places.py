@@ -28,12 +28,6 @@ SHAPE = {"shard_size": 10, "window": 5, "batch_size": 2}
 _NUMBERS = itertools.count()
 
 
-@pytest.fixture
-def anyio_backend():
-    """One loop is enough here: stores are reached from worker threads only."""
-    return "asyncio"
-
-
 @pytest.fixture(params=["memory", "s3"])
 def store(request):
     """The URL of an empty folder in a store."""

@@ -24,11 +24,6 @@ def report(*args):
 
 
 @pytest.fixture
-def anyio_backend():
-    return "asyncio"
-
-
-@pytest.fixture
 def point(run, numbers, work):
     """The last point of a finished job in the folder `out`."""
     run(numbers(40), batch_size=8, shard_size=16)

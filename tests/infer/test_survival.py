@@ -16,6 +16,8 @@ from asyncdp.errors import JobUsageError, OutputError, ResumeRefusedError
 from asyncdp.infer import files
 from asyncdp.infer.output.merge import merge_parts
 
+pytestmark = pytest.mark.usefixtures("anyio_backend")
+
 SHAPE = {"shard_size": 10, "window": 5, "batch_size": 2}
 
 
@@ -112,6 +114,7 @@ def test_the_remedy_fits_the_cause(run, numbers, monkeypatch, code, remedy):
         run(numbers(3))
 
 
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])  # that of the script
 def test_killed_at_random_moments(tmp_path):
     """SIGKILL at random moments, resumed each time: every output is the undisturbed one, byte by byte."""
     script = Path(__file__).parents[2] / "scripts" / "kill_infer.py"

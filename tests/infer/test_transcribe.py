@@ -24,12 +24,6 @@ soxr = pytest.importorskip("soxr")
 RATE = 16_000
 
 
-@pytest.fixture
-def anyio_backend():
-    """Nothing here depends on the event loop."""
-    return "asyncio"
-
-
 @pytest.fixture(scope="module")
 def whisper(tmp_path_factory):
     """A tiny Whisper of several languages that hears two seconds at once."""

@@ -20,12 +20,6 @@ PRICES = [None if index % 7 == 3 else float(index) for index in range(100)]
 LANGUAGES = ["de" if index % 3 else "fr" for index in range(100)]
 
 
-@pytest.fixture
-def anyio_backend():
-    """One loop is enough here: which records are read is told in worker threads."""
-    return "asyncio"
-
-
 @pytest.fixture(params=["parquet", "jsonl", "csv", "npz"])
 def data(request, work):
     """A hundred records with x, price and lang in a format."""
