@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -34,11 +34,17 @@ class Stream:
         self.stub.log.append(f"{self} waits for {event}")
         self.done_at = max(self.done_at, event.reached_at)
 
+    def wait_stream(self, other: Stream) -> None:
+        event = Event(self.stub)
+        event.record(other)
+        self.wait_event(event)
+
     def query(self) -> bool:
         self.stub.check()
         return self.done_at <= self.stub.now
 
     def synchronize(self) -> None:
+        self.stub.before_waiting()
         self.stub.check()
         self.stub.pass_time(self.done_at)
 
@@ -67,6 +73,7 @@ class Event:
         return self.reached_at <= self.stub.now
 
     def synchronize(self) -> None:
+        self.stub.before_waiting()
         self.stub.check()
         self.stub.pass_time(self.reached_at)
 
@@ -79,9 +86,13 @@ class Event:
 
 
 class CudaStub:
-    """A substitute for the device; `log` has the operations of all streams, in order."""
+    """A substitute for the device; `log` has the operations of all streams, in order.
+
+    `before_waiting` is called by every thread that is about to wait for an event or a stream.
+    """
 
     def __init__(self) -> None:
+        self.before_waiting: Callable[[], object] = bool
         self.now = 0.0
         self.lost = False
         self.log: list[str] = []

@@ -24,7 +24,7 @@ class LaneDevice:
     Attributes:
         device: where this lane's tensors live.
         captures: whether `capture` does anything.
-        prefetches: whether the device copies while it computes, so that `prefetch` is worth a thread.
+        prefetches: whether the device copies while it computes, so that `prefetch` and `fetch` pay.
     """
 
     captures: bool = False
@@ -51,6 +51,13 @@ class LaneDevice:
 
         Returns:
             a function that the task which uses the copies calls to get them.
+        """
+        raise NotImplementedError
+
+    def fetch(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Begin to copy results of the task that runs to the host.
+
+        Nothing waits for these copies but the completion of the task: until then their values are not there.
         """
         raise NotImplementedError
 

@@ -6,6 +6,7 @@ import contextlib
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import optree
@@ -15,19 +16,39 @@ from .. import _kernels
 from .._kernels import transfer
 from .base import LaneDevice
 from .cuda_clock import Timing, clock_of
+from .threads import set_intra_op_threads
+
+
+class _Fetched(NamedTuple):
+    """A result on its way to the host."""
+
+    pinned: torch.Tensor
+    host: torch.Tensor
+
+    def arrive(self) -> None:
+        """Copy it to ordinary memory, since a caller may keep it: torch never gives pinned memory back."""
+        with torch.inference_mode():  # may be written only there if it was made there
+            self.host.copy_(self.pinned)
+
+
+class _Marker(NamedTuple):
+    """The end of a task: its event, and what is on the host by then."""
+
+    event: torch.cuda.Event
+    fetched: Sequence[_Fetched]
 
 
 class _Pending(NamedTuple):
-    event: torch.cuda.Event
+    marker: _Marker
     callback: Callable[[BaseException | None], None]
 
 
 class _EventWaiter:
     """Waits for the events of one lane on a daemon thread and reports each end.
 
-    The events of a lane are reached in the order they were recorded, so the thread can block in each one's
-    `synchronize`. One thread for several lanes would have to poll their events, or a long task of one lane
-    would hide the end of a short task of another.
+    The events of a lane are reached in the order they were recorded, but for copies to the host that are
+    short, so the thread can block in each one's `synchronize`. One thread for several lanes would have to
+    poll their events, or a long task of one lane would hide the end of a short task of another.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -46,6 +67,7 @@ class _EventWaiter:
 
     def _run(self) -> None:
         torch.cuda.set_device(self._device)
+        set_intra_op_threads(1)  # a copy of what has arrived must not make a team beside those of lanes
         while self._report_next():
             pass
 
@@ -55,7 +77,9 @@ class _EventWaiter:
         if pending is None:
             return False
         try:
-            pending.event.synchronize()
+            pending.marker.event.synchronize()
+            for each in pending.marker.fetched:
+                each.arrive()
         except Exception as error:
             pending.callback(error)
         else:
@@ -76,8 +100,21 @@ class CudaLane(LaneDevice):
 
     _stream: torch.cuda.Stream
     _waiter: _EventWaiter | None = None  # None until the lane is open
-    _copies: torch.cuda.Stream | None = None  # made when first needed
     _timing: Timing | None = None  # of the next task
+    _fetched: Sequence[_Fetched] = ()  # by the task that runs
+
+    @cached_property
+    def _copies(self) -> torch.cuda.Stream:
+        """The stream of copies from the host.
+
+        Of high priority: torch has a pool of its own for these, so this is not the stream of a lane.
+        """
+        return torch.cuda.Stream(self.device, priority=-1)
+
+    @cached_property
+    def _copies_out(self) -> torch.cuda.Stream:
+        """The stream of copies to the host; one for both ways would have the next inputs wait for results."""
+        return torch.cuda.Stream(self.device, priority=-1)
 
     def open(self) -> None:
         """Make the device current on this thread, where device 0 is by default; create the lane's stream."""
@@ -106,9 +143,6 @@ class CudaLane(LaneDevice):
 
     def prefetch(self, tensors: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
         """Copy through pinned memory on another stream; the lane's waits for it when the copies are used."""
-        if self._copies is None:
-            # Of high priority: torch has a pool of its own for these, so this is not the stream of a lane.
-            self._copies = torch.cuda.Stream(self.device, priority=-1)
         stream = self._copies
         with torch.cuda.stream(stream):
             # Torch's allocators on both sides know of these copies and do not reuse the memory before them.
@@ -123,6 +157,21 @@ class CudaLane(LaneDevice):
             return copies
 
         return take
+
+    def fetch(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Copy through pinned memory on another stream, which waits for the lane's; no thread waits here."""
+        # Of a copy, since the next task may write what this one gave: a buffer, the output of a graph.
+        results = [tensor.clone() for tensor in tensors]
+        stream = self._copies_out
+        stream.wait_stream(self._stream)
+        with torch.cuda.stream(stream):
+            # Torch pins what it copies to like this, and does not reuse it before the copy.
+            pinned = [result.to("cpu", non_blocking=True) for result in results]
+        for result in results:
+            result.record_stream(stream)
+        fetched = [_Fetched(each, torch.empty_like(each)) for each in pinned]
+        self._fetched = (*self._fetched, *fetched)
+        return [each.host for each in fetched]
 
     def time_next(self) -> Timing | None:
         """Record two timed events around the next task; without this call no timed event is made."""
@@ -145,14 +194,30 @@ class CudaLane(LaneDevice):
             # fails too, and the first error is the one to report.
             with contextlib.suppress(RuntimeError):
                 self._stream.synchronize()
+                if self._fetched:
+                    self._copies_out.synchronize()
+            self._fetched = ()
             raise
         if captured is not None:
             self._lend(value, captured.stream)
+        return value, self._mark_end(timing)
+
+    def _mark_end(self, timing: Timing | None) -> _Marker | None:
+        """Record the end of a task behind all its streams; return None if it is reached."""
+        fetched, self._fetched = self._fetched, ()
+        stream = self._stream
+        if fetched:
+            stream = self._copies_out
+            stream.wait_stream(self._stream)
         event = torch.cuda.Event(enable_timing=timing is not None, blocking=True)
-        event.record(self._stream)
+        event.record(stream)
         if timing is not None:
             timing.end_by(event)
-        return value, None if event.query() else event
+        if not event.query():
+            return _Marker(event, fetched)
+        for each in fetched:
+            each.arrive()
+        return None
 
     def _lend(self, value: Any, stream: torch.cuda.Stream) -> None:
         """Record the caller's stream on a result's tensors, which it uses after the completion.
@@ -163,7 +228,7 @@ class CudaLane(LaneDevice):
             if isinstance(leaf, torch.Tensor) and leaf.device == self.device:
                 leaf.record_stream(stream)
 
-    def on_complete(self, marker: torch.cuda.Event, callback: Callable[[BaseException | None], None]) -> None:
+    def on_complete(self, marker: _Marker, callback: Callable[[BaseException | None], None]) -> None:
         """Hand the event to the lane's waiter thread."""
         assert self._waiter is not None
         self._waiter.watch(_Pending(marker, callback))

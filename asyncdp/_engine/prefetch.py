@@ -6,12 +6,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import torch
-
-from .. import _tree
-from .._devices import LaneDevice
 from .._runtime import Lane
 from .._runtime.task import driver_of
+from .._verbs.moving import prefetched
 
 
 class Prefetcher:
@@ -29,7 +26,7 @@ class Prefetcher:
         """Begin to copy a batch, any tree; the task on `lane` gets it by calling the result once."""
         if self._threads is None or not driver_of(lane).prefetches:
             return lambda: batch
-        submitted = [self._threads.submit(_prefetch, driver_of(lane), batch)]
+        submitted = [self._threads.submit(prefetched, batch, driver_of(lane))]
         # Popped, lest an error and the frames that it went through keep each other alive.
         return lambda: submitted.pop().result()()
 
@@ -37,28 +34,3 @@ class Prefetcher:
         """Let the threads end; what no task has asked for is dropped."""
         if self._threads is not None:
             self._threads.shutdown(wait=False, cancel_futures=True)
-
-
-def _prefetch(driver: LaneDevice, batch: Any) -> Callable[[], Any]:
-    leaves, spec = _tree.flatten(batch)
-    positions = [position for position, leaf in enumerate(leaves) if _is_prefetchable(leaf)]
-    if not positions:
-        return lambda: batch
-    take = driver.prefetch([leaves[position] for position in positions])
-
-    def rebuild() -> Any:
-        for position, copy in zip(positions, take(), strict=True):
-            leaves[position] = copy
-        return _tree.unflatten(spec, leaves)
-
-    return rebuild
-
-
-def _is_prefetchable(leaf: Any) -> bool:
-    """Return whether a leaf is plain data of the host; the lane itself moves everything else."""
-    return (
-        isinstance(leaf, torch.Tensor)
-        and leaf.device.type == "cpu"
-        and leaf.layout is torch.strided
-        and not leaf.requires_grad
-    )

@@ -18,10 +18,11 @@ from .._runtime import Lane, Runtime, Scheduler, Task
 from .._runtime.ambient import Ambient
 from .._runtime.passes import NextStage, Stage
 from .._runtime.schedule import split_sizes
+from .._runtime.task import driver_of
 from .._verbs.batch import Batch
 from .._verbs.gather import check_rows, gather_to
 from .._verbs.inplace import SplitInputs
-from .._verbs.moving import move
+from .._verbs.moving import fetched, move, prefetched
 
 
 class Route:
@@ -145,7 +146,7 @@ class Route:
         """Run a whole batch on the lane that `pick` picks."""
         state = self.capture()
         position = self.pick()
-        task = Task(self.lanes[position], partial(self.run_batch, position, batch, state), "run")
+        task = Task(self.lanes[position], partial(self.run_whole_batch, position, batch, state), "run")
         num_threads = self.scheduler.thread_share(len(self.lanes))
         return (await self.scheduler.run([task], num_threads=num_threads))[0]
 
@@ -178,15 +179,23 @@ class Route:
             return 0
         return self.lanes.index(self.scheduler.least_busy(self.lanes)[0])
 
+    def run_whole_batch(self, position: int, batch: Batch, state: ModuleState) -> Any:
+        """Copy the inputs of a batch beside what the lane's device computes, if it can, and run it."""
+        batch.leaves = prefetched(batch.leaves, driver_of(self.lanes[position]))()
+        return self.run_batch(position, batch, state)
+
     def run_batch(self, position: int, batch: Batch, state: ModuleState) -> Any:
-        """Run one whole batch on this thread; the module of a single lane is moved to its device."""
-        device = self.lanes[position].device
+        """Run one whole batch on this thread; the module of a single lane is moved to its device.
+
+        The output has its values once the lane's task is complete.
+        """
+        lane = self.lanes[position]
         with self.replicas.readers[position]:
             moves = len(self.lanes) == 1
             module = self.replicas.prepare(self.module, [position], state, moves=moves)[0]
-            args, kwargs = batch.arguments_on(device, batch.leaves)
+            args, kwargs = batch.arguments_on(lane.device, batch.leaves)
             output = module(*args, **kwargs)
-        return move(output, self.output)
+        return fetched(output, driver_of(lane), self.output)
 
     def gather(self, outputs: Sequence[Any], batch: Batch, split_inputs: SplitInputs) -> Any:
         """Gather the outputs of a batch's shards, and end its forward."""

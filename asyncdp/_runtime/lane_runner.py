@@ -26,7 +26,10 @@ class LaneRunner(Protocol):
         """Return the position in `lanes` of the best lane for the next batch."""
 
     def run_on(self, position: int, /, *args: Any, **kwargs: Any) -> Any:
-        """Run one whole batch on this thread, that of the lane at `position`, and count it."""
+        """Run one whole batch on this thread, that of the lane at `position`, and count it.
+
+        On a device that copies while it computes, the result has its values once the lane's task is complete.
+        """
 
 
 class RunnerState(Protocol):

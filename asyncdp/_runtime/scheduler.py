@@ -190,19 +190,26 @@ class Scheduler(HangWatch):
             del error, self, pass_
 
     def start(
-        self, task: Task, on_end: Callable[[Pass], object], *, num_threads: int, ambient: Ambient
+        self,
+        task: Task,
+        on_end: Callable[[Pass], object],
+        following: Sequence[NextStage] = (),
+        *,
+        num_threads: int,
+        ambient: Ambient,
     ) -> Pass:
-        """Begin a pass of one task that no caller awaits; `on_end` is called with it on this event loop.
+        """Begin a pass that no caller awaits; `on_end` is called with it on this event loop.
 
         Nothing is checked that stays the same for one event loop: call `check_not_nested` before the first.
 
         Args:
-            task: what to run.
+            task: the first stage.
             on_end: must not raise; state, results and `take_failure` of the pass are its outcome.
+            following: makes each of the others.
             num_threads: intra-op threads on a CPU lane.
             ambient: for this pass alone.
         """
-        pass_ = self.make([task], (), num_threads, ambient, None)
+        pass_ = self.make([task], following, num_threads, ambient, None)
         pass_.completion = _loops.current().callback(partial(on_end, pass_))
         self.submit(pass_)
         return pass_

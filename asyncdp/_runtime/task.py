@@ -194,6 +194,11 @@ def driver_of(lane: Lane) -> LaneDevice:
     return lane._driver
 
 
+def load_of(lane: Lane) -> int:
+    """Return how many tasks are on the lane, the running one included."""
+    return lane._schedule.loads[lane._index]
+
+
 def last_seconds(lane: Lane) -> float:
     """Return how long the lane's last task took; infinite if there is none, or its device went on."""
     return lane._last_seconds

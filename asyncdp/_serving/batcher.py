@@ -49,7 +49,8 @@ class Batcher:
         collate: makes a batch of samples, on a lane; the default stacks tensors, arrays and numbers.
         split: makes results of an output and its samples, on a lane; the default gives row i of every
             tensor to sample i, as a view.
-        max_in_flight: batches that run at the same time; one per lane if None.
+        max_in_flight: batches that run at the same time; if None one per lane, but two on each CUDA lane of
+            an engine.
         retry: `"halve"` finds the bad samples of a batch that raises by halving it, unless everything fails;
             `"none"` fails all its calls.
         hang_timeout: seconds after which a running task makes its lane suspect: other lanes are used until

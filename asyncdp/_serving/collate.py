@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import repeat
 from operator import attrgetter, is_, lt
@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from .. import _tree
+from .._devices import LaneDevice
 from .._runtime import trace
 from .._tree import PerRow
 from .._verbs.batch import arguments
+from .._verbs.moving import prefetched
 from ..errors import CollateError, SplitError
 from .shapes import Shapes
 
@@ -40,26 +42,42 @@ _state, _sample = map(attrgetter, StatedSample._fields)
 
 @dataclass(frozen=True)
 class Steps:
-    """How samples become a batch, and an output becomes results."""
+    """How samples become a batch, and an output becomes results.
+
+    Attributes:
+        splits_later: whether `split` needs values that are there only once the device has ended the batch.
+    """
 
     collate: Collate
     split: Split
     shapes: Shapes | None = None
+    splits_later: bool = False
 
-    def run(self, function: Callable[..., Any], samples: Sequence[Any]) -> Sequence[Any]:
-        """Collate, call a function and split, in one go."""
+    def on(self, driver: LaneDevice) -> Steps:
+        """Return these steps around an engine, on a lane whose device may copy while it computes."""
+        if not driver.prefetches:
+            return self
+        return replace(
+            self,
+            collate=lambda samples: prefetched(self.collate(samples), driver)(),
+            splits_later=self.split is not unbind,  # which only makes views
+        )
+
+    def run(self, function: Callable[..., Any], samples: Sequence[Any]) -> Callable[[], Sequence[Any]]:
+        """Collate and call a function, in one go; return what splits the output, to be called once."""
         recorder = trace.recorder
         if recorder is None:
             args, kwargs = self.arguments(samples)
-            return self.results(function(*args, **kwargs), samples)
+            return partial(self.results, function(*args, **kwargs), samples)
         with recorder.step("collate"):
             args, kwargs = self.arguments(samples)
         with recorder.step("model"):
             output = function(*args, **kwargs)
-        with recorder.step("split"):
-            return self.results(output, samples)
+        return partial(self._traced_results, output, samples)
 
-    def run_as_called(self, function: Callable[..., Any], samples: Sequence[StatedSample]) -> Sequence[Any]:
+    def run_as_called(
+        self, function: Callable[..., Any], samples: Sequence[StatedSample]
+    ) -> Callable[[], Sequence[Any]]:
         """Do what `run` does, together for all samples that were called in the same state."""
         first = samples[0].state
         if all(map(is_, map(_state, samples), repeat(first))):  # by far the most frequent case
@@ -72,11 +90,18 @@ class Steps:
                 places.append([place])
             else:
                 found.append(place)
-        results: dict[int, Any] = {}
-        for group in places:
-            own = self.run(partial(function, samples[group[0]].state), [samples[k].sample for k in group])
-            results.update(zip(group, own, strict=True))
-        return [results[place] for place in range(len(samples))]
+        splits = [
+            self.run(partial(function, samples[group[0]].state), [samples[k].sample for k in group])
+            for group in places
+        ]
+
+        def split() -> Sequence[Any]:
+            results: dict[int, Any] = {}
+            for group, own in zip(places, splits, strict=True):
+                results.update(zip(group, own(), strict=True))
+            return [results[place] for place in range(len(samples))]
+
+        return split
 
     def arguments(self, samples: Sequence[Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
         """Return what to call an engine with."""
@@ -89,6 +114,13 @@ class Steps:
         if len(results) != len(filled):
             raise SplitError(f"split gave {len(results)} results instead of one for each", len(filled))
         return results[: len(samples)]
+
+    def _traced_results(self, output: Any, samples: Sequence[Any]) -> Sequence[Any]:
+        recorder = trace.recorder
+        if recorder is None:
+            return self.results(output, samples)
+        with recorder.step("split"):
+            return self.results(output, samples)
 
     def _filled(self, samples: Sequence[Any]) -> Sequence[Any]:
         return samples if self.shapes is None else self.shapes.filled(samples)

@@ -17,6 +17,7 @@ from .._runtime import trace
 from .._runtime.hangs import GRACE_SECONDS
 from ..errors import BatcherClosedError, DeviceLostError, LaneHungError, NestedCallError, OtherLoopError
 from .call import BatcherState, CallState, Request
+from .free import FreeSlots
 from .health import Health, signature
 from .outcomes import closed_by, fail_all, for_callers
 from .queue import BatchQueue
@@ -61,7 +62,7 @@ class Dispatcher:
         self.recorder = recorder
         self.make_request: Callable[..., Request] = Request
         self._slots = slots
-        self._free = list(reversed(slots))  # the one that was used last comes last, and is used first
+        self._free = FreeSlots(slots)
         self._running: set[RunningBatch] = set()
         self._halves = halves
         self._scheduler = slots[0].scheduler
@@ -173,7 +174,8 @@ class Dispatcher:
         self._is_due = False
         try:
             while self._has_work() and self.state is not BatcherState.CANCELLED:
-                if self._hang_timeout is not None and not self._has_healthy():
+                self._free.order()
+                if self._hang_timeout is not None and not self._free.bring_healthy():
                     break
                 if not self._send_batch(self._free[-1]):
                     break
@@ -211,15 +213,6 @@ class Dispatcher:
         self._run(batch)
         return True
 
-    def _has_healthy(self) -> bool:
-        """Bring a free slot whose lane does not hang to the end of the list; return whether there is one."""
-        for position in reversed(range(len(self._free))):
-            slot = self._free[position]
-            if not slot.is_suspect or slot.change_lane():
-                self._free.append(self._free.pop(position))
-                return True
-        return False
-
     def _has_work(self) -> bool:
         return bool(self._free) and (self.queue.num_queued > 0 or bool(self._searches))
 
@@ -232,7 +225,7 @@ class Dispatcher:
         is_turn = self._num_parts >= _MAX_PARTS or self.queue.num_queued >= self.queue.max_batch_size
         if not self._searches or (is_turn and self._num_parts > 0):
             self._num_parts = 0.0
-            taken = self.queue.take(now, 1 if slot.is_quick else len(self._free))
+            taken = self.queue.take(now, 1 if slot.is_quick else self._free.num_alike)
             if taken or not self._searches:
                 return None, taken
         self._num_parts += self._health.raised_cost

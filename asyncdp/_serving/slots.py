@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextvars
 import inspect
+import itertools
 import time
 import types
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Generator, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -19,9 +20,9 @@ from .._loops import ends_tasks, is_cancelled
 from .._runtime import Lane, LaneState, Runtime, Scheduler, Task, default_runtime, scheduler_of, trace
 from .._runtime.ambient import Ambient
 from .._runtime.lane_runner import LaneRunner
-from .._runtime.passes import Pass
+from .._runtime.passes import Pass, Stage
 from .._runtime.schedule import PassState
-from .._runtime.task import last_seconds
+from .._runtime.task import driver_of, last_seconds, load_of
 from ..errors import NotServableError
 from .collate import StatedSample, Steps
 
@@ -52,6 +53,16 @@ class Slot(ABC):
     def place(self) -> str:
         """Where its batches run, as errors say it."""
         return "of an async function"
+
+    @property
+    def where(self) -> Hashable:
+        """The lane of this slot, if it has one; else it shares it with nobody."""
+        return id(self)
+
+    @property
+    def load(self) -> int:
+        """How many tasks its lane has."""
+        return 0
 
     @property
     def is_suspect(self) -> bool:
@@ -108,7 +119,7 @@ class Slot(ABC):
 
 @dataclass
 class LaneSlot(Slot):
-    """Runs batches on one lane, by the function that belongs to it.
+    """Runs batches on one lane, by the function and the steps that belong to it.
 
     Attributes:
         spares: lanes that no slot is on; all slots share the list.
@@ -116,7 +127,7 @@ class LaneSlot(Slot):
 
     lane: Lane
     spares: list[Lane]
-    functions: Mapping[Lane, Callable[..., Any]]
+    ways: Mapping[Lane, tuple[Steps, Callable[..., Any]]]
     num_threads: int
 
     @property
@@ -126,6 +137,14 @@ class LaneSlot(Slot):
     @property
     def place(self) -> str:
         return f"on lane {self.lane.name}"
+
+    @property
+    def where(self) -> Lane:
+        return self.lane
+
+    @property
+    def load(self) -> int:
+        return load_of(self.lane)
 
     @property
     def is_suspect(self) -> bool:
@@ -165,12 +184,13 @@ class LaneSlot(Slot):
     def begin(
         self, samples: Sequence[Any], on_end: OnEnd, waiting: frozenset[object]
     ) -> Callable[[], object]:
-        is_stated = isinstance(samples[0], StatedSample)
-        steps = self.steps.run_as_called if is_stated else self.steps.run
-        run = partial(steps, self.functions[self.lane], samples)
+        steps, function = self.ways[self.lane]
+        run = steps.run_as_called if isinstance(samples[0], StatedSample) else steps.run
+        begin = partial(run, function, samples)
         pass_ = self.scheduler.start(
-            Task(self.lane, run, "run"),
+            Task(self.lane, begin if steps.splits_later else partial(_at_once, begin), "run"),
             partial(_report, on_end),
+            [_split_stage] if steps.splits_later else (),
             num_threads=self.num_threads,
             ambient=self._ambient_of(waiting),
         )
@@ -179,6 +199,14 @@ class LaneSlot(Slot):
 
 def _add_within(batchers: frozenset[object]) -> None:
     within.set(within.get() | batchers)
+
+
+def _at_once(begin: Callable[[], Callable[[], Any]]) -> Any:
+    return begin()()
+
+
+def _split_stage(splits: list[Any], lane: Lane) -> Stage:
+    return [Task(lane, splits[0], "split")]
 
 
 def _report(on_end: OnEnd, pass_: Pass) -> None:
@@ -265,31 +293,37 @@ def open_slots(engine: Any, steps: Steps, runtime: Runtime | None, max_in_flight
         engine: what has `__asyncdp_lane_runner__` runs on its own lanes, as `LaneRunner` says.
         steps: around each batch.
         runtime: whose lanes run a function; the process's own if None.
-        max_in_flight: how many slots; one per lane if None.
+        max_in_flight: how many slots; if None one per lane, and two for an engine on a device that copies
+            while it computes: the next batch is there, and launched, when the one before ends.
 
     Raises:
         NotServableError: `engine` cannot be called.
     """
     is_async = False
+    doubled: tuple[Lane, ...] = ()
     if hasattr(engine, "__asyncdp_lane_runner__"):
         runner: LaneRunner = engine.__asyncdp_lane_runner__()
         scheduler, lanes = scheduler_of(runner.runtime), runner.lanes
         run = getattr(runner, "run_as", runner.run_on)  # as `Batcher` captures states
-        functions = {lane: partial(run, position) for position, lane in enumerate(lanes)}
+        ways = {
+            lane: (steps.on(driver_of(lane)), partial(run, position)) for position, lane in enumerate(lanes)
+        }
+        doubled = tuple(lane for lane in lanes if driver_of(lane).prefetches)
     elif callable(engine):
         scheduler = scheduler_of(default_runtime() if runtime is None else runtime)
         lanes = tuple(scheduler.lanes)
-        functions = dict.fromkeys(lanes, engine)
+        ways = dict.fromkeys(lanes, (steps, engine))
         is_async = inspect.iscoroutinefunction(engine) or inspect.iscoroutinefunction(type(engine).__call__)
     else:
         raise NotServableError(engine)
-    count = max_in_flight or len(lanes)
+    count = max_in_flight or len(lanes) + len(doubled)
     if is_async:
         return [AsyncSlot(scheduler, steps, engine) for _ in range(count)]
-    taken = [lanes[position % len(lanes)] for position in range(count)]
+    places = itertools.chain(lanes, doubled if max_in_flight is None else itertools.cycle(lanes))
+    taken = list(itertools.islice(places, count))
     spares = [lane for lane in lanes if lane not in taken]
     num_threads = scheduler.thread_share(len(set(taken)))
-    return [LaneSlot(scheduler, steps, lane, spares, functions, num_threads) for lane in taken]
+    return [LaneSlot(scheduler, steps, lane, spares, ways, num_threads) for lane in taken]
 
 
 def capture_of(engine: Any) -> Callable[..., Any] | None:

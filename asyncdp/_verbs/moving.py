@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -11,8 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import _tree
+from .._devices import LaneDevice
 from .._tree import PerRow, Whole
 from ..errors import MetaTensorError
+
+_HOST = torch.device("cpu")
 
 
 def move(tree: Any, device: torch.device, *, objects: bool = False) -> Any:
@@ -45,6 +49,51 @@ def moved_leaves(leaves: list[Any], device: torch.device, *, objects: bool = Tru
             moved = list(leaves) if moved is leaves else moved
             moved[position] = there
     return moved
+
+
+def prefetched(tree: Any, driver: LaneDevice) -> Callable[[], Any]:
+    """Begin to copy plain tensors of the host to a lane's device, where it can copy while it computes.
+
+    Returns:
+        What gives the tree with these copies in it, called once, by the lane's task.
+    """
+    if not driver.prefetches:
+        return lambda: tree
+    leaves, spec = _tree.flatten(tree)
+    places = [place for place, leaf in enumerate(leaves) if _is_plain(leaf, _HOST)]
+    if not places:
+        return lambda: tree
+    take = driver.prefetch([leaves[place] for place in places])
+    return lambda: _tree.unflatten(spec, _replaced(leaves, places, take()))
+
+
+def fetched(tree: Any, driver: LaneDevice, device: torch.device) -> Any:
+    """As `move`, for the output of a lane's task; results for the host are there once that is complete."""
+    if not driver.prefetches or device.type != "cpu":
+        return move(tree, device)
+    leaves, spec = _tree.flatten(tree)
+    places = [place for place, leaf in enumerate(leaves) if _is_plain(leaf, driver.device)]
+    hosts = driver.fetch([leaves[place] for place in places]) if places else []
+    others = moved_leaves(_replaced(leaves, places, [None] * len(places)), device, objects=False)
+    return _tree.unflatten(spec, _replaced(others, places, hosts))
+
+
+def _is_plain(leaf: Any, device: torch.device) -> bool:
+    """Return whether a leaf is plain data on a device, with no gradient to go through its copy."""
+    return (
+        isinstance(leaf, Tensor)
+        and leaf.device.type == device.type
+        and leaf.device.index in (None, device.index)
+        and leaf.layout is torch.strided
+        and not leaf.requires_grad
+    )
+
+
+def _replaced(leaves: list[Any], places: list[int], values: Sequence[Any]) -> list[Any]:
+    replaced = list(leaves)
+    for place, value in zip(places, values, strict=True):
+        replaced[place] = value
+    return replaced
 
 
 def _moved(leaf: Any, device: torch.device, objects: bool) -> Any:

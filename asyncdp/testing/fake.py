@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,6 +22,13 @@ class FakeDeviceLost(RuntimeError):
     """The error of every task on a lost fake device."""
 
 
+class _Fetched(NamedTuple):
+    """A result on its way to the host."""
+
+    result: torch.Tensor
+    host: torch.Tensor
+
+
 @dataclass(eq=False)
 class _Pending:
     """A task that was issued and has not completed."""
@@ -28,6 +36,7 @@ class _Pending:
     ends_at: float
     hangs: bool
     loses: bool
+    fetched: Sequence[_Fetched] = ()
     callback: Callable[[BaseException | None], None] | None = None
 
 
@@ -50,6 +59,8 @@ class FakeDevice(LaneDevice):
         seconds: virtual time that each task takes.
         faults: what goes wrong, by the number of the task on this lane, from 0.
         held: whether to start as after `hold()`.
+        copies: whether whole batches are copied in and their results out as on a CUDA device: results of
+            floats are NaN, others 0, until their task completes.
 
     Raises:
         ValueError: `seconds` or a delay without a clock.
@@ -63,8 +74,10 @@ class FakeDevice(LaneDevice):
         seconds: float = 0.0,
         faults: Mapping[int, Fault] | None = None,
         held: bool = False,
+        copies: bool = False,
     ) -> None:
         super().__init__(torch.device("cpu", index))
+        self.prefetches = copies
         self._faults = dict(faults or {})
         if clock is None and (seconds or any(fault.seconds for fault in self._faults.values())):
             raise ValueError("a task that takes time needs a clock. Pass clock=VirtualClock().")
@@ -75,6 +88,7 @@ class FakeDevice(LaneDevice):
         self._chip = _Chip()
         self._chip.lanes.append(self)
         self._pending: deque[_Pending] = deque()
+        self._fetched: list[_Fetched] = []  # by the task that runs
         self._free_at = 0.0
         self._num_started = 0
         self._num_issued = 0
@@ -92,7 +106,12 @@ class FakeDevice(LaneDevice):
             ValueError: a delay, but the device has no clock.
         """
         other = FakeDevice(
-            self.device.index, clock=self._given_clock, seconds=self._seconds, faults=faults, held=self._held
+            self.device.index,
+            clock=self._given_clock,
+            seconds=self._seconds,
+            faults=faults,
+            held=self._held,
+            copies=self.prefetches,
         )
         other._chip = self._chip
         self._chip.lanes.append(other)
@@ -149,6 +168,17 @@ class FakeDevice(LaneDevice):
             self._finish_watchers()
         await completion
 
+    def prefetch(self, tensors: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
+        """Copy tensors at once."""
+        copies = [tensor.clone() for tensor in tensors]
+        return lambda: copies
+
+    def fetch(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return tensors that get their values when the task completes."""
+        hosts = [torch.full_like(tensor, _poison(tensor.dtype)) for tensor in tensors]
+        self._fetched += [_Fetched(tensor.clone(), host) for tensor, host in zip(tensors, hosts, strict=True)]
+        return hosts
+
     def issue(self, captured: Any, function: Callable[[], Any]) -> tuple[Any, Any]:
         """Run `function` and return a marker of its end, or do what the task's fault says."""
         with self._lock:
@@ -161,12 +191,14 @@ class FakeDevice(LaneDevice):
                 raise fault.error
             value = function()
         except BaseException:
+            self._fetched = []
             self._count_issued()
             raise
         kind = None if fault is None else fault.kind
         self._free_at = max(self._free_at, self._clock.now) + self._seconds
         self._free_at += 0.0 if fault is None else fault.seconds
-        return value, _Pending(self._free_at, kind is FaultKind.HANG, kind is FaultKind.LOSE)
+        fetched, self._fetched = self._fetched, []
+        return value, _Pending(self._free_at, kind is FaultKind.HANG, kind is FaultKind.LOSE, fetched)
 
     def on_complete(self, marker: _Pending, callback: Callable[[BaseException | None], None]) -> None:
         """Call `callback` when the test or the clock completes the task."""
@@ -202,6 +234,10 @@ class FakeDevice(LaneDevice):
         # The callback refers to the task's tensors, which must not outlive the completion.
         callback, pending.callback = pending.callback, None
         assert callback is not None
+        with torch.inference_mode():  # what was made there may be written only there
+            for each in () if self._chip.lost else pending.fetched:
+                each.host.copy_(each.result)
+        pending.fetched = ()
         callback(self._lost_error() if self._chip.lost else None)
 
     def _lost_error(self) -> FakeDeviceLost:
@@ -219,6 +255,10 @@ class FakeDevice(LaneDevice):
             completion.finish()
 
 
+def _poison(dtype: torch.dtype) -> float:
+    return math.nan if dtype.is_floating_point or dtype.is_complex else 0
+
+
 def fake_devices(
     count: int,
     *,
@@ -226,6 +266,7 @@ def fake_devices(
     clock: VirtualClock | None = None,
     seconds: float = 0.0,
     faults: Mapping[tuple[int, int], Fault] | None = None,
+    copies: bool = False,
 ) -> list[FakeDevice]:
     """Make the lanes of `count` fake devices, for `Runtime(fake_devices(4))`.
 
@@ -235,6 +276,7 @@ def fake_devices(
         clock: virtual time of all devices.
         seconds: virtual time that each task takes.
         faults: what goes wrong, by lane `k` and number `n` of the task on that lane: `{(k, n): fault}`.
+        copies: see `FakeDevice`.
 
     Returns:
         one entry per lane.
@@ -254,7 +296,7 @@ def fake_devices(
     lanes: list[FakeDevice] = []
     for index in range(count):
         start = index * lanes_per_device
-        first = FakeDevice(index, clock=clock, seconds=seconds, faults=own[start])
+        first = FakeDevice(index, clock=clock, seconds=seconds, faults=own[start], copies=copies)
         siblings = [first.sibling(faults=own[start + later]) for later in range(1, lanes_per_device)]
         lanes += [first, *siblings]
     return lanes

@@ -85,3 +85,60 @@ async def test_results_outlive_later_batches(devices: list[str]) -> None:
             )
         ]
     assert [row.unique().tolist() for row in kept] == [[float(number)] for number in range(100)]
+
+
+@pytest.mark.gpu
+async def test_the_next_batch_is_launched_while_one_computes() -> None:
+    """A lane copies and launches its second batch before the device has ended the first."""
+    ends: list[torch.cuda.Event] = []
+    had_ended: list[bool] = []
+
+    class Slow(nn.Module):
+        """Keeps its stream busy for a tenth of a second or so."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            had_ended.extend(end.query() for end in ends[-1:])
+            torch.cuda._sleep(200_000_000)
+            ends.append(torch.cuda.Event())
+            ends[-1].record()
+            return x * 2
+
+    async with (
+        DataParallel(Slow(), ["cuda:0"], output_device="cpu") as engine,
+        Batcher(engine, max_batch_size=1) as batcher,
+    ):
+        results = await outcomes_of(batcher, [torch.tensor(float(n)) for n in range(4)])
+    assert [result.item() for result in results] == [0.0, 2.0, 4.0, 6.0]
+    assert had_ended[0] is False
+
+
+@pytest.mark.gpu
+async def test_no_copy_is_waited_for() -> None:
+    """Torch refuses whatever waits for the device, on any thread; batches of map and a batcher run."""
+    module = nn.Linear(64, 64).cuda()
+    batch = torch.randn(256, 64)
+    with torch.no_grad():
+        expected = module(batch.cuda()).cpu()
+    async with DataParallel(module, ["cuda:0"], output_device="cpu") as engine:
+        await engine(batch)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            with torch.no_grad():
+                stream = engine.map([batch] * 4)
+            found = [result async for result in stream]
+            async with Batcher(engine, max_batch_size=64) as batcher:
+                rows = await outcomes_of(batcher, list(batch))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    for result in (*found, torch.stack(rows)):
+        torch.testing.assert_close(result, expected)
+        assert not result.is_pinned()
+
+
+@pytest.mark.gpu
+async def test_results_on_the_host_under_pressure() -> None:
+    """Neither results nor what they are copied through is written over before they have arrived."""
+    async with DataParallel(nn.Identity(), ["cuda:0", "cuda:0"], output_device="cpu") as engine:
+        batches = (torch.full((1 << 18,), float(n)) for n in range(200))
+        kept = [result async for result in engine.map(batches, max_in_flight=8)]
+    assert [row.unique().tolist() for row in kept] == [[float(n)] for n in range(200)]

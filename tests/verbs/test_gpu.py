@@ -224,43 +224,40 @@ def test_a_process_with_lanes_ends_well() -> None:
         assert each.returncode == 0, errors.decode()
 
 
-class Slow(nn.Module):
-    """Keeps its stream busy for half a second or so, and notes by the device's clock when each ended."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.arrived: list[torch.cuda.Event] = []
-        self.ended: list[torch.cuda.Event] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        torch.cuda._sleep(1_000_000_000)
-        result = x * 2
-        self.ended.append(torch.cuda.Event(enable_timing=True))
-        self.ended[-1].record()
-        return result
-
-
 def test_map_copies_the_next_batch_while_one_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second batch of a stream is on the device before the first has been computed."""
-    module = Slow()
+    # Not the module's: what a forward appends to a list of a module's own is undone.
+    arrived: list[torch.cuda.Event] = []
+    ended: list[torch.cuda.Event] = []
+
+    class Slow(nn.Module):
+        """Keeps its stream busy for half a second or so, and notes by the device's clock when each ended."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            torch.cuda._sleep(1_000_000_000)
+            result = x * 2
+            ended.append(torch.cuda.Event(enable_timing=True))
+            ended[-1].record()
+            return result
+
     batches = [torch.full((1 << 20,), float(n)) for n in range(3)]
 
     async def stream() -> list[Tensor]:
-        async with asyncdp.DataParallel(module, ["cuda:0"]) as engine:
-            driver = engine.runtime.lanes[0].driver
+        async with asyncdp.DataParallel(Slow(), ["cuda:0"]) as engine:
+            driver: Any = engine.runtime.lanes[0]._driver
             prefetch = driver.prefetch
 
             def watched(tensors: Sequence[Tensor]) -> Any:
                 take = prefetch(tensors)
-                module.arrived.append(torch.cuda.Event(enable_timing=True))
-                module.arrived[-1].record(driver._copies)
+                arrived.append(torch.cuda.Event(enable_timing=True))
+                arrived[-1].record(driver._copies)
                 return take
 
             monkeypatch.setattr(driver, "prefetch", watched)
             return [result async for result in engine.map(batches)]
 
     results = asyncio.run(stream())
-    assert module.arrived[1].elapsed_time(module.ended[0]) > 0
+    assert arrived[1].elapsed_time(ended[0]) > 0
     for batch, result in zip(batches, results, strict=True):
         assert torch.equal(result.cpu(), batch * 2)
 
