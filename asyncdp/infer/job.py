@@ -7,7 +7,7 @@ import functools
 import io
 import itertools
 import json
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator
 from typing import Any
 
 import anyio
@@ -26,7 +26,7 @@ from .output.writers import try_writer, write_shard
 from .pipeline import Engine, Pipeline
 from .places import is_remote, lies_in, place_of
 from .readers import STDIN, Inputs, open_inputs
-from .records import Failure, Record
+from .records import Failure, Records
 from .report.events import Report, ignore
 from .report.memory import heap_set_aside, release_memory
 from .report.monitor import Monitor
@@ -92,10 +92,10 @@ class Job:
         num_done = await anyio.to_thread.run_sync(self._num_earlier)
         inputs = self.inputs
         async with self._engine() as engine:
-            first = first_records(inputs, self.options.batch_size)
-            shapes, monitor = await try_first_batch(
-                engine, self.steps, self.options, first, abandon_reads=self._reads_stdin
+            first = await anyio.to_thread.run_sync(
+                first_records, inputs, self.options.batch_size, abandon_on_cancel=self._reads_stdin
             )
+            shapes, monitor = await try_first_batch(engine, self.steps, self.options, first)
             names = tuple(lane.name for lane in engine.runtime.lanes)
         return Plan(
             input_format=inputs.format_name,
@@ -152,7 +152,7 @@ class Job:
             part, num_parts = self.options.part
             first = next(block for block in itertools.count(part, num_parts) if block not in done)
             num_before = sum(block.num_records for block in output.finished.values() if block.index < first)
-            records = self.inputs.read(first * size, num_before=num_before)
+            records = self.inputs.read_together(first * size, num_before=num_before)
             yield from cut_windows(
                 records, **sizes, wanted=lambda block: block % num_parts == part and block not in done
             )
@@ -161,7 +161,7 @@ class Job:
         # Neighbouring blocks are read in one go.
         for _, numbered in itertools.groupby(enumerate(blocks), lambda pair: pair[1] - pair[0]):
             run = [block for _, block in numbered]
-            records = self.inputs.read(run[0] * size, min((run[-1] + 1) * size, total))
+            records = self.inputs.read_together(run[0] * size, min((run[-1] + 1) * size, total))
             yield from cut_windows(records, **sizes, wanted=lambda _: True)
 
 
@@ -237,20 +237,18 @@ async def conclude(watch: Watch, output: OutputFolder, inputs: Inputs) -> Summar
     return summary
 
 
-def first_records(inputs: Inputs, size: int) -> Iterator[Record]:
-    """Yield the first records that a job is about."""
-    selected = (record for record in inputs.read() if record.is_selected)
-    # Numbered anew, so that they are one block.
-    return (record._replace(position=index) for index, record in enumerate(itertools.islice(selected, size)))
+def first_records(inputs: Inputs, size: int) -> Records:
+    """Return the first records that a job is about, numbered anew, so that they are one block."""
+    found = itertools.islice(inputs.read(), size)
+    numbered = [record._replace(position=index) for index, record in enumerate(found)]
+    return Records.of(numbered, inputs.selection.keep)
 
 
 async def try_first_batch(
     engine: Engine,
     steps: Steps,
     options: InferOptions,
-    records: Iterable[Record],
-    *,
-    abandon_reads: bool = False,
+    records: Records,
 ) -> tuple[dict[str, str], Monitor]:
     """Run one batch, and try the output format on it.
 
@@ -259,7 +257,6 @@ async def try_first_batch(
         steps: the functions around the model.
         options: of the job.
         records: at most as many as a batch takes.
-        abandon_reads: as for `Pipeline.run`.
 
     Returns:
         The columns that came out, and what was counted.
@@ -274,9 +271,10 @@ async def try_first_batch(
     def stopping() -> InferOptions:  # which looks at the disk
         return dataclasses.replace(options, on_error="stop")
 
-    windows = cut_windows(iter(records), block_size=size, window=size, wanted=lambda block: True)
+    some = [records] if records else []
+    windows = cut_windows(some, block_size=size, window=size, wanted=lambda block: True)
     strict = await anyio.to_thread.run_sync(stopping)
-    await Pipeline(engine, steps, strict, try_format, monitor).run(windows, abandon_reads=abandon_reads)
+    await Pipeline(engine, steps, strict, try_format, monitor).run(windows)
     return shapes, monitor
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, Protocol
 
 import anyio
@@ -21,7 +21,7 @@ from ..errors import AsyncDPError, RecordError, TooManyBadRecordsError
 from .batching import Window, padding, plan_batches
 from .blocks import Batch, BlockRows, OpenBlock
 from .options import InferOptions
-from .records import Failure, Record
+from .records import Failure, Record, Records
 from .report.events import Report, ShardFinished, ignore
 from .report.monitor import Monitor, SlowBatch
 from .steps import Steps, arguments_of, check_texts, to_columns, with_kept
@@ -144,38 +144,37 @@ class Pipeline:
         return OpenBlock(index, BlockRows(index * self._options.shard_size if in_order else None))
 
     async def _prepare_window(self, window: Window) -> tuple[list[Batch], list[_Refused]]:
-        unreadable = [(record, record.error) for record in window.records if record.error is not None]
-        readable = [record for record in window.records if record.error is None]
+        readable, unreadable = _without_errors(window.records)
         with self._monitor.timed("preprocess"):
             records, items, failures = await self._preprocess(readable)
-        costs = [self._steps.cost(item) for item in items]
+        costs = self._steps.costs(items)
         whole = Batch(window.block, records, items, costs)
         plan = plan_batches(costs, self._batch_size, self._options.max_batch_cost)
         return [whole.pick(indices) for indices in plan], unreadable + failures
 
-    async def _preprocess(self, records: list[Record]) -> tuple[list[Record], list[Any], list[_Refused]]:
+    async def _preprocess(self, records: Records) -> tuple[Records, list[Any], list[_Refused]]:
         """Prepare all records at once, or one by one when that fails, to find those at fault.
 
         Returns:
             The records that were not refused, their items, and the refused ones.
         """
         try:
-            return records, await self._call_preprocess([record.value for record in records]), []
+            return records, await self._call_preprocess(records.values), []
         except Exception as error:
             if len(records) == 1:
-                return [], [], [(records[0], error)]
-        good: list[Record] = []
+                return records.pick(range(0)), [], [(records[0], error)]
+        good: list[int] = []
         items: list[Any] = []
         failures: list[_Refused] = []
-        for record in records:
-            done, made, failed = await self._preprocess([record])
-            good += done
+        for index in range(len(records)):
+            _, made, failed = await self._preprocess(records.pick(range(index, index + 1)))
+            good += [index] * len(made)
             items += made
             failures += failed
-        return good, items, failures
+        return records.pick(good), items, failures
 
-    async def _call_preprocess(self, values: list[Any]) -> list[Any]:
-        if not values:
+    async def _call_preprocess(self, values: Sequence[Any]) -> list[Any]:
+        if not len(values):
             return []
         workers = anyio.to_process if self._options.worker_processes else anyio.to_thread
         items: list[Any] = await workers.run_sync(self._steps.preprocess, values)
@@ -228,7 +227,7 @@ class Pipeline:
             self._monitor.warn_once(f"out of memory with {size} records: going on with {size // 2} per batch")
 
     def _collate(self, batch: Batch) -> Any:
-        positions = [[record.position for record in batch.records]] if self._steps.takes_positions else []
+        positions = [list(batch.records.positions)] if self._steps.takes_positions else []
         with self._monitor.timed("collate"):
             return arguments_of(self._steps.collate(batch.items, *positions))
 
@@ -247,7 +246,7 @@ class Pipeline:
     def _count(self, batch: Batch, seconds: float) -> None:
         self._open[batch.block].num_done += len(batch.records)
         longest = max(batch.costs)
-        where = batch.records[batch.costs.index(longest)].where
+        where = batch.records.where[batch.costs.index(longest)]
         added = padding(batch.costs) if self._steps.pads else 0
         counted = SlowBatch(seconds, len(batch.records), longest, where)
         self._monitor.count_batch(counted, sum(batch.costs), added)
@@ -282,6 +281,14 @@ class Pipeline:
         with self._monitor.timed("write"):
             self._write_block(block.index, block.num_done, block.rows, block.failures)
             del self._open[block.index]
+
+
+def _without_errors(records: Records) -> tuple[Records, list[_Refused]]:
+    """Take out what the reader could not read."""
+    if not records.errors:
+        return records, []
+    good = [index for index in range(len(records)) if index not in records.errors]
+    return records.pick(good), [(records[index], error) for index, error in sorted(records.errors.items())]
 
 
 # The allocator of CPU tensors has no exception type of its own, and other words on Linux than on Windows.

@@ -12,7 +12,7 @@ import torch
 from .._verbs.batch import arguments
 from ..errors import JobError
 from .dtypes import InputDtypes
-from .records import Columns, Record
+from .records import Columns, Records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +36,12 @@ class Steps:
     finish: Callable[[Any, Sequence[Any]], Any] | None = None
     takes_positions: bool = False
     counted: str | None = None
+
+    def costs(self, items: Sequence[Any]) -> list[int]:
+        """Return the length of every item."""
+        if self.cost is length_of and set(map(type, items)) <= {list, str}:
+            return list(map(len, items))
+        return list(map(self.cost, items))
 
     @property
     def pads(self) -> bool:
@@ -124,8 +130,6 @@ default_collate = Stack()
 
 def length_of(item: Any) -> int:
     """Return how long an item is: characters, tokens, or entries along the first dimension."""
-    if type(item) in (list, str):  # most are, and the rest takes longer to tell apart
-        return len(item)
     if isinstance(item, Mapping):
         return max((length_of(value) for value in item.values()), default=1)
     shape = getattr(item, "shape", None)
@@ -163,14 +167,14 @@ def to_columns(output: Any, num_records: int) -> Columns:
 
 
 def with_kept(
-    columns: Columns, records: Sequence[Record], keep: Sequence[str], new_names: Mapping[str, str]
+    columns: Columns, records: Records, keep: Sequence[str], new_names: Mapping[str, str]
 ) -> Columns:
     """Add the columns that are copied from the input, and rename what is to be renamed.
 
     Raises:
         JobError: two columns have the same name, or none has a name that is to be changed.
     """
-    kept = {name: _kept([record.kept[name] for record in records]) for name in keep}
+    kept = {name: _kept(records.kept[name]) for name in keep}
     named = [*kept.items(), *columns.items()]
     for old in new_names.keys() - kept.keys() - columns.keys():
         listed = ", ".join(map(repr, (*kept, *columns)))
@@ -213,12 +217,12 @@ def _encode(value: Any) -> None:
             _encode(pair)
 
 
-def _kept(values: list[Any]) -> Any:
+def _kept(values: Sequence[Any]) -> Any:
     """Return entries of arrays as one array where they are of one shape and dtype, all others as a list."""
     first = values[0]
     if isinstance(first, torch.Tensor):
-        return _column(torch.stack(values))
-    return np.stack(values) if isinstance(first, np.ndarray | np.generic) else values
+        return _column(torch.stack(list(values)))
+    return np.stack(list(values)) if isinstance(first, np.ndarray | np.generic) else list(values)
 
 
 def _named(output: Any) -> Mapping[Any, Any]:

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError, JobUsageError
-
-_CHUNK = 4096
+from .records import Records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +159,6 @@ class Sample:
 
     def __init__(self, size: float, seed: int, total: int | None = None) -> None:
         self._seed = seed
-        self._chunk, self._held = -1, np.zeros(0, bool)
         if size < 1:
             self._last = np.uint64(int(size * 2**64) - 1)
         elif not total or size >= total:
@@ -169,12 +167,12 @@ class Sample:
             # No two positions have the same hash.
             self._last = np.partition(self._hashes(0, total), int(size) - 1)[int(size) - 1]
 
-    def __contains__(self, position: int) -> bool:
-        chunk, index = divmod(position, _CHUNK)
-        if chunk != self._chunk:
-            self._chunk = chunk
-            self._held = self._hashes(chunk * _CHUNK, (chunk + 1) * _CHUNK) <= self._last
-        return bool(self._held[index])
+    def of(self, records: Records) -> Records:
+        """Return those of some records that are in it."""
+        start = records.span.start
+        held = self._hashes(start, records.span.stop) <= self._last
+        places = np.asarray(records.positions, np.int64) - start
+        return records.pick(np.flatnonzero(held[places]).tolist())
 
     def _hashes(self, start: int, stop: int) -> Any:
         """Return numbers that look random, one for each position: splitmix64."""

@@ -10,7 +10,7 @@ from ..errors import RecordError
 from ..infer.batching import cut_windows
 from ..infer.blocks import BlockRows
 from ..infer.pipeline import Pipeline
-from ..infer.records import Columns, Failure, Record
+from ..infer.records import Columns, Failure, Records
 from ..infer.report.monitor import Monitor
 from .model import OpenModel
 
@@ -49,9 +49,9 @@ async def run_rows(model: OpenModel, values: Sequence[Any], describe: Callable[[
         outputs.append(RowOutputs(good, columns, {each.position: each.error for each in failures}))
 
     size = len(values)
-    records = (Record(place, place, value, "") for place, value in enumerate(values))
+    records = Records(range(size), range(size), values, [""] * size)
     windows = cut_windows(
-        records, block_size=size, window=min(model.options.window, size), wanted=lambda block: True
+        [records], block_size=size, window=min(model.options.window, size), wanted=lambda block: True
     )
     try:
         await Pipeline(model.engine, model.steps, model.options, take, Monitor()).run(windows)

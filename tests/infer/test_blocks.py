@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from asyncdp.errors import JobError
 from asyncdp.infer.blocks import BlockRows
-from asyncdp.infer.records import Record
+from asyncdp.infer.records import Record, Records
 
 
 def batch(positions):
-    records = [Record(position, f"r{position}", None, "") for position in positions]
+    records = Records.of([Record(position, f"r{position}", None, "") for position in positions])
     column = np.array([[position, -position] for position in positions], dtype=np.int64)
     return records, {"x": column, "t": list(positions)}
 

@@ -13,7 +13,7 @@ from asyncdp.infer.blocks import BlockRows
 from asyncdp.infer.output.journal import load_journal
 from asyncdp.infer.output.merge import merge_parts
 from asyncdp.infer.output.output import OutputFolder
-from asyncdp.infer.records import Record
+from asyncdp.infer.records import Record, Records
 from asyncdp.infer.steps import to_columns
 
 SINGLE = {"shard_size": 1, "window": 1, "batch_size": 1, "devices": "cpu", "columns": ()}
@@ -137,7 +137,7 @@ def test_the_order_of_shards_changes_no_byte(work, order):
         with OutputFolder(work / name, "parquet", {"shard_size": 1}, resume=False) as folder:
             for index in turns:
                 rows = BlockRows(index)
-                rows.add([Record(index, index, None, "")], to_columns([entries[index]], 1))
+                rows.add(Records.of([Record(index, index, None, "")]), to_columns([entries[index]], 1))
                 folder.write_block(index, 1, rows, [])
     one, two = (
         [path.read_bytes() for path in sorted((work / name).glob("part-*"))] for name in ("one", "two")

@@ -13,7 +13,7 @@ from torch import nn
 from asyncdp import DataParallel
 from asyncdp.infer.batching import cut_windows
 from asyncdp.infer.pipeline import Pipeline, is_out_of_memory
-from asyncdp.infer.records import Record
+from asyncdp.infer.records import Records
 from asyncdp.infer.report.monitor import Monitor
 from asyncdp.infer.steps import EachValue, Steps, default_collate, length_of, same
 from tests.notes import Notes
@@ -62,8 +62,9 @@ async def run(engine, written, on_error, count=16):
         lambda index, num_records, rows, failures: written.append((num_records, len(rows), failures)),
         monitor,
     )
-    records = (Record(index, index, [float(index)], f"row {index}") for index in range(count))
-    await pipeline.run(cut_windows(records, block_size=16, window=16, wanted=lambda block: True))
+    every = range(count)
+    records = Records(every, every, [[float(index)] for index in every], [f"row {index}" for index in every])
+    await pipeline.run(cut_windows([records], block_size=16, window=16, wanted=lambda block: True))
     return monitor
 
 

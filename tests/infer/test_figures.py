@@ -13,7 +13,7 @@ from fake_engine import FakeEngine, options
 
 from asyncdp.infer.batching import cut_windows
 from asyncdp.infer.pipeline import Pipeline
-from asyncdp.infer.records import Record
+from asyncdp.infer.records import Records
 from asyncdp.infer.report import monitor as monitor_module
 from asyncdp.infer.report.monitor import Monitor, Sample
 from asyncdp.infer.report.plot import lane_loads
@@ -25,8 +25,9 @@ STEPS = Steps(EachValue(same), default_collate, same, length_of)
 def run_pipeline(engine, monitor, steps=STEPS, values=((1.0,),) * 8, batch_size=2):
     chosen = options(batch_size=batch_size, shard_size=8)
     pipeline = Pipeline(engine, steps, chosen, lambda *_: None, monitor)
-    records = (Record(index, index, value, "") for index, value in enumerate(values))
-    windows = cut_windows(records, block_size=8, window=8, wanted=lambda block: True)
+    every = range(len(values))
+    records = Records(every, every, values, [""] * len(values))
+    windows = cut_windows([records], block_size=8, window=8, wanted=lambda block: True)
     anyio.run(pipeline.run, windows)
 
 

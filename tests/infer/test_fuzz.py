@@ -116,7 +116,7 @@ def test_damaged_images(tmp_path, monkeypatch, name, damage):
         lambda index, num_records, rows, failures: written.append((num_records, rows.finish()[0], failures)),
         Monitor(),
     )
-    records = open_inputs([str(tmp_path)], None, Selection((), "path")).read()
+    records = open_inputs([str(tmp_path)], None, Selection((), "path")).read_together()
     windows = cut_windows(records, block_size=8, window=8, wanted=lambda block: True)
     anyio.run(pipeline.run, windows)
     ((num_records, ids, failures),) = written

@@ -22,7 +22,7 @@ def records(path, columns=(), start=0, stop=None, query=None, **options):
     inputs = open_inputs(
         [str(path)], None, selection, dialect=Dialect(query=query), subset=Subset(where) if where else None
     )
-    return [record for record in inputs.read(start, stop) if record.is_selected]
+    return list(inputs.read(start, stop))
 
 
 def values(path, columns=(), **options):

@@ -12,7 +12,7 @@ from asyncdp.errors import AsyncDPError, RecordError
 from asyncdp.infer.batching import cut_windows, padding, plan_batches
 from asyncdp.infer.job import blocks_of_part
 from asyncdp.infer.pipeline import Pipeline
-from asyncdp.infer.records import Record
+from asyncdp.infer.records import Records
 from asyncdp.infer.report.monitor import Monitor
 from asyncdp.infer.steps import EachValue, Steps, default_collate, length_of, same
 
@@ -22,7 +22,10 @@ SKIPPING = options(batch_size=2, shard_size=8, on_error="skip")
 
 
 def records(count):
-    return (Record(index, index, [float(index)], f"row {index}") for index in range(count))
+    """As a reader gives them: three at a time."""
+    every = range(count)
+    whole = Records(every, every, [[float(index)] for index in every], [f"row {index}" for index in every])
+    return (whole.between(start, start + 3) for start in range(0, count, 3))
 
 
 def windows(count, block_size=8, window=4):

@@ -46,10 +46,10 @@ def test_orjson_changes_nothing_but_the_time(tmp_path, monkeypatch, selection, a
 @pytest.mark.parametrize("max_cost", [None, 1, 3, 8, 9])
 def test_items_of_one_length_are_cut_as_any_others(max_cost):
     """A shorter item at the end lets the others take the way through sorting."""
-    alike = plan_batches([4] * 10, 4, max_cost)
+    alike = list(map(list, plan_batches([4] * 10, 4, max_cost)))
     unlike = plan_batches([4] * 10 + [1], 4, max_cost)
     assert alike == [batch for batch in ([i for i in batch if i < 10] for batch in unlike) if batch]
-    assert plan_batches([0, 0], 4, 8) == [[0, 1]]
+    assert list(map(list, plan_batches([0, 0], 4, 8))) == [[0, 1]]
 
 
 NUMBERS = st.one_of(

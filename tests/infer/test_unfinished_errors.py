@@ -14,7 +14,7 @@ from asyncdp.errors import TooManyBadRecordsError
 from asyncdp.infer import pipeline as pipeline_module
 from asyncdp.infer.batching import Window
 from asyncdp.infer.pipeline import Pipeline
-from asyncdp.infer.records import Record
+from asyncdp.infer.records import Record, Records
 from asyncdp.infer.report.monitor import Monitor
 from asyncdp.infer.steps import EachValue, Steps, default_collate, length_of, same
 
@@ -59,7 +59,7 @@ def test_a_block_that_waits_for_the_writer_is_not_forgotten(anyio_backend, monke
     monkeypatch.setattr(pipeline_module, "TooManyBadRecordsError", GivenUp)
     broken = ValueError("broken")
     records = [Record(position, position, "x", "here", broken if position else None) for position in range(5)]
-    windows = (Window(record.position, [record], 1) for record in records)
+    windows = (Window(record.position, Records.of([record]), 1) for record in records)
     steps = Steps(EachValue(same), default_collate, same, length_of)
     chosen = options(batch_size=1, shard_size=1, workers=5, on_error="record", max_errors=3)
     pipeline = Pipeline(FakeEngine(Lengths(), num_lanes=1), steps, chosen, write, Monitor())

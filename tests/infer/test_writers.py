@@ -14,7 +14,7 @@ import torch
 from asyncdp.errors import JobError
 from asyncdp.infer.blocks import BlockRows
 from asyncdp.infer.output.writers import write_shard
-from asyncdp.infer.records import Record
+from asyncdp.infer.records import Record, Records
 from asyncdp.infer.steps import to_columns
 
 
@@ -70,7 +70,7 @@ def test_arrays_of_texts_may_differ_in_width(first, second):
     """NumPy's text types depend on the longest text of a batch, and must not make two schemas of it."""
     rows = BlockRows(0)
     for start, output in ((0, first), (2, second)):
-        records = [Record(position, position, None, "") for position in (start, start + 1)]
+        records = Records.of([Record(position, position, None, "") for position in (start, start + 1)])
         rows.add(records, to_columns({"label": output}, 2))
     assert rows.finish()[1]["label"] == [*first.tolist(), *second.tolist()]
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import os
 import queue
 import sys
@@ -31,7 +30,7 @@ from ..output.shards import write_alone
 from ..pipeline import Pipeline
 from ..places import exists, is_remote
 from ..readers.pieces import Piece
-from ..records import Failure, Record
+from ..records import Failure, Records
 from ..report.memory import release_memory
 from ..report.monitor import Monitor
 from ..setup import find_devices, make_steps
@@ -92,7 +91,7 @@ class JobActor:
                     "Install the same versions on all nodes: outputs must not depend on where a record runs.",
                 )
 
-    async def try_first(self, records: list[Record]) -> Tried | PackedError:
+    async def try_first(self, records: Records) -> Tried | PackedError:
         """Run the first batch of a job, and write nothing."""
         try:
             async with DataParallel(self._model.module, self._devices, output_device="cpu") as engine:
@@ -174,7 +173,7 @@ class JobActor:
         with self._monitor.waiting("read"):
             return self._pieces.get()
 
-    def _cut(self, records: Iterator[Record]) -> Generator[Window, None, None]:
+    def _cut(self, records: Iterator[Records]) -> Generator[Window, None, None]:
         size = self._options.shard_size
         window = min(self._options.window, size)
         return cut_windows(records, block_size=size, window=window, wanted=lambda block: True)
@@ -217,14 +216,14 @@ def _check_sees(token: Path, first_input: Path) -> None:
         )
 
 
-def _without_refused(work: Work, piece: Piece, setup: Setup) -> Iterator[Record]:
+def _without_refused(work: Work, piece: Piece, setup: Setup) -> Iterator[Records]:
     """Yield the records that some work is about, those that are not to be run as bad ones."""
-    start, stop = work.probed or (0, None)
-    for record in itertools.islice(piece.read(setup.reading), start, stop):
-        if record.position - piece.first in work.refused:
-            yield record._replace(error=ProcessEndedError(), value=None)
-        else:
-            yield record
+    start, stop = work.probed or (0, piece.num_records)
+    for records in piece.read(setup.reading):
+        some = records.between(piece.first + start, piece.first + stop)
+        refused = [index for index, at in enumerate(some.positions) if at - piece.first in work.refused]
+        if some.span:
+            yield some.with_errors({index: ProcessEndedError() for index in refused})
 
 
 def _write_nothing(index: int, num_records: int, rows: BlockRows, failures: list[Failure]) -> None:

@@ -13,7 +13,7 @@ from ...errors import JobError, JobUsageError, MissingExtraError, TooManyBadReco
 from ..output.journal import Block
 from ..output.output import OutputFolder
 from ..readers.pieces import Piece, Planner
-from ..records import Failure, Record
+from ..records import Failure, Records
 from .messages import Opened, PackedError, Setup, Tried
 from .placing import Node, Slot, parse_resources, place
 from .ray_cluster import Answer, RayCluster
@@ -96,13 +96,13 @@ class Driver:
             self._look()
         return next(iter(self._opened.items()))
 
-    def try_first(self, actor: int, records: Sequence[Record]) -> Tried:
+    def try_first(self, actor: int, records: Records) -> Tried:
         """Have an actor run the first batch, and write nothing.
 
         Raises:
             JobError: the batch does not run, or ends the actor.
         """
-        self._cluster.call(actor, "tried", "try_first", list(records))
+        self._cluster.call(actor, "tried", "try_first", records)
         while self._tried is None:
             self._step(_PAUSE)
             if actor not in self._places:

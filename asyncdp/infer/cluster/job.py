@@ -37,6 +37,7 @@ from ..output.output import OutputFolder, check_output_free
 from ..output.writers import try_writer
 from ..places import remove
 from ..readers.pieces import Planner, Reading
+from ..records import Records
 from ..report.events import Report, ShardFinished, ignore
 from ..report.monitor import Monitor
 from ..report.summary import Plan, Summary
@@ -128,8 +129,8 @@ class ClusterJob:
             num_earlier=num_done,
         )
 
-    def _first_records(self) -> list[Any]:
-        return list(first_records(self.inputs, self.options.batch_size))
+    def _first_records(self) -> Records:
+        return first_records(self.inputs, self.options.batch_size)
 
     def _fingerprint(self, opened: Opened) -> dict[str, Any]:
         return fingerprint(self.options, self.inputs, opened.print)

@@ -30,7 +30,7 @@ def make_table(ids: Sequence[Any], columns: Columns) -> Any:
     """Return a table of Arrow with one row per record; a vector per record becomes a fixed-size list."""
     import pyarrow
 
-    arrays = {"id": _arrow(list(ids)), **{name: _arrow(values) for name, values in columns.items()}}
+    arrays = {"id": _arrow_of_list(ids), **{name: _arrow(values) for name, values in columns.items()}}
     return pyarrow.table(arrays)
 
 
@@ -146,7 +146,7 @@ def _arrow(values: Any) -> Any:
     return array
 
 
-def _arrow_of_list(values: list[Any]) -> Any:
+def _arrow_of_list(values: Sequence[Any]) -> Any:
     import pyarrow
 
     first: Any = values[0] if values else None

@@ -22,12 +22,13 @@ from ..places import (
     place_of,
     unreachable,
 )
-from ..records import Record, Row
-from ..where import Sample, Subset, Where
+from ..records import Record, Records
+from ..where import Sample, Subset
 from . import arrays, arrow, audio, databases, images, parquet, tar, text
 from .audio import decode_audio
-from .base import COMPRESSIONS, STDIN, Contents, Dialect, InputFile, Reader, Selection
+from .base import COMPRESSIONS, STDIN, Contents, Dialect, InputFile, Reader
 from .images import decode_image
+from .selection import Selection
 from .whole_files import WholeFileReader
 
 __all__ = [
@@ -59,8 +60,6 @@ FORMATS: dict[str, Reader] = {
     "sqlite": databases.SqliteReader(),
     "duckdb": databases.DuckDBReader(),
 }
-
-_TESTED_AT_ONCE = 256
 
 _SUFFIXES = {
     ".jsonl": "jsonl",
@@ -145,10 +144,16 @@ class Inputs:
         self.counts = [self._inspect(file) for file in files]
         self.sample = self._make_sample()
 
-    def read(self, start: int = 0, stop: int | None = None, num_before: int = 0) -> Iterator[Record]:
-        """Yield the records from position `start` to `stop`; what files state that are outside is not read.
+    def read(self, start: int = 0, stop: int | None = None) -> Iterator[Record]:
+        """Yield the records one by one; the arguments are those of `read_together`."""
+        return itertools.chain.from_iterable(self.read_together(start, stop))
 
-        Those that the job is not about are among them, empty.
+    def read_together(
+        self, start: int = 0, stop: int | None = None, num_before: int = 0
+    ) -> Iterator[Records]:
+        """Yield the records from position `start` to `stop`, as many at a time as are there.
+
+        What files state that are outside is not read. The spans follow each other and leave out no position.
 
         Args:
             start: position of the first record.
@@ -165,14 +170,17 @@ class Inputs:
             )
             return
         self.num_records_read = start
-        if num_before < limit:
-            for record in self._read(start, stop):
-                yield record
-                num_before += record.is_selected
-                if num_before == limit:
-                    return
+        if num_before >= limit:
+            return
+        for records in self._read(start, stop):
+            if num_before + len(records) >= limit:
+                self.num_records_read = records.positions[limit - num_before - 1] + 1
+                yield records.between(start, self.num_records_read)
+                return
+            yield records
+            num_before += len(records)
 
-    def _read(self, start: int, stop: int | None) -> Iterator[Record]:
+    def _read(self, start: int, stop: int | None) -> Iterator[Records]:
         first = 0
         for index, (file, count) in enumerate(zip(self.files, self.counts, strict=True)):
             if stop is not None and first >= stop:
@@ -185,22 +193,20 @@ class Inputs:
             is_cut = stop is not None and (count is None or first + count > stop)
             end = stop - first if is_cut and count is not None and stop is not None else None
             position = first + begin
-            for row in self._rows(file, begin, end):
-                if is_cut and position == stop:
+            for rows in self._reader.rows(file, self.selection, begin, end):
+                records = rows.moved(first).between(start, stop)
+                position = max(position, first + rows.span.stop)
+                self.num_records_read = position if stop is None else min(position, stop)
+                if records.span:
+                    yield records if self.sample is None else self.sample.of(records)
+                if is_cut and count is None and self.num_records_read == stop:
                     return
-                self.num_records_read = position + 1
-                if position >= start:
-                    yield record_of(position, row, self.sample)
-                position += 1
             if count is not None and position - first != (count if end is None else end):
                 raise file.broken(f"it states {count} rows, but has {position - first}")
             if count is None:
                 self.file_rows[index] = position - first
             first = position
         self.num_records_read = first
-
-    def _rows(self, file: InputFile, begin: int, end: int | None) -> Iterator[Row | None]:
-        return fulfilling(self._reader, self.selection, self._reader.rows(file, self.selection, begin, end))
 
     def _make_sample(self) -> Sample | None:
         size = self.subset.sample
@@ -275,38 +281,6 @@ class Inputs:
             raise InputError(f"{file.name} has no column {missing[0]!r}", f"Its columns are {listed}.")
         self.unfit |= {name: (file.name, dtype) for name, dtype in unfit.items()}
         return num_rows
-
-
-def record_of(position: int, row: Row | None, sample: Sample | None) -> Record:
-    """Return what a reader gave as a record, empty where the job is not about it."""
-    if row is None or (sample is not None and position not in sample):
-        return Record(position, position, None, "", is_selected=False)
-    identity = position if row.id is None else row.id
-    return Record(position, identity, row.value, row.where, row.error, row.kept)
-
-
-def fulfilling(
-    reader: Reader, selection: Selection, rows: Iterator[Row | None] | Iterator[Row]
-) -> Iterator[Row | None]:
-    """Return what a reader gave, with None for rows that do not fulfil the selection's condition."""
-    where = selection.where
-    return rows if where is None or reader.applies_where else _fulfilling(where, rows)
-
-
-def _fulfilling(where: Where, rows: Iterator[Row | None]) -> Iterator[Row | None]:
-    """Yield None in the place of rows that do not fulfil a condition; one that cannot be tested is bad."""
-    while some := list(itertools.islice(rows, _TESTED_AT_ONCE)):
-        tested = [row.tested for row in some if row is not None and row.tested is not None]
-        answers = iter(where.of_records(tested))
-        for row in some:
-            if row is None or row.tested is None:
-                yield row
-                continue
-            answer = next(answers)
-            if isinstance(answer, Exception):
-                yield row._replace(value=None, error=answer)
-            else:
-                yield row if answer else None
 
 
 def _outside(folder: Path, files: list[Found]) -> list[Found]:

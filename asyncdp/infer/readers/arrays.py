@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,8 +15,9 @@ import torch
 
 from ...errors import InputError
 from ..places import on_disk
-from ..records import Row
-from .base import Contents, InputFile, Selection
+from ..records import Records
+from .base import Contents, InputFile
+from .selection import Selection
 
 _CHUNK = 256
 
@@ -29,7 +31,6 @@ class ArrayReader:
     """Reads arrays through `opener`, which gives them by name."""
 
     binary = True
-    applies_where = False
 
     def __init__(self, opener: _Opener) -> None:
         self._opener = opener
@@ -41,22 +42,22 @@ class ArrayReader:
             unfit = {name: str(array.dtype) for name, array in wanted.items() if not _is_fit(array)}
             return Contents(_num_rows(file, wanted) if wanted else None, list(arrays), unfit)
 
-    def rows(self, file: InputFile, selection: Selection, start: int, stop: int | None) -> Iterator[Row]:
+    def rows(self, file: InputFile, selection: Selection, start: int, stop: int | None) -> Iterator[Records]:
         """Yield an array per row, or a dict of them when the file holds several."""
         with self._opened(file) as arrays:
             wanted = _wanted(file, arrays, selection)
             stop = _num_rows(file, wanted) if stop is None else stop
+            identity, chosen = selection.id_column, selection
+            if not selection.columns and identity is None and len(wanted) == 1:
+                chosen = dataclasses.replace(selection, columns=tuple(wanted))
             for begin in range(start, stop, _CHUNK):
                 end = min(begin + _CHUNK, stop)
-                parts = _read(file, wanted, begin, end)
-                for index in range(end - begin):
-                    entry: Any = {name: part[index] for name, part in parts.items()}
-                    kept = {name: entry[name] for name in selection.keep}
-                    tested = entry if selection.where else None
-                    if not selection.columns and selection.id_column is None and len(entry) == 1:
-                        (entry,) = entry.values()
-                    row = _row(selection, entry, f"{file.name} row {begin + index}", kept)
-                    yield row._replace(tested=tested)
+                parts = {name: list(part) for name, part in _read(file, wanted, begin, end).items()}
+                kept = {name: parts[name] for name in selection.keep}
+                if identity in parts:
+                    parts[identity] = [entry if entry.ndim else entry.item() for entry in parts[identity]]
+                where = [f"{file.name} row {number}" for number in range(begin, end)]
+                yield chosen.of_columns(parts, where, begin, kept=kept)
 
     @contextlib.contextmanager
     def _opened(self, file: InputFile) -> Iterator[_Arrays]:
@@ -116,13 +117,6 @@ def _native(part: Any) -> Any:
         return part
     part = np.array(part) if isinstance(part, np.memmap) else part
     return part if part.dtype.isnative else part.astype(part.dtype.newbyteorder("="))
-
-
-def _row(selection: Selection, entry: Any, where: str, kept: Mapping[str, Any]) -> Row:
-    if isinstance(entry, dict) and selection.id_column in entry:
-        identity = entry[selection.id_column]
-        entry[selection.id_column] = identity if identity.ndim else identity.item()
-    return selection.row(entry, where, kept=kept)
 
 
 def _num_rows(file: InputFile, arrays: Mapping[str, Any]) -> int:

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..places import is_remote, open_place
-from ..records import Row
-from .base import Contents, InputFile, Selection
+from ..records import Records
+from .base import Contents, InputFile
 from .columnar import check_schema, selected_rows
+from .selection import Selection
 
 _CHUNK = 1024
 _MAGIC = b"ARROW1"
@@ -22,7 +23,6 @@ class ArrowReader:
     """Reads record batch by record batch; on a disk only what is needed is in memory."""
 
     binary = True
-    applies_where = True
 
     def inspect(self, file: InputFile, selection: Selection) -> Contents:
         """Return the columns of the schema, and the number of rows where it costs no reading of them."""
@@ -31,9 +31,7 @@ class ArrowReader:
             count = None if is_remote(file.path) else sum(batch.num_rows for batch in batches)
             return Contents(count, schema.names)
 
-    def rows(
-        self, file: InputFile, selection: Selection, start: int, stop: int | None
-    ) -> Iterator[Row | None]:
+    def rows(self, file: InputFile, selection: Selection, start: int, stop: int | None) -> Iterator[Records]:
         """Yield a dict per row, or the bare value of a single column."""
         number = 0
         with _opened(file) as (_, batches):
@@ -44,7 +42,7 @@ class ArrowReader:
                     part = batch.slice(first, min(_CHUNK, end - first))
                     part = part if selection.needed is None else part.select(selection.needed)
                     _check(file, part)
-                    yield from selected_rows(part, selection, file.name, number + first)
+                    yield selected_rows(part, selection, file.name, number + first)
                 number += batch.num_rows
                 if stop is not None and number >= stop:
                     return

@@ -17,8 +17,8 @@ from typing import IO, Any, NamedTuple, Protocol
 
 from ...errors import DamagedInputError, InputError
 from ..places import Found, is_remote, open_place
-from ..records import Row
-from ..where import Where
+from ..records import Records
+from .selection import Selection
 
 STDIN = Path("-")
 
@@ -33,113 +33,6 @@ _MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 _BROKEN_STREAM = (EOFError, OSError, zlib.error, lzma.LZMAError)
-
-
-@dataclasses.dataclass(frozen=True)
-class Selection:
-    """Which parts of an entry are wanted.
-
-    Attributes:
-        columns: names of the wanted columns; one gives its bare value, none the whole entry.
-        id_column: name of the column that holds the id, else None.
-        keep: names of the columns that are copied into the output.
-        where: what rows must fulfil; those that do not need not be read.
-    """
-
-    columns: tuple[str, ...] = ()
-    id_column: str | None = None
-    keep: tuple[str, ...] = ()
-    where: Where | None = None
-
-    @property
-    def named(self) -> list[str]:
-        """All columns that were asked for by name, each once."""
-        tested = self.where.columns if self.where else ()
-        return list(dict.fromkeys((*self.columns, *self.keep, *filter(None, [self.id_column]), *tested)))
-
-    @property
-    def needed(self) -> list[str] | None:
-        """The columns that must be read, None for all."""
-        return self.named if self.columns else None
-
-    def row(self, entry: Any, where: str, identity: Any = None, kept: Mapping[str, Any] | None = None) -> Row:
-        """Pick value, id and what is kept out of one entry; what is missing becomes the error of the row.
-
-        Args:
-            entry: all that was read.
-            where: file and line or row.
-            identity: the id where it is not in the entry.
-            kept: what is kept where it is not in the entry.
-        """
-        try:
-            if kept is None:
-                kept = {name: _pick(entry, name) for name in self.keep} if self.keep else {}
-            identity = self._id(entry) if identity is None else identity
-            return Row(self._value(entry), identity, where, kept=kept, tested=self._tested(entry))
-        except _Missing as missing:
-            return Row(None, None, where, ValueError(str(missing)))
-
-    def picker(self) -> Callable[[Any, str], Row]:
-        """Return `row` as a function for many entries, quick where it picks one column of text or numbers."""
-        if len(self.columns) != 1 or self.keep or self.where:
-            return self.row
-        (column,), id_column = self.columns, self.id_column
-
-        def pick(entry: Any, where: str) -> Row:
-            if type(entry) is dict and column in entry:
-                if id_column is None:
-                    return Row(entry[column], None, where)
-                identity = entry.get(id_column)
-                if type(identity) is str and identity.isascii():
-                    return Row(entry[column], identity, where)
-                if type(identity) is int:
-                    return Row(entry[column], str(identity), where)
-            return self.row(entry, where)  # which knows all that may be wrong
-
-        return pick
-
-    def _tested(self, entry: Any) -> dict[str, Any] | None:
-        if self.where is None:
-            return None
-        return {name: entry.get(name) if isinstance(entry, dict) else None for name in self.where.columns}
-
-    def _value(self, entry: Any) -> Any:
-        if not self.columns:
-            return entry
-        if len(self.columns) == 1:
-            return _pick(entry, self.columns[0])
-        return {name: _pick(entry, name) for name in self.columns}
-
-    def _id(self, entry: Any) -> str | None:
-        if self.id_column is None:
-            return None
-        value = _pick(entry, self.id_column)
-        if isinstance(value, bool) or not isinstance(value, str | int):
-            raise _Missing(f"the id must be text or an integer, but is {value!r:.80}")
-        return checked_text(str(value))
-
-
-class _Missing(Exception):
-    pass
-
-
-def checked_text(text: str) -> str:
-    """Return `text` when it can be written as UTF-8, which lone surrogates cannot."""
-    if text.isascii():
-        return text
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise _Missing(f"{text!r:.80} is not valid Unicode text") from None
-    return text
-
-
-def _pick(entry: Any, name: str) -> Any:
-    if not isinstance(entry, dict):
-        raise _Missing(f"column {name!r} was asked for, but the entry is no object: {entry!r:.80}")
-    if name not in entry:
-        raise _Missing(f"there is no column {name!r}, only {', '.join(map(repr, list(entry)[:20]))}")
-    return entry[name]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,21 +81,18 @@ class Reader(Protocol):
     binary: bool = False
     """Whether the file must be seekable and uncompressed."""
 
-    applies_where: bool = False
-    """Whether it leaves out the rows that do not fulfil `Selection.where`, and gives None for each."""
-
     def inspect(self, file: InputFile, selection: Selection) -> Contents:
         """Return what is cheap to know of a file; by default nothing."""
         return Contents()
 
-    def rows(
-        self, file: InputFile, selection: Selection, start: int, stop: int | None
-    ) -> Iterator[Row | None] | Iterator[Row]:
+    def rows(self, file: InputFile, selection: Selection, start: int, stop: int | None) -> Iterator[Records]:
         """Yield the rows from number `start` to `stop`, nothing else where the numbers are known.
+
+        As many at a time as are there; their spans follow each other, and leave out no row.
 
         Args:
             file: where to read.
-            selection: which columns are wanted.
+            selection: which columns are wanted, and which rows.
             start: number of the first row, 0 where `inspect` does not know how many there are.
             stop: number behind the last one, None for all that the file has.
         """
@@ -222,6 +112,7 @@ class InputFile:
         self._raw: IO[bytes] | None = None
         self._lines: Any = None
         self._encoding = "utf-8"
+        self.num_skipped = 0  # bytes of the mark before the first line
 
     @property
     def num_bytes_read(self) -> int:
@@ -249,12 +140,6 @@ class InputFile:
         except _BROKEN_STREAM as error:
             raise self.broken(error) from error
 
-    @property
-    def offset(self) -> int:
-        """Bytes of a plain text before the next line, while `lines` is being read."""
-        assert self._raw is not None, "the file is open"
-        return self._raw.tell()
-
     def has_offsets(self) -> bool:
         """Return whether lines of a text can be gone to: it is neither compressed nor converted."""
         if self.path == STDIN or self.path.suffix.lower() in COMPRESSIONS:
@@ -262,8 +147,8 @@ class InputFile:
         with self.open() as stream:
             return stream.seekable() and self._transcoded(stream) is stream
 
-    def lines(self, start: Mark | None = None) -> Generator[tuple[int, bytes], None, None]:
-        """Yield the number (from 1) and the bytes of every line, with its end; `decode` reads them.
+    def lines(self, start: Mark | None = None) -> Generator[tuple[int, list[bytes]], None, None]:
+        """Yield lines, with their ends, as many as are there, and the number of the first of them, from 1.
 
         Args:
             start: where to begin; None for the first line.
@@ -272,21 +157,30 @@ class InputFile:
             InputError: the file is in an encoding that must be named, or a line is too long.
         """
         with self.open() as stream:
-            number, readline = 0, self._transcoded(stream).readline
+            number, source = 1, self._transcoded(stream)
             if start is not None and start.offset:
-                number = start.num_lines
+                number += start.num_lines
                 stream.seek(start.offset)
-            # A bounded readline: a file without line ends must not fill the memory.
-            while line := readline(_MAX_LINE + 1):
-                number += 1
-                if len(line) > _MAX_LINE:
+            begin: list[bytes] = []  # of a line whose end has not come
+            while True:
+                # What is there, not all of a chunk: whoever writes into a pipe may write no more for long.
+                data = source.read1(_CHUNK)
+                end = data.rfind(b"\n") + 1
+                lines = io.BytesIO(b"".join([*begin, data[:end]])).readlines() if end or not data else []
+                begin = [data[end:]] if end else [*begin, data]
+                # A file without line ends must not fill the memory.
+                if max(len(lines[0]) if lines else 0, sum(map(len, begin))) > _MAX_LINE:
                     raise InputError(
                         f"{self.name}: line {number} is longer than {_MAX_LINE >> 20} MiB",
                         "Split it: a record is read as a whole. Is it a text file, with line ends?",
                     )
-                if number == 1:
-                    line = self._without_mark(line)
-                yield number, line
+                if lines:
+                    if number == 1:
+                        lines[0] = self._without_mark(lines[0])
+                    yield number, lines
+                    number += len(lines)
+                if not data:
+                    return
 
     @property
     def encoding(self) -> str:
@@ -315,7 +209,9 @@ class InputFile:
                 f"{self.name} is no text in UTF-8: there are NULs in its first line",
                 "Name its encoding, for instance --encoding utf-16-le, or its format with --input-format.",
             )
-        return line.removeprefix(codecs.BOM_UTF8) if self._encoding == "utf-8" else line
+        text = line.removeprefix(codecs.BOM_UTF8) if self._encoding == "utf-8" else line
+        self.num_skipped = len(line) - len(text)
+        return text
 
     def broken(self, why: object) -> DamagedInputError:
         """Build the error for a file that cannot be read to its end."""
@@ -366,27 +262,23 @@ class _Streams(io.RawIOBase):
 
 
 class _Recoded:
-    """Lines of a text in UTF-8, whatever its encoding."""
+    """A text in UTF-8, whatever its encoding."""
 
-    def __init__(self, file: InputFile, stream: IO[bytes], encoding: str) -> None:
+    def __init__(self, file: InputFile, stream: Any, encoding: str) -> None:
         self._file = file
         self._stream = stream
         self._decoder = codecs.getincrementaldecoder(encoding)()
-        self._rest = ""
-        self._is_at_end = False
 
-    def readline(self, size: int) -> bytes:
-        """Return the next line with its end, or its first characters if it is too long."""
-        while "\n" not in self._rest and len(self._rest) < size and not self._is_at_end:
-            data = self._stream.read(_CHUNK)
-            self._is_at_end = not data
+    def read1(self, size: int) -> bytes:
+        """Return some bytes, none at the end."""
+        while True:
+            data = self._stream.read1(size)
             try:
-                self._rest += self._decoder.decode(data, self._is_at_end)
+                text = self._decoder.decode(data, not data)
             except UnicodeError as error:
                 raise self._file.broken(error) from error
-        end = self._rest.find("\n") + 1 or len(self._rest)
-        line, self._rest = self._rest[:end], self._rest[end:]
-        return line.encode("utf-8", "surrogatepass")
+            if text or not data:
+                return text.encode("utf-8", "surrogatepass")
 
 
 @contextlib.contextmanager

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 from ...errors import InputError
-from ..records import Row
+from ..records import Records
 from ..values import as_python, holds_nanoseconds, is_id
-from .base import InputFile, Selection
+from .base import InputFile
+from .selection import Selection, Unreadable
 
 
 def check_schema(file: InputFile, schema: Any, selection: Selection) -> None:
@@ -43,8 +43,8 @@ def _exists_in_python(kind: Any) -> bool:
     return all(_exists_in_python(kind.field(index).type) for index in range(kind.num_fields))
 
 
-def selected_rows(batch: Any, selection: Selection, name: str, number: int) -> Iterator[Row | None]:
-    """Yield the rows of a batch that fulfil the condition, and None in the place of others.
+def selected_rows(batch: Any, selection: Selection, name: str, number: int) -> Records:
+    """Return the rows of a batch that fulfil the condition.
 
     Args:
         batch: of Arrow, with the columns that are needed.
@@ -54,57 +54,29 @@ def selected_rows(batch: Any, selection: Selection, name: str, number: int) -> I
     """
     import pyarrow
 
+    numbers = range(number, number + batch.num_rows)
     if selection.where is None:
-        yield from _rows_of(batch, selection, name, range(number, number + batch.num_rows))
-        return
+        return _rows_of(batch, selection, name, numbers)
     answers = selection.where.of_table(pyarrow.Table.from_batches([batch]))
     picked = [index for index, answer in enumerate(answers) if answer is not False]
-    rows = _rows_of(batch.take(pyarrow.array(picked, "int64")), selection, name, [number + i for i in picked])
-    last = -1
-    for index, row in zip(picked, rows, strict=True):
-        yield from itertools.repeat(None, index - last - 1)
-        answer = answers[index]
-        yield row._replace(value=None, error=answer) if isinstance(answer, Exception) else row
-        last = index
-    yield from itertools.repeat(None, batch.num_rows - last - 1)
+    positions = [numbers[index] for index in picked]
+    rows = _rows_of(batch.take(pyarrow.array(picked, "int64")), selection, name, positions)
+    found = [answers[index] for index in picked]
+    errors = {index: answer for index, answer in enumerate(found) if isinstance(answer, Exception)}
+    return dataclasses.replace(rows.with_errors(errors), span=numbers, positions=positions)
 
 
-def _rows_of(batch: Any, selection: Selection, name: str, numbers: Sequence[int]) -> Iterator[Row]:
-    """Yield the rows of a batch; columns that are only copied never become Python's."""
+def _rows_of(batch: Any, selection: Selection, name: str, numbers: Sequence[int]) -> Records:
+    """Return the rows of a batch; columns that are only copied never become Python's."""
     wanted = [*selection.columns, selection.id_column] if selection.columns else batch.schema.names
-    selection = dataclasses.replace(selection, where=None)
     python = {column: _values(batch.column(column)) for column in wanted if column is not None}
     arrow = {column: list(batch.column(column)) for column in selection.keep}
-    identity = selection.id_column
-    ids = list(batch.column(identity)) if identity and is_id(batch.schema.field(identity).type) else None
-    if python and ids is None and not arrow and not any(map(_has_unreadable, python.values())):
-        pick, names = selection.picker(), list(python)
-        for row_number, values in zip(numbers, zip(*python.values(), strict=True), strict=True):
-            yield pick(dict(zip(names, values, strict=True)), f"{name} row {row_number}")
-        return
-    for index in range(batch.num_rows):
-        entry = {column: values[index] for column, values in python.items()}
-        kept = {column: values[index] for column, values in arrow.items()}
-        own = ids[index] if ids is not None and ids[index].is_valid else None
-        yield _row(selection, entry, f"{name} row {numbers[index]}", own, kept)
-
-
-class _Unreadable(NamedTuple):
-    """In the place of a value that Python cannot hold, such as text that is no UTF-8."""
-
-    error: Exception
-
-
-def _has_unreadable(values: Any) -> bool:
-    return isinstance(values, list) and _Unreadable in set(map(type, values))
-
-
-def _row(selection: Selection, entry: dict[str, Any], where: str, identity: Any, kept: Any) -> Row:
-    for name, value in entry.items():
-        if isinstance(value, _Unreadable):
-            why = f"{type(value.error).__name__}: {value.error}"
-            return Row(None, None, where, ValueError(f"column {name!r} cannot be read: {why}"))
-    return selection.row(entry, where, identity, kept)
+    ids = None
+    if selection.id_column and is_id(batch.schema.field(selection.id_column).type):
+        ids = [identity if identity.is_valid else None for identity in batch.column(selection.id_column)]
+    where = [f"{name} row {number}" for number in numbers]
+    unconditional = dataclasses.replace(selection, where=None)
+    return unconditional.of_columns(python, where, numbers[0] if numbers else 0, ids=ids, kept=arrow)
 
 
 def _values(column: Any) -> Any:
@@ -133,4 +105,4 @@ def _value(scalar: Any) -> Any:
     try:
         return as_python(scalar)
     except Exception as error:
-        return _Unreadable(error)
+        return Unreadable(error)

@@ -10,9 +10,10 @@ from typing import Any
 
 from ...errors import InputError, MissingExtraError
 from ..places import on_disk
-from ..records import Row
-from .base import Contents, InputFile, Selection
+from ..records import Records
+from .base import Contents, InputFile
 from .columnar import check_schema, selected_rows
+from .selection import Selection, Unreadable
 
 _CHUNK = 1024
 
@@ -21,7 +22,6 @@ class SqliteReader:
     """Every row of a query, or of the only table, is a record, in the order in which SQLite gives them."""
 
     binary = True
-    applies_where = False
 
     def inspect(self, file: InputFile, selection: Selection) -> Contents:
         """Return the columns."""
@@ -31,28 +31,23 @@ class SqliteReader:
             _check_names(file, names)
             return Contents(None, names)
 
-    def rows(self, file: InputFile, selection: Selection, start: int, stop: int | None) -> Iterator[Row]:
+    def rows(self, file: InputFile, selection: Selection, start: int, stop: int | None) -> Iterator[Records]:
         """Yield a dict per row; a text that is no UTF-8 makes a bad record."""
         with _sqlite(file) as connection:
             cursor = _executed(file, connection)
             names = [column[0] for column in cursor.description]
             number = 0
             while some := _fetched(file, cursor):
-                for values in some:
-                    where = f"{file.name} row {number}"
-                    number += 1
-                    bad = next((value for value in values if isinstance(value, UnicodeDecodeError)), None)
-                    if bad is not None:
-                        yield Row(None, None, where, bad)
-                    else:
-                        yield selection.row(dict(zip(names, values, strict=True)), where)
+                where = [f"{file.name} row {number + index}" for index in range(len(some))]
+                columns = dict(zip(names, zip(*some, strict=True), strict=True))
+                yield selection.of_columns(columns, where, number)
+                number += len(some)
 
 
 class DuckDBReader:
     """Every row of a query is a record; in the query the file is `input`, or its tables go by their names."""
 
     binary = True
-    applies_where = True
 
     def inspect(self, file: InputFile, selection: Selection) -> Contents:
         """Return the columns."""
@@ -61,9 +56,7 @@ class DuckDBReader:
             check_schema(file, schema, selection)
             return Contents(None, schema.names)
 
-    def rows(
-        self, file: InputFile, selection: Selection, start: int, stop: int | None
-    ) -> Iterator[Row | None]:
+    def rows(self, file: InputFile, selection: Selection, start: int, stop: int | None) -> Iterator[Records]:
         """Yield a dict per row, or the bare value of a single column."""
         number = 0
         with _duckdb(file) as connection:
@@ -75,7 +68,7 @@ class DuckDBReader:
                     return
                 except Exception as error:  # of DuckDB's own classes, or Arrow's around them
                     raise file.broken(error) from error
-                yield from selected_rows(batch, selection, file.name, number)
+                yield selected_rows(batch, selection, file.name, number)
                 number += batch.num_rows
 
 
@@ -83,7 +76,7 @@ def _text(data: bytes) -> Any:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        return error
+        return Unreadable(error)
 
 
 @contextlib.contextmanager

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..places import is_remote, open_place
-from ..records import Row
+from ..records import Records
 from ..where import Where
-from .base import Contents, InputFile, Selection
+from .base import Contents, InputFile
 from .columnar import check_schema, selected_rows
+from .selection import Selection
 
 _CHUNK = 1024
 _TAIL = 8  # the footer's length and the mark of the format
@@ -22,7 +23,6 @@ class ParquetReader:
     """Reads the wanted columns; a list column of numbers arrives as arrays."""
 
     binary = True
-    applies_where = True
 
     def inspect(self, file: InputFile, selection: Selection) -> Contents:
         """Return the number of rows that the footer states, and the columns of the schema."""
@@ -31,9 +31,7 @@ class ParquetReader:
             check_schema(file, parquet.schema_arrow, selection)
             return Contents(parquet.metadata.num_rows, parquet.schema_arrow.names)
 
-    def rows(
-        self, file: InputFile, selection: Selection, start: int, stop: int | None
-    ) -> Iterator[Row | None]:
+    def rows(self, file: InputFile, selection: Selection, start: int, stop: int | None) -> Iterator[Records]:
         """Yield a dict per row, or the bare value of a single column; other row groups are not read."""
         with _open(file) as parquet:
             stop = parquet.metadata.num_rows if stop is None else stop
@@ -42,14 +40,14 @@ class ParquetReader:
             for group in groups:
                 end = number + parquet.metadata.row_group(group).num_rows
                 if matching is not None and group not in matching:
-                    yield from itertools.repeat(None, min(end, stop) - max(number, start))
+                    yield Records.nothing(range(max(number, start), min(end, stop)))
                     number = end
                     continue
                 batches = parquet.iter_batches(_CHUNK, row_groups=[group], columns=selection.needed)
                 while number < stop and (batch := _next_batch(file, batches)) is not None:
                     skipped = max(0, start - number)
                     wanted = batch.slice(skipped, stop - number - skipped)
-                    yield from selected_rows(wanted, selection, file.name, number + skipped)
+                    yield selected_rows(wanted, selection, file.name, number + skipped)
                     number += batch.num_rows
 
 

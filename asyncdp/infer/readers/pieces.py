@@ -5,15 +5,17 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import itertools
-from collections.abc import Callable, Generator, Iterable, Iterator
+import operator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..places import Found
-from ..records import Record
+from ..records import Records, in_blocks
 from ..where import Sample
-from . import FORMATS, Inputs, fulfilling, record_of
-from .base import Dialect, InputFile, Mark, Selection
+from . import FORMATS, Inputs
+from .base import Dialect, InputFile, Mark
+from .selection import Selection
 from .text import TextReader
 
 _BEGIN = Mark(0, 0)
@@ -49,44 +51,48 @@ class Piece(NamedTuple):
     Attributes:
         first: position of the first one.
         segments: where they lie, in order.
-        records: they themselves, where the files' rows cannot be gone to.
+        records: all of them, where the files' rows cannot be gone to.
     """
 
     first: int
     segments: tuple[Segment, ...] = ()
-    records: tuple[Record, ...] | None = None
+    records: Records | None = None
 
     @property
     def num_records(self) -> int:
         """Positions in it."""
         if self.records is not None:
-            return len(self.records)
+            return len(self.records.span)
         return sum(segment.num_rows for segment in self.segments)
 
-    def read(self, reading: Reading) -> Iterator[Record]:
-        """Yield the records, those among them that the job is not about as empty ones.
+    def read(self, reading: Reading) -> Iterator[Records]:
+        """Yield the records, some at a time.
 
         Raises:
             DamagedInputError: a file is damaged, cannot be read here, or has changed.
         """
         if self.records is not None:
-            yield from self.records
+            yield self.records
             return
         reader: Any = FORMATS[reading.format_name]
-        selection = reading.selection
-        positions = itertools.count(self.first)
+        selection, first = reading.selection, self.first
         for found, begin, num_rows, mark in self.segments:
             file = InputFile(found, reading.dialect)
             if mark is None:
-                rows = reader.rows(file, selection, begin, begin + num_rows)
+                parts, offset = reader.rows(file, selection, begin, begin + num_rows), first - begin
             else:
-                rows = itertools.islice(reader.rows_from(file, selection, mark), num_rows)
+                parts, offset = reader.rows_from(file, selection, mark), first
             num_read = 0
-            for row in fulfilling(reader, selection, rows):
-                yield record_of(next(positions), row, reading.sample)
-                num_read += 1
+            for rows in parts:
+                records = rows.moved(offset).between(first, first + num_rows)
+                if records.span:
+                    yield records if reading.sample is None else reading.sample.of(records)
+                    num_read += len(records.span)
+                if num_read == num_rows:
+                    break
             if num_read != num_rows:
                 raise file.broken(f"it had {begin + num_rows} rows, and now has {begin + num_read}")
+            first += num_rows
 
 
 class Planner:
@@ -203,10 +209,9 @@ class Planner:
 
     def _shipped(self) -> Iterator[tuple[int, Piece]]:
         first = next(index for index in itertools.count() if self._wanted(index))
-        records: Iterable[Record] = self._inputs.read(first * self._size)
-        for index, some in itertools.groupby(records, lambda record: record.position // self._size):
-            piece = Piece(index * self._size, records=tuple(some))
-            yield index, piece
+        parts = in_blocks(self._inputs.read_together(first * self._size), self._size)
+        for index, some in itertools.groupby(parts, operator.itemgetter(0)):
+            yield index, Piece(index * self._size, records=Records.joined([records for _, records in some]))
 
 
 def _shortened(piece: Piece, num_records: int) -> Piece:

@@ -12,8 +12,9 @@ from typing import IO, Any
 
 import numpy as np
 
-from ..records import Row
-from .base import Contents, InputFile, Reader, Selection
+from ..records import Records
+from .base import Contents, InputFile, Reader
+from .selection import Selection, Unreadable
 
 _BLOCK = 512
 
@@ -25,16 +26,17 @@ class TarReader(Reader):
         """Return nothing: every record has its own members."""
         return Contents()
 
-    def rows(self, file: InputFile, selection: Selection, start: int, stop: int | None) -> Iterator[Row]:
+    def rows(self, file: InputFile, selection: Selection, start: int, stop: int | None) -> Iterator[Records]:
         """Yield the records; text, numbers, JSON and arrays decoded, all else as bytes."""
+        numbers = itertools.count()
         with file.open() as stream:
             members = _members(file, _Ending(stream))
             for key, group in itertools.groupby(members, lambda member: member[0]):
-                where = f"{file.name} {key}"
                 try:
-                    yield selection.row(_record(key, [(kind, data) for _, kind, data in group]), where)
+                    entry: Any = _record(key, [(kind, data) for _, kind, data in group])
                 except (ValueError, UnicodeDecodeError) as error:
-                    yield Row(None, None, where, error)
+                    entry = Unreadable(error)
+                yield selection.records([entry], [f"{file.name} {key}"], next(numbers))
 
 
 def _record(key: str, members: list[tuple[str, bytes]]) -> dict[str, Any]:

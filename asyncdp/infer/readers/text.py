@@ -6,12 +6,13 @@ import contextlib
 import csv
 import importlib.util
 import json
-from collections.abc import Callable, Generator, Iterator
-from typing import Any
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from ...errors import InputError
-from ..records import Row
-from .base import Contents, InputFile, Mark, Reader, Selection
+from ..records import Records
+from .base import Contents, InputFile, Mark, Reader
+from .selection import Selection, Unreadable
 
 _MAX_FIELD = 16 << 20
 _LONG_NUMBER = b"0" * 19
@@ -21,12 +22,12 @@ _DIGITS_AS_ZEROS = bytes.maketrans(b"123456789", b"000000000")
 class TextReader(Reader):
     """Rows of lines, whose places can be gone to."""
 
-    def rows(self, file: InputFile, selection: Selection, start: int, stop: int | None) -> Iterator[Row]:
+    def rows(self, file: InputFile, selection: Selection, start: int, stop: int | None) -> Iterator[Records]:
         """Yield all rows."""
         return self.rows_from(file, selection, Mark(0, 0))
 
-    def rows_from(self, file: InputFile, selection: Selection, mark: Mark) -> Iterator[Row]:
-        """Yield the rows from a place on that `marks` gave."""
+    def rows_from(self, file: InputFile, selection: Selection, mark: Mark) -> Iterator[Records]:
+        """Yield the rows from a place on that `marks` gave, numbered from there."""
         raise NotImplementedError
 
     def marks(self, file: InputFile, first: int, every: int) -> Generator[tuple[int, Mark], None, int]:
@@ -45,14 +46,14 @@ class TextReader(Reader):
         num_rows = 0
         if first == 0:
             yield 0, Mark(0, 0)
-        for num_lines in self._ends(file):
+        for end in self._ends(file):
             num_rows += 1
             if num_rows % every == first:
-                yield num_rows, Mark(file.offset, num_lines)
+                yield num_rows, end
         return num_rows
 
-    def _ends(self, file: InputFile) -> Iterator[int]:
-        """Yield for every row the number of its last line."""
+    def _ends(self, file: InputFile) -> Iterator[Mark]:
+        """Yield for every row the place behind it."""
         raise NotImplementedError
 
 
@@ -64,18 +65,17 @@ class LinesReader(TextReader):
         _check_encoding(file)
         return Contents(column_names=())
 
-    def _ends(self, file: InputFile) -> Iterator[int]:
-        for number, _ in file.lines():
-            yield number
+    def _ends(self, file: InputFile) -> Iterator[Mark]:
+        for _, end in _each_line(file):
+            yield end
 
-    def rows_from(self, file: InputFile, selection: Selection, mark: Mark) -> Iterator[Row]:
+    def rows_from(self, file: InputFile, selection: Selection, mark: Mark) -> Iterator[Records]:
         """Yield the text of every line."""
-        for number, line in file.lines(mark):
-            where = f"{file.name}:{number}"
-            try:
-                yield Row(file.decode(line).rstrip("\r\n"), None, where)
-            except UnicodeDecodeError as error:
-                yield Row(None, None, where, error)
+        num_rows = 0
+        for number, lines in file.lines(mark):
+            entries = _decoded(file, lines)
+            yield selection.records(entries, _where(file, range(number, number + len(lines))), num_rows)
+            num_rows += len(lines)
 
 
 class JsonlReader(TextReader):
@@ -86,24 +86,21 @@ class JsonlReader(TextReader):
         _check_encoding(file)
         return Contents()
 
-    def _ends(self, file: InputFile) -> Iterator[int]:
-        for number, line in file.lines():
+    def _ends(self, file: InputFile) -> Iterator[Mark]:
+        for line, end in _each_line(file):
             if not line.isspace():
-                yield number
+                yield end
 
-    def rows_from(self, file: InputFile, selection: Selection, mark: Mark) -> Iterator[Row]:
+    def rows_from(self, file: InputFile, selection: Selection, mark: Mark) -> Iterator[Records]:
         """Yield the parsed values."""
-        parse, pick, name = _json_parser(file), selection.picker(), file.name
-        for number, line in file.lines(mark):
-            if line.isspace():
-                continue
-            where = f"{name}:{number}"
-            try:
-                entry = parse(line)
-            except (ValueError, RecursionError) as error:
-                yield Row(None, None, where, error)
-            else:
-                yield pick(entry, where)
+        parse, num_rows = _json_parser(file), 0
+        for number, lines in file.lines(mark):
+            numbers: Sequence[int] = range(number, number + len(lines))
+            if any(map(bytes.isspace, lines)):
+                numbers = [n for n, line in zip(numbers, lines, strict=True) if not line.isspace()]
+                lines = [line for line in lines if not line.isspace()]
+            yield selection.records(parse(lines), _where(file, numbers), num_rows)
+            num_rows += len(lines)
 
 
 class CsvReader(TextReader):
@@ -114,8 +111,8 @@ class CsvReader(TextReader):
 
     def inspect(self, file: InputFile, selection: Selection) -> Contents:
         """Return the header; an empty file has none and misses nothing."""
-        with contextlib.closing(file.lines()) as lines:
-            header = self._header(file, self._parser(file, lines))
+        with contextlib.closing(_Feed(file)) as feed:
+            header = self._header(file, self._parser(file, feed))
         others = [mark for mark in ",;\t|" if len(header) == 1 and mark in header[0]]
         if others and file.dialect.delimiter is None:
             file.warnings.append(
@@ -124,33 +121,40 @@ class CsvReader(TextReader):
             )
         return Contents(column_names=header or None)
 
-    def _ends(self, file: InputFile) -> Iterator[int]:
-        reader = self._parser(file, file.lines())
+    def _ends(self, file: InputFile) -> Iterator[Mark]:
+        end = Mark(0, 0)
+
+        def texts() -> Iterator[str]:
+            nonlocal end
+            for line, behind in _each_line(file):
+                end = behind
+                yield _as_text(file, line)
+
+        reader = self._parser(file, texts())
         self._header(file, reader)
-        for _, last, _ in self._entries(file, reader, 0):
-            yield last
+        for _, _, fields in self._entries(file, reader, 0):
+            if fields:
+                yield end
 
-    def rows_from(self, file: InputFile, selection: Selection, mark: Mark) -> Iterator[Row]:
+    def rows_from(self, file: InputFile, selection: Selection, mark: Mark) -> Iterator[Records]:
         """Yield a dict of texts per row, by the names of the header."""
-        if mark.offset:
-            with contextlib.closing(file.lines()) as lines:
-                header = self._header(file, self._parser(file, lines))
-            reader = self._parser(file, file.lines(mark))
-        else:
-            reader = self._parser(file, file.lines())
-            header = self._header(file, reader)
-        for first, last, fields in self._entries(file, reader, mark.num_lines):
-            where = f"{file.name}:{first}"
-            if isinstance(fields, csv.Error):
-                yield Row(None, None, where, fields)
-            else:
-                span = "" if last == first else f", in the lines {first} to {last}"
-                yield self._row(fields, header, selection, where, span)
+        feed = _Feed(file, mark)
+        reader = self._parser(file, feed)
+        with contextlib.closing(_Feed(file)) as begin:
+            header = self._header(file, reader if not mark.offset else self._parser(file, begin))
+        some: list[_Entry] = []
+        num_rows = 0
+        for entry in self._entries(file, reader, mark.num_lines):
+            some += [entry] if entry.fields else []
+            if some and not feed.num_left:
+                yield self._records(file, selection, header, some, num_rows)
+                num_rows += len(some)
+                some = []
+        if some:
+            yield self._records(file, selection, header, some, num_rows)
 
-    def _entries(
-        self, file: InputFile, reader: Any, before: int
-    ) -> Iterator[tuple[int, int, list[str] | csv.Error]]:
-        """Yield the numbers of first and last line, and the fields, of every row.
+    def _entries(self, file: InputFile, reader: Any, before: int) -> Iterator[_Entry]:
+        """Yield what was read of every row, no fields for a blank line.
 
         Args:
             file: what is read.
@@ -174,15 +178,12 @@ class CsvReader(TextReader):
                         f"a quote that is opened in line {first} is not closed as it should ({error} in "
                         f"line {last}), so that the rows between cannot be told apart"
                     ) from error
-                yield first, last, error
+                yield _Entry(first, last, error)
                 continue
-            if fields:
-                yield first, before + reader.line_num, fields
+            yield _Entry(first, before + reader.line_num, fields)
 
-    def _parser(self, file: InputFile, lines: Iterator[tuple[int, bytes]]) -> Any:
+    def _parser(self, file: InputFile, texts: Iterable[str]) -> Any:
         csv.field_size_limit(_MAX_FIELD)
-        # surrogateescape lets a line that cannot be decoded through, to be reported as one bad record.
-        texts = (file.decode(line, "surrogateescape") for _, line in lines)
         marks: dict[str, Any] = {"delimiter": file.dialect.delimiter or self._delimiter}
         return csv.reader(texts, **marks, quotechar=file.dialect.quote, strict=True)
 
@@ -202,15 +203,95 @@ class CsvReader(TextReader):
             ) from None
         return header
 
-    def _row(self, fields: list[str], header: list[str], selection: Selection, where: str, lines: str) -> Row:
-        if len(fields) != len(header):
-            wrong = ValueError(f"{len(fields)} fields{lines}, but the header has {len(header)}")
-            return Row(None, None, where, wrong)
+    def _records(
+        self, file: InputFile, selection: Selection, header: list[str], some: list[_Entry], first: int
+    ) -> Records:
+        where = _where(file, [entry.first for entry in some])
         try:
-            "".join(fields).encode()
+            columns = list(zip(*(entry.fields for entry in some), strict=True))
+            "".join(map("".join, columns)).encode()
+        except (TypeError, ValueError):  # an error among them; of unlike lengths; not decoded
+            columns = []
+        if len(columns) == len(header):
+            return selection.of_columns(dict(zip(header, columns, strict=True)), where, first)
+        return selection.records([entry.named(header) for entry in some], where, first)
+
+
+class _Entry(NamedTuple):
+    """What was read of a row of a table, and the numbers of its first and last line."""
+
+    first: int
+    last: int
+    fields: list[str] | csv.Error
+
+    def named(self, header: list[str]) -> Any:
+        """Return the fields by name, or why that cannot be."""
+        if isinstance(self.fields, csv.Error):
+            return Unreadable(self.fields)
+        if len(self.fields) != len(header):
+            lines = "" if self.last == self.first else f", in the lines {self.first} to {self.last}"
+            wrong = f"{len(self.fields)} fields{lines}, but the header has {len(header)}"
+            return Unreadable(ValueError(wrong))
+        try:
+            "".join(self.fields).encode()
         except UnicodeEncodeError:
-            return Row(None, None, where, ValueError("the row cannot be decoded: see --encoding"))
-        return selection.row(dict(zip(header, fields, strict=True)), where)
+            return Unreadable(ValueError("the row cannot be decoded: see --encoding"))
+        return dict(zip(header, self.fields, strict=True))
+
+
+class _Feed:
+    """Lines of a text, one by one, that knows how many are there without waiting for more."""
+
+    def __init__(self, file: InputFile, mark: Mark | None = None) -> None:
+        self.num_left = 0
+        self._file = file
+        self._blocks = file.lines(mark)
+        self._texts: Iterator[str] = iter(())
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        if not self.num_left:
+            _, lines = next(self._blocks)
+            self.num_left = len(lines)
+            self._texts = iter([_as_text(self._file, line) for line in lines])
+        self.num_left -= 1
+        return next(self._texts)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._blocks.close()
+
+
+def _as_text(file: InputFile, line: bytes) -> str:
+    # surrogateescape lets a line that cannot be decoded through, to be reported as one bad record.
+    return file.decode(line, "surrogateescape")
+
+
+def _decoded(file: InputFile, lines: list[bytes]) -> list[Any]:
+    texts: list[Any] = []
+    for line in lines:
+        try:
+            texts.append(file.decode(line).rstrip("\r\n"))
+        except UnicodeDecodeError as error:
+            texts.append(Unreadable(error))
+    return texts
+
+
+def _where(file: InputFile, numbers: Iterable[int]) -> list[str]:
+    name = file.name
+    return [f"{name}:{number}" for number in numbers]
+
+
+def _each_line(file: InputFile) -> Iterator[tuple[bytes, Mark]]:
+    """Yield every line, and the place behind it."""
+    offset = 0
+    for number, lines in file.lines():
+        offset += file.num_skipped if number == 1 else 0
+        for index, line in enumerate(lines):
+            offset += len(line)
+            yield line, Mark(offset, number + index)
 
 
 def _check_encoding(file: InputFile) -> None:
@@ -218,23 +299,42 @@ def _check_encoding(file: InputFile) -> None:
         next(lines, None)
 
 
-def _json_parser(file: InputFile) -> Callable[[bytes], Any]:
-    """Return a function that parses a line: quickly where orjson, if it is installed, gives the same."""
+def _json_parser(file: InputFile) -> Callable[[list[bytes]], list[Any]]:
+    """Return a function that parses lines: quickly where orjson, if it is installed, gives the same."""
     decode = json.JSONDecoder(parse_constant=None if file.dialect.allow_nan else _refuse_constant).decode
+
+    def parse_one(line: bytes) -> Any:
+        try:
+            return decode(file.decode(line))
+        except (ValueError, RecursionError) as error:
+            return Unreadable(error)
+
     if importlib.util.find_spec("orjson") is None:
-        return lambda line: decode(file.decode(line))
+        return lambda lines: list(map(parse_one, lines))
     quick = importlib.import_module("orjson").loads
 
-    def parse(line: bytes) -> Any:
-        # Integers of more than 64 bits would become floats.
-        if file.encoding == "utf-8" and _LONG_NUMBER not in line.translate(_DIGITS_AS_ZEROS):
-            try:
-                return quick(line)
-            except (ValueError, RecursionError):
-                pass  # it may still be allowed, and the error is Python's own whatever is installed
-        return decode(file.decode(line))
+    def parse_either(line: bytes) -> Any:
+        if _holds_long_number(line):
+            return parse_one(line)
+        try:
+            return quick(line)
+        except (ValueError, RecursionError):
+            return parse_one(line)  # it may still be allowed, and the error is Python's own in any case
+
+    def parse(lines: list[bytes]) -> list[Any]:
+        if file.encoding != "utf-8":
+            return list(map(parse_one, lines))
+        if not _holds_long_number(b"".join(lines)):
+            with contextlib.suppress(ValueError, RecursionError):
+                return list(map(quick, lines))
+        return list(map(parse_either, lines))
 
     return parse
+
+
+def _holds_long_number(text: bytes) -> bool:
+    """Return whether there may be integers of more than 64 bits, which orjson makes floats of."""
+    return _LONG_NUMBER in text.translate(_DIGITS_AS_ZEROS)
 
 
 def _refuse_constant(name: str) -> float:

@@ -7,8 +7,9 @@ import importlib.util
 from collections.abc import Iterator
 
 from ...errors import MissingExtraError
-from ..records import Row
-from .base import Contents, InputFile, Selection
+from ..records import Records
+from .base import Contents, InputFile
+from .selection import Selection
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,6 @@ class WholeFileReader:
     extra: str
 
     binary = True
-    applies_where = False
 
     def inspect(self, file: InputFile, selection: Selection) -> Contents:
         """Return that a file is one row, with the path that identifies it.
@@ -40,7 +40,7 @@ class WholeFileReader:
             raise MissingExtraError(f"Reading {self.what}", self.package, self.extra)
         return Contents(1, ("path",))
 
-    def rows(self, file: InputFile, selection: Selection, start: int, stop: int | None) -> Iterator[Row]:
+    def rows(self, file: InputFile, selection: Selection, start: int, stop: int | None) -> Iterator[Records]:
         """Yield the path of the file."""
-        row = selection.row({"path": str(file.path)}, file.name)
-        yield row if row.error else row._replace(value=file.path)
+        found = selection.records([{"path": str(file.path)}], [file.name])
+        yield dataclasses.replace(found, values=[file.path] * len(found))
