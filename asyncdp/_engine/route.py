@@ -181,19 +181,28 @@ class Route:
 
     def run_whole_batch(self, position: int, batch: Batch, state: ModuleState) -> Any:
         """Copy the inputs of a batch beside what the lane's device computes, if it can, and run it."""
-        batch.leaves = prefetched(batch.leaves, driver_of(self.lanes[position]))()
-        return self.run_batch(position, batch, state)
+        # Not into the batch, which may run again elsewhere.
+        leaves = prefetched(batch.leaves, driver_of(self.lanes[position]))()
+        return self.run_batch(position, batch, state, leaves)
 
-    def run_batch(self, position: int, batch: Batch, state: ModuleState) -> Any:
+    def run_batch(
+        self, position: int, batch: Batch, state: ModuleState, leaves: list[Any] | None = None
+    ) -> Any:
         """Run one whole batch on this thread; the module of a single lane is moved to its device.
 
         The output has its values once the lane's task is complete.
+
+        Args:
+            position: of the lane.
+            batch: what to run.
+            state: of the module, as it was at the call.
+            leaves: those of the batch, as far as they have been copied.
         """
         lane = self.lanes[position]
         with self.replicas.readers[position]:
             moves = len(self.lanes) == 1
             module = self.replicas.prepare(self.module, [position], state, moves=moves)[0]
-            args, kwargs = batch.arguments_on(lane.device, batch.leaves)
+            args, kwargs = batch.arguments_on(lane.device, leaves or batch.leaves)
             output = module(*args, **kwargs)
         return fetched(output, driver_of(lane), self.output)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import math
+import os
 
 import numpy as np
 import pytest
@@ -41,6 +43,46 @@ def test_orjson_changes_nothing_but_the_time(tmp_path, monkeypatch, selection, a
     quick = read(path, selection, allow_nan=allow_nan)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert quick == read(path, selection, allow_nan=allow_nan)
+
+
+def test_lines_are_parsed_each_for_itself(tmp_path):
+    """Lines that only together would be JSON are bad records, whatever stands beside them."""
+    path = tmp_path / "in.jsonl"
+    path.write_text('[1\n2]\n3\n{"x": 4\n}\n')
+    found = list(open_inputs([str(path)], None, Selection()).read())
+    assert [record.value for record in found if record.error is None] == [3]
+    assert [record.where for record in found] == [f"{path}:{line}" for line in range(1, 6)]
+
+
+@pytest.mark.parametrize("selection", [Selection(), Selection(("x",)), Selection(("x",), "id", ("kept",))])
+def test_a_line_that_is_refused_changes_nothing_of_the_others(tmp_path, selection):
+    """Values, ids, places and what is kept are those of a file whose lines are all well, over many blocks."""
+    good = [f'{{"x": [{n}, 0.5], "id": {n}, "kept": "k{n}"}}' for n in range(6000)]
+    bad = {17: "{", 3000: '{"x": 18446744073709551616', 5999: "[1"}
+    paths = [tmp_path / "good.jsonl", tmp_path / "bad.jsonl"]
+    paths[0].write_text("\n".join(good))
+    paths[1].write_text("\n".join(bad.get(n, line) for n, line in enumerate(good)))
+    wanted, found = (
+        [each[:3] + each[4:] for each in read(path, selection, allow_nan=False)] for path in paths
+    )
+    assert [n for n, each in enumerate(found) if each[3] != "None"] == list(bad)
+    assert [each for n, each in enumerate(found) if n not in bad] == [
+        each for n, each in enumerate(wanted) if n not in bad
+    ]
+
+
+def test_lines_of_a_pipe_are_given_as_they_come(monkeypatch):
+    """Records are there although their writer has written less than a block, and writes no more."""
+    reading, writing = os.pipe()
+    with os.fdopen(reading, "rb") as stream, os.fdopen(writing, "wb", buffering=0) as pipe:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(stream))
+        pipe.write(b'{"x": 1}\n{"x": 2}\n{"x"')
+        records = iter(open_inputs(["-"], "jsonl", Selection(("x",))).read())
+        assert [next(records).value, next(records).value] == [1, 2]
+        pipe.write(b": 3}\n")
+        assert next(records).value == 3
+        pipe.close()
+        assert list(records) == []
 
 
 @pytest.mark.parametrize("max_cost", [None, 1, 3, 8, 9])
