@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .._torch_private import version_of
+from .checksums import checksum_of
 from .replica import Substitutions, substitutions
 
 DEFAULT_BUCKET_BYTES = 25 * 2**20
@@ -120,11 +120,6 @@ def _transfers(tensors: Sequence[Tensor], device: torch.device) -> list[list[Ten
         if tensor.layout is torch.strided and tensor.is_contiguous() and tensor.device != device:
             groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
     return [bucket for group in groups.values() for bucket in buckets(group)]
-
-
-def checksum_of(tensor: Tensor) -> int:
-    values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return zlib.crc32(values.numpy().data)
 
 
 def wait_issued(devices: Iterable[torch.device]) -> None:

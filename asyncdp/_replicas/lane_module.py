@@ -98,12 +98,19 @@ class LaneModule:
         if self.looks_closely or self.source is not None:
             parameters = [tensors[id(each)] for each in self.state.snapshot.parameters]
             watch = ParameterWatch(parameters, closely=self.looks_closely)
+        reads_values = self.looks_closely or (
+            bool(self.written.uncounted) and self.state.kind in self.written.uncounted
+        )
         try:
             before = watch.look()
-            versions = None if snapshot is None else replica.versions()
+            tags = None
+            if reads_values or snapshot is not None:
+                tags = replica.tags(reads_values=reads_values)
             output = replica.module(*args, **kwargs)
             written = watch.written(before)
-            survivors = replica.survivors(snapshot, versions, written)
+            if tags and reads_values and replica.wrote_uncounted(tags):
+                self.written.uncounted.add(self.state.kind)
+            survivors = replica.survivors(snapshot, tags, written)
             if written or self.looks_closely:
                 self._note(written)
             # Without a gradient no backward comes to run parts of the forward again.

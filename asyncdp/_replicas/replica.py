@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from itertools import chain
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .._torch_private import flat_weights, mark_as_parameter, storage_address, version_of
 from ..errors import LazyModuleError
+from .checksums import close_look
 from .containers import entries, is_same, refill, shallow
 from .copier import Copier, bare_copy, substitute
 from .refusals import warn_if_compiled
@@ -22,6 +23,8 @@ from .survivors import Survivors
 Substitutions = Mapping[int, Tensor]
 """The `id` of one of the original module's parameters or buffers -> the tensor in its place."""
 
+Tags = Mapping[int, int | tuple[int, int]]
+"""The `id` of a tensor of a replica -> its version, with a checksum where its values were read."""
 
 _ABSENT = object()
 
@@ -58,6 +61,7 @@ class Replica:
         self._training: Sequence[bool] = snapshot.training
         self._may_differ = False
         self._is_reshaped = False  # attributes were added or deleted
+        self._read: Set[int] = frozenset()  # the `id` of what is looked at closely
         self._differed: bool | None = None  # after the forward that has run last, if that is known
         parameters = {id(parameter) for parameter in snapshot.parameters}
         copier = Copier(snapshot, self._modules, deep=deep)
@@ -126,24 +130,44 @@ class Replica:
         if differs or not self._watch.holds(self.module):
             self._restore()
 
-    def versions(self) -> dict[int, int]:
-        """Return the version of all but parameters by its `id`, to give to `survivors` after a forward."""
+    def tags(self, *, reads_values: bool = False) -> Tags:
+        """Return what all but parameters are like, to give to `survivors` after a forward.
+
+        Args:
+            reads_values: find also what no version counts. Of buffers in train mode everything is taken for
+                changed anyway.
+        """
         if not self._non_parameters:
             return {}
         tensors = [holder[name] for holder, name, _ in self._non_parameters]
-        return {id(tensor): version_of(tensor) for tensor in tensors if not tensor.is_inference()}
+        self._read = frozenset(map(id, tensors)) - self._training_buffers() if reads_values else frozenset()
+        tag = self._tag if reads_values else version_of
+        return {id(tensor): tag(tensor) for tensor in tensors if not tensor.is_inference()}
+
+    def wrote_uncounted(self, tags: Tags) -> bool:
+        """Return whether a forward has written something that no version counted, of what `tags` has read."""
+        assert self._bound is not None, "a forward has run"
+        read = [self._bound[key] for _, _, key in self._non_parameters if id(self._bound[key]) in self._read]
+        pairs = [(tags[id(tensor)], close_look(tensor)) for tensor in read if not tensor.is_inference()]
+        return any(before != after and before[0] == after[0] for before, after in pairs)  # type: ignore[index]
+
+    def _tag(self, tensor: Tensor) -> int | tuple[int, int]:
+        return close_look(tensor) if id(tensor) in self._read else version_of(tensor)
+
+    def _training_buffers(self) -> set[int]:
+        return {id(each) for module in self._modules if module.training for each in module._buffers.values()}
 
     def survivors(
         self,
         snapshot: ModuleSnapshot | None,
-        versions: Mapping[int, int] | None,
+        tags: Tags | None,
         written: Sequence[int] = (),
     ) -> Survivors | None:
         """Return what of a forward's changes the original gets, if it gets any.
 
         Args:
             snapshot: of the original; None if the replica's changes are not to survive.
-            versions: the versions of the buffers before.
+            tags: what buffers were like before.
             written: the positions of the parameters that the forward wrote.
 
         Raises:
@@ -153,7 +177,7 @@ class Replica:
         differs = self._differed = not self._watch.holds(self.module)
         if differs:
             self._check_additions()
-        if snapshot is None or versions is None:
+        if snapshot is None or tags is None:
             return None
         if not (differs or written or snapshot.buffer_owners or snapshot.loose):
             return None
@@ -161,7 +185,7 @@ class Replica:
         owners = range(len(self._modules)) if differs else snapshot.buffer_owners
         for position in owners:
             # Flags about parameters may be anywhere: one device would have them all.
-            is_changed = self._buffers_changed(position, found, versions)
+            is_changed = self._buffers_changed(position, found, tags)
             found.is_counted |= is_changed
             if (is_changed or written) and differs:
                 self._collect_values(position, found)
@@ -172,7 +196,7 @@ class Replica:
                 found.loose.append((original, own))
         for original in snapshot.loose:
             own = self._bound[id(original)]
-            if own.is_inference() or versions.get(id(own)) != version_of(own):
+            if own.is_inference() or tags.get(id(own)) != self._tag(own):
                 found.is_counted = True
                 if own is not original:
                     found.loose.append((original, own))
@@ -181,7 +205,7 @@ class Replica:
                         self._collect_values(position, found)
         return found
 
-    def _buffers_changed(self, position: int, found: Survivors, versions: Mapping[int, int]) -> bool:
+    def _buffers_changed(self, position: int, found: Survivors, tags: Tags) -> bool:
         """Collect the changed buffers of one module; return whether there are any."""
         replica = self._modules[position]
         own = found.snapshot.held(found.snapshot.namespaces[position]["_buffers"])
@@ -198,7 +222,7 @@ class Replica:
                 if name not in own and name in replica._non_persistent_buffers_set:
                     found.transient.append((position, name))
                 continue
-            is_counted = after.is_inference() or versions.get(id(after)) != version_of(after)
+            is_counted = after.is_inference() or tags.get(id(after)) != self._tag(after)
             # Batch norm changes its statistics without counting a version.
             if not is_counted and not replica.training:
                 continue

@@ -222,9 +222,10 @@ class ReplicaSet:
 
     def _assemble(self, state: ModuleState, lanes: Sequence[int]) -> list[LaneModule]:
         snapshot = state.snapshot
-        if snapshot.updates_buffers or (state.training is not snapshot.training and any(state.training)):
-            self._buffer_tags = []
         own = self.written.own(snapshot, state.kind, lanes)
+        is_in_train_mode = state.training is not snapshot.training and any(state.training)
+        if snapshot.updates_buffers or is_in_train_mode or self.written.reads_values(state.kind):
+            self._buffer_tags = []
         looks_closely = self.written.needs_close_look(state.kind)
         aliases = self._aliases(state, lanes, own)
         carried = state.carried.values_since(snapshot)

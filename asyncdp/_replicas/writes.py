@@ -11,19 +11,18 @@ from collections.abc import Collection, Hashable, Sequence, Set
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._torch_private import version_of
 from ..errors import ParameterWrittenError
+from .checksums import close_look
 from .containers import is_same
-from .copies import checksum_of
 from .snapshot import ModuleSnapshot
 
 # Copies of more than this for one pass are not worth what they guard against.
 _MAX_COPIED_BYTES = 2**30
 # Reading one version takes 0.04 to 0.13 us. Of more parameters each pass watches another part.
 _MAX_WATCHED = 64
-_MAX_SAMPLE = 4096
 
 _passes = itertools.count()
 
@@ -40,7 +39,7 @@ class ParameterWatch:
 
     def __init__(self, parameters: Sequence[Tensor], *, closely: bool) -> None:
         self.closely = closely
-        self._state_of = _close_look if closely else version_of
+        self._state_of = close_look if closely else version_of
         # An inference tensor counts no versions.
         places = [place for place, each in enumerate(parameters) if closely or not each.is_inference()]
         step = 1 if closely else -(-len(places) // _MAX_WATCHED) or 1
@@ -66,23 +65,8 @@ Look = tuple[int, list[Any]]
 """Which part of the parameters was looked at, and what they were like."""
 
 
-def _close_look(tensor: Tensor) -> tuple[int, int]:
-    return 0 if tensor.is_inference() else version_of(tensor), _sample(tensor)
-
-
-def _sample(tensor: Tensor) -> int:
-    # Other devices' values are not worth waiting for; of subclasses nobody knows where their values are.
-    if not tensor.is_cpu or tensor.layout is not torch.strided or tensor.is_quantized:
-        return 0
-    if type(tensor) not in (Tensor, nn.Parameter):
-        return 0
-    with torch.no_grad():
-        flat = tensor.detach().reshape(-1)
-        return checksum_of(flat[:: len(flat) // _MAX_SAMPLE + 1])
-
-
 class WrittenParameters:
-    """What is known of a module's habit to write into its parameters; forgotten once it has others.
+    """What is known of a module's habit to write into its own tensors; forgotten once it has others.
 
     Args:
         devices: one per lane.
@@ -91,6 +75,8 @@ class WrittenParameters:
         parameters: all that the module has.
         known: the positions of those that forwards have written.
         watch: of all, but not closely.
+        uncounted: the kinds of passes that write into buffers, or tensors that are neither, without a
+            version that counts it, but for buffers in train mode, where that is usual.
     """
 
     def __init__(self, devices: Sequence[torch.device]) -> None:
@@ -98,13 +84,14 @@ class WrittenParameters:
         self.parameters: list[Tensor] = []
         self.known: set[int] = set()
         self.watch = ParameterWatch((), closely=False)
+        self.uncounted: set[Hashable] = set()
         self._seen: set[Hashable] = set()
 
     def follow(self, snapshot: ModuleSnapshot) -> None:
         """Forget everything if the module has other parameters."""
         if self.parameters is not snapshot.parameters:
             if not is_same(self.parameters, snapshot.parameters):
-                self.known, self._seen = set(), set()
+                self.known, self.uncounted, self._seen = set(), set(), set()
             self.parameters = snapshot.parameters
             self.watch = ParameterWatch(self.parameters, closely=False)
 
@@ -116,6 +103,10 @@ class WrittenParameters:
     def needs_close_look(self, kind: Hashable) -> bool:
         """Return whether a pass is to be watched closely: the first of its kind, or all where some write."""
         return bool(self.known) or kind not in self._seen
+
+    def reads_values(self, kind: Hashable) -> bool:
+        """Return whether a pass is to find also what no version counts of all that is no parameter."""
+        return kind in self.uncounted or self.needs_close_look(kind)
 
     def add(self, kind: Hashable, positions: Collection[int]) -> None:
         """Remember which parameters the forward of a pass has written, none of them for most."""

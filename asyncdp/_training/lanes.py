@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .._replicas.copies import copies_in_place, storages
-from .._replicas.replica import Replica, ReplicaCache, Substitutions, substitutions
+from .._replicas.replica import Replica, ReplicaCache, Substitutions, Tags, substitutions
 from .._replicas.snapshot import AttributeMap, ModuleSnapshot
 from .._replicas.survivors import Survivors
 from .._replicas.writes import Look, ParameterWatch
@@ -75,14 +75,21 @@ class TrainingLane:
         self._parameters = [self._tensors[id(each)] for each in cache.snapshot.parameters]
         self._watch = ParameterWatch(self._parameters, closely=False)
         self._before: Look | None = None
-        self._versions: dict[int, int] = {}
+        self._tags: Tags = {}
+        self.wrote_uncounted = False
+        """Whether the forward wrote into buffers what no version counts."""
         self.survivors: Survivors | None = None
         """What the forward did to buffers, until `take_survivors`."""
         self._report: Report | None = None
         self._hooks: list[RemovableHandle] = []
 
     def module(
-        self, training: Sequence[bool], carried: AttributeMap, *, looks_closely: bool = False
+        self,
+        training: Sequence[bool],
+        carried: AttributeMap,
+        *,
+        looks_closely: bool = False,
+        reads_values: bool = False,
     ) -> nn.Module:
         """Return the replica, ready for one step.
 
@@ -90,13 +97,15 @@ class TrainingLane:
             training: the mode of every module.
             carried: values that earlier forwards have set beside buffers.
             looks_closely: as of a `ParameterWatch`.
+            reads_values: as of `Replica.tags`.
         """
         if not self._is_fresh:
             self.refresh()
         self._is_fresh = False
         changes = self._cache.changes
         self._replica.bind(self._tensors, {**changes, **carried} if carried else changes, training)
-        self._versions = self._replica.versions()
+        self._reads_values = reads_values
+        self._tags = self._replica.tags(reads_values=reads_values)
         if self._watch.closely is not looks_closely:
             self._watch = ParameterWatch(self._parameters, closely=looks_closely)
         self._before = self._watch.look()
@@ -122,7 +131,8 @@ class TrainingLane:
         """
         assert self._before is not None, "the forward has begun"
         written = self._watch.written(self._before)
-        self.survivors = self._replica.survivors(self._cache.snapshot, self._versions, written)
+        self.wrote_uncounted = self._reads_values and self._replica.wrote_uncounted(self._tags)
+        self.survivors = self._replica.survivors(self._cache.snapshot, self._tags, written)
         return written
 
     def report(self, position: int, leaf: Tensor) -> None:

@@ -157,11 +157,19 @@ class Step:
         shares = []
         try:
             carried = self._state.carried.values_since(self._state.snapshot)
-            looks_closely = self._modules.written.needs_close_look(self._kind)
-            module = lane.module(self._state.training, carried, looks_closely=looks_closely)
+            written = self._modules.written
+            module = lane.module(
+                self._state.training,
+                carried,
+                looks_closely=written.needs_close_look(self._kind),
+                reads_values=written.reads_values(self._kind),
+            )
             for piece in pieces:
                 share = self._loss_of(piece, module, self._lanes[index].device)
-                self._note_writes(lane.end_forward())
+                positions = lane.end_forward()
+                if lane.wrote_uncounted:
+                    written.uncounted.add(self._kind)
+                self._note_writes(positions)
                 is_last = piece is pieces[-1]
                 lane.report_to(report if is_last else None)  # the last backward completes them
                 self._backward(

@@ -81,7 +81,8 @@ async def test_changed_buffers_behind_autograds_back(checksum: bool) -> None:
     module = nn.BatchNorm1d(2).eval()
     x = torch.ones(4, 2)
     async with asyncdp.DataParallel(module, "cpu*2", num_lanes="all", checksum=checksum) as engine:
-        await engine(x)
+        for _ in range(2):  # after its first pass an engine makes new copies in any case
+            await engine(x)
         assert module.running_mean is not None
         module.running_mean.data.fill_(1.0)
         again = await engine(x)
