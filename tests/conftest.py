@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import hypothesis  # noqa: F401  before `quick_collections`: as it is imported i
 import pytest
 import torch
 from blockbuster import BlockBuster, blockbuster_ctx
+
+from .runtime.helpers import Clock
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -41,6 +44,14 @@ def never_block_the_loop() -> Iterator[BlockBuster]:
     """Fail any test whose code makes a blocking call on an asyncio event loop's thread."""
     with blockbuster_ctx() as blockbuster:
         yield blockbuster
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Time tasks by a clock that the test holds."""
+    clock = Clock()
+    monkeypatch.setattr(time, "perf_counter", clock)
+    return clock
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import torch
 
 from asyncdp.infer.model.embed import PadTokens
 from asyncdp.testing import FakeDevice, fake_devices
-from tests.runtime.helpers import PATIENCE, Latch, wait_until
+from tests.runtime.helpers import PATIENCE, Clock, Latch, wait_until
 
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
@@ -294,13 +294,15 @@ async def test_time_is_one_for_tokenizer_and_model() -> None:
         assert client.service.batcher.statistics().num_batches == 0
 
 
-async def test_suspect_and_lost_lanes_are_told() -> None:
+async def test_suspect_and_lost_lanes_are_told(clock: Clock) -> None:
     """A lane that hangs is named, while others are used; without any lane the service is not live."""
     devices = fake_devices(2)
     async with serve(devices, hang_timeout=0.05) as client, anyio.create_task_group() as group:
         service = client.service
         assert (await client.get("/healthz")).json()["healthy"]
         group.start_soon(embed, client, HANGS)
+        await service.model.latch.wait_entered()
+        clock.advance(1.0)
         await wait_until(lambda: service.batcher.statistics().num_suspect == 1)
         answer = await client.get("/healthz")
         assert answer.status_code == 200
@@ -308,7 +310,7 @@ async def test_suspect_and_lost_lanes_are_told() -> None:
         assert (told["live"], told["healthy"]) == (True, False)
         [(name, task)] = told["suspect"].items()
         assert told["lanes"][name] == "suspect"
-        assert task["seconds"] >= 0.05
+        assert task["seconds"] == pytest.approx(1.0, abs=0.1)
         assert (await client.get("/readyz")).status_code == 200
         assert (await embed(client, "a")).status_code == 200
         other = next(position for position in (0, 1) if service.engine.lanes[position].name != name)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +17,7 @@ from asyncdp._runtime import Lane, Task, scheduler_of
 
 __all__ = [
     "PATIENCE",
+    "Clock",
     "LaneDevice",
     "Latch",
     "lane_threads",
@@ -52,6 +55,25 @@ class Latch:
     async def wait_entered(self) -> None:
         """Wait until a lane is held."""
         await wait_until(self._entered.is_set)
+
+
+class Clock:
+    """In place of `time.perf_counter`, by which tasks are timed: passes by `advance`, hardly by itself.
+
+    However busy the machine is, nothing takes long but what runs when the test says so.
+    """
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._readings = itertools.count()
+
+    def __call__(self) -> float:
+        """Return the time, in seconds; at each reading 100 ns later, since rates divide by durations."""
+        return self._start + next(self._readings) * 1e-7
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass."""
+        self._start += seconds
 
 
 async def wait_until(condition: object) -> None:

@@ -20,7 +20,7 @@ import asyncdp
 from asyncdp import LaneState
 from asyncdp.errors import LaneHungError
 
-from .helpers import Latch, wait_until
+from .helpers import Clock, Latch, wait_until
 
 pytestmark = pytest.mark.anyio
 
@@ -52,7 +52,9 @@ async def test_statistics_show_what_runs() -> None:
         await wait_until(lambda: rt.statistics().lanes[0].task_label is None)
 
 
-async def test_a_hung_lane_is_suspect_until_it_answers(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_hung_lane_is_suspect_until_it_answers(
+    caplog: pytest.LogCaptureFixture, clock: Clock
+) -> None:
     """After `hang_timeout` other lanes are used, and the lane comes back with its answer."""
     latch = Latch()
     with caplog.at_level(logging.WARNING, logger="asyncdp"):
@@ -62,7 +64,10 @@ async def test_a_hung_lane_is_suspect_until_it_answers(caplog: pytest.LogCapture
             async def hang() -> None:
                 await rt.run(latch.hold, lane=first)
 
+            await rt.run(bool, lane=second)  # else it might still warm up
             group.start_soon(hang)
+            await latch.wait_entered()
+            clock.advance(1.0)
             await wait_until(lambda: first.state is LaneState.SUSPECT)
             assert "1 suspect" in repr(rt)
             module = torch.nn.Linear(2, 2)

@@ -12,7 +12,7 @@ import torch
 from asyncdp import Batcher, LaneState, Runtime
 from asyncdp.errors import BatcherClosedError, LaneHungError
 
-from ..runtime.helpers import wait_until
+from ..runtime.helpers import Clock, wait_until
 
 pytestmark = pytest.mark.anyio
 
@@ -45,7 +45,7 @@ async def outcome_of(call: Any) -> Any:
 
 
 @pytest.mark.parametrize("max_in_flight", [None, 1])
-async def test_a_batcher_goes_round_a_hung_lane(max_in_flight: int | None) -> None:
+async def test_a_batcher_goes_round_a_hung_lane(max_in_flight: int | None, clock: Clock) -> None:
     """Other calls are answered on another lane, a spare one too; the hung call is when its lane answers."""
     model = Model()
     async with (
@@ -54,6 +54,7 @@ async def test_a_batcher_goes_round_a_hung_lane(max_in_flight: int | None) -> No
     ):
         hung = batcher.call_nowait(HANGS)
         await model.wait_hangs()
+        clock.advance(1.0)
         with anyio.fail_after(30):
             for _ in range(5):
                 assert (await batcher(ONE)).item() == 2.0
@@ -67,7 +68,7 @@ async def test_a_batcher_goes_round_a_hung_lane(max_in_flight: int | None) -> No
         assert all(lane.state is LaneState.OPEN for lane in runtime.lanes)
 
 
-async def test_a_lane_that_others_hang_is_not_used() -> None:
+async def test_a_lane_that_others_hang_is_not_used(clock: Clock) -> None:
     """A free place whose lane hangs by somebody else's task gets no batch."""
     model = Model()
     async with (
@@ -83,6 +84,7 @@ async def test_a_lane_that_others_hang_is_not_used() -> None:
 
             group.start_soon(hang)
             await model.wait_hangs()
+            clock.advance(1.0)
             with anyio.fail_after(30):
                 await wait_until(lambda lane=lane: lane.state is LaneState.SUSPECT)
                 if lane is runtime.lanes[0]:
