@@ -20,6 +20,8 @@ WRONG: dict[str, Any] = {
     "object": object(),
     "nan": float("nan"),
     "minus": -3,
+    "long": -(10**5000),  # Python refuses to show it
+    "huge": 10**400,  # no float is as large
     "list": [object()],
     "dict": {1: 2},
     "tensor": torch.ones(2),
@@ -27,10 +29,11 @@ WRONG: dict[str, Any] = {
 }
 """By kind; what an argument takes of them is left out below."""
 
-COUNT = {"text", "bytes", "object", "nan", "minus", "list", "dict", "tensor", "type"}
+COUNT = {"text", "bytes", "object", "nan", "minus", "long", "list", "dict", "tensor", "type"}
+SECONDS = COUNT | {"huge"}
 FUNCTION = COUNT - {"type"}
 FLAG = OTHER = COUNT
-DIM = COUNT - {"minus"}
+DIM = COUNT - {"minus", "long"}
 BATCHES = COUNT - {"list"}
 MODULE = torch.nn.Linear(2, 2)
 ROWS = torch.ones(4, 2)
@@ -43,16 +46,14 @@ def mean(outputs: torch.Tensor, targets: Any = None) -> torch.Tensor:
 
 
 BATCHER = {
-    **dict.fromkeys(
-        ["max_batch_size", "max_wait", "max_queue", "timeout", "max_age", "max_in_flight"], COUNT
-    ),
-    **dict.fromkeys(["hang_timeout", "retry", "runtime", "pad_to"], COUNT),
+    **dict.fromkeys(["max_batch_size", "max_queue", "retry", "runtime", "pad_to"], COUNT),
+    **dict.fromkeys(["max_wait", "timeout", "max_age", "hang_timeout", "max_in_flight"], SECONDS),
     **dict.fromkeys(["engine", "size_of", "collate", "split"], FUNCTION),
-    "max_padding": COUNT,
-    "pad": COUNT - {"nan", "minus"},
+    "max_padding": SECONDS,
+    "pad": SECONDS - {"nan", "minus"},
     "name": COUNT - {"text"},
 }
-RUNTIME = {"devices": COUNT, "max_queue": COUNT, "hang_timeout": COUNT, "spin": COUNT}
+RUNTIME = {"devices": COUNT, "max_queue": COUNT, "hang_timeout": SECONDS, "spin": SECONDS}
 ENGINE = {
     **dict.fromkeys(["module", "devices", "output_device", "num_lanes", "runtime", "bucket_bytes"], COUNT),
     "checksum": FLAG,
@@ -67,7 +68,7 @@ LOSS = {
 TRAIN_STEP = {**LOSS, "reduce_only": FLAG}
 TRAIN = {**LOSS, "batches": BATCHES, **dict.fromkeys(["scheduler", "accumulate", "max_ahead"], OTHER)}
 MAP = {"batches": BATCHES, "ordered": FLAG, "max_in_flight": COUNT, "on_error": COUNT}
-CALL = {"timeout": COUNT, "priority": COUNT - {"minus"}}
+CALL = {"timeout": SECONDS, "priority": COUNT - {"minus", "long"}}
 CALL_MANY = {**CALL, "samples": COUNT - {"list", "tensor"}}
 VERBS: dict[Callable[..., Any], tuple[dict[str, Any], dict[str, set[str]]]] = {
     asyncdp.scatter: ({"inputs": ROWS, "devices": "cpu*2"}, {"devices": COUNT, "dim": DIM}),
@@ -175,7 +176,7 @@ async def test_methods() -> None:
                     {**CALL, "samples": COUNT - {"list", "tensor"}},
                 ),
                 (batcher.check_room, {}, {"num_samples": COUNT}),
-                *((each.aclose, {}, {"timeout": COUNT}) for each in (runtime, engine, batcher)),
+                *((each.aclose, {}, {"timeout": SECONDS}) for each in (runtime, engine, batcher)),
             ):
                 missed += await not_told(call, given, wrong)
             assert not missed

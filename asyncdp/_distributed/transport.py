@@ -16,6 +16,7 @@ import torch.distributed
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from .._checks import shown
 from .._torch_private import store_of_group, timeout_of_group
 from ..errors import ProcessGroupError
 from .waits import wait_done
@@ -38,7 +39,7 @@ def group_of(process_group: Any) -> Any:
     if process_group is dist.GroupMember.NON_GROUP_MEMBER:
         raise ProcessGroupError("does not contain this process")
     if not isinstance(process_group, dist.ProcessGroup):
-        raise ProcessGroupError(f"must be a ProcessGroup or a DeviceMesh, but got {process_group!r}")
+        raise ProcessGroupError(f"must be a ProcessGroup or a DeviceMesh, but got {shown(process_group)}")
     return process_group
 
 

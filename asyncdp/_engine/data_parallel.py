@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .._checks import check_counts, check_dim, check_flags, check_seconds
+from .._checks import as_optional_seconds, check_counts, check_dim, check_flags, shown
 from .._devices import DeviceLike, Devices, parse_devices
 from .._distributed.transport import group_of
 from .._replicas.copies import DEFAULT_BUCKET_BYTES
@@ -71,7 +71,7 @@ async def data_parallel(
     if not isinstance(module, nn.Module):
         raise NotAModuleError(module)
     if module_kwargs is not None and not isinstance(module_kwargs, Mapping):
-        raise TypeError(f"module_kwargs must be a dict or None, but got {module_kwargs!r}.")
+        raise TypeError(f"module_kwargs must be a dict or None, but got {shown(module_kwargs)}.")
     check_dim(dim)
     targets = parse_devices(devices)
     output = targets[0] if output_device is None else parse_devices(output_device)[0]
@@ -187,7 +187,7 @@ class DataParallel(StatefulCalls):
 
     async def aclose(self, timeout: float | None = None) -> None:
         """Drain what runs and end the lanes, if they are the engine's own; `timeout` as `Runtime.aclose`."""
-        check_seconds(timeout=timeout)
+        timeout = as_optional_seconds("timeout", timeout)
         if self._owns_runtime:
             await self.runtime.aclose(timeout)
         if self._trainer.shared is not None:
@@ -207,7 +207,8 @@ class DataParallel(StatefulCalls):
         """
         if not isinstance(training, bool):
             raise TypeError(
-                f"training must be True or False, but got {training!r}. For eval mode use in_mode(False)."
+                f"training must be True or False, but got {shown(training)}. "
+                "For eval mode use in_mode(False)."
             )
         if training not in self._views:
             route = self._route.in_mode(training)
@@ -392,7 +393,7 @@ def _check_num_lanes(num_lanes: int | str, available: int) -> int:
         return available
     if isinstance(num_lanes, bool) or not isinstance(num_lanes, int) or not 1 <= num_lanes <= available:
         raise ValueError(
-            f'num_lanes must be "auto", "all" or a number from 1 to {available}, but got {num_lanes!r}. '
+            f'num_lanes must be "auto", "all" or a number from 1 to {available}, but got {shown(num_lanes)}. '
             "Name more devices to get more lanes."
         )
     return num_lanes

@@ -12,7 +12,7 @@ import anyio
 import anyio.lowlevel
 
 from .. import _loops
-from .._checks import check_counts, check_flags
+from .._checks import check_counts, check_flags, shown
 from .._loops import ends_tasks, is_cancelled
 from .._runtime.lane_runner import StatefulLaneRunner
 from .flow import Flow
@@ -124,7 +124,7 @@ def map_batches(
     check_iterable(batches)
     check_flags(ordered=ordered)
     if on_error not in ON_ERROR:
-        raise ValueError(f"on_error must be one of {', '.join(ON_ERROR)}, but got {on_error!r}.")
+        raise ValueError(f"on_error must be one of {', '.join(ON_ERROR)}, but got {shown(on_error)}.")
     if max_in_flight is not None:
         check_counts(max_in_flight=max_in_flight)
     return BatchStream(runner, batches, ordered, max_in_flight, on_error)

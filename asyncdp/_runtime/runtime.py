@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from .._checks import check_counts, check_functions, check_seconds, is_number
+from .._checks import as_optional_seconds, check_counts, check_functions, is_number, shown
 from .._devices import Devices, LaneDevice, PathStatistics, lane_device_for, parse_devices, path_statistics
 from .._devices.threads import end_own_team
 from .hangs import grace_of
@@ -77,10 +77,10 @@ class Runtime:
         spin: float = 0.0,
     ) -> None:
         check_counts(least=0, max_queue=max_queue)
-        check_seconds(positive=True, hang_timeout=hang_timeout)
+        hang_timeout = as_optional_seconds("hang_timeout", hang_timeout, positive=True)
         if not (is_number(spin) and 0 <= spin <= MAX_SECONDS):
-            raise ValueError(f"spin is in seconds, from 0 to {MAX_SECONDS}, but got {spin!r}.")
-        self._start(_drivers(devices), max_queue, grows=False, hang_timeout=hang_timeout, spin=spin)
+            raise ValueError(f"spin is in seconds, from 0 to {MAX_SECONDS}, but got {shown(spin)}.")
+        self._start(_drivers(devices), max_queue, grows=False, hang_timeout=hang_timeout, spin=float(spin))
 
     def _start(
         self,
@@ -129,8 +129,7 @@ class Runtime:
                 which a warning says; None for ever. A cancellation of this call or of the `async with`
                 block makes it 2 s more.
         """
-        check_seconds(timeout=timeout)
-        await self._scheduler.aclose(timeout)
+        await self._scheduler.aclose(as_optional_seconds("timeout", timeout))
 
     @property
     def lanes(self) -> tuple[Lane, ...]:
@@ -172,9 +171,9 @@ class Runtime:
 
     def _check_lane(self, lane: object) -> None:
         if not isinstance(lane, Lane):
-            raise TypeError(f"lane must be a Lane or None, but got {lane!r}. Take one of runtime.lanes.")
+            raise TypeError(f"lane must be a Lane or None, but got {shown(lane)}. Take one of runtime.lanes.")
         if not any(lane is each for each in self._scheduler.lanes):
-            raise ValueError(f"{lane!r} is no lane of {self!r}. Take one of its own: runtime.lanes.")
+            raise ValueError(f"{shown(lane)} is no lane of {self!r}. Take one of its own: runtime.lanes.")
 
     async def warm_up(self) -> None:
         """Build and load the kernels of every device now, on lanes, so that no later pass has to.
@@ -209,7 +208,8 @@ def check_runtime(runtime: object) -> None:
     """
     if runtime is not None and not isinstance(runtime, Runtime):
         raise TypeError(
-            f"runtime must be an asyncdp.Runtime or None, but got {runtime!r}. Make one: Runtime(devices)."
+            f"runtime must be an asyncdp.Runtime or None, but got {shown(runtime)}. "
+            "Make one: Runtime(devices)."
         )
 
 

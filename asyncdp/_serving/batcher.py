@@ -7,7 +7,7 @@ import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from .._checks import check_counts, check_functions, check_seconds, is_number
+from .._checks import as_optional_seconds, as_seconds, check_counts, check_functions, is_number, shown
 from .._runtime import Runtime, check_runtime
 from .._runtime.hangs import grace_of
 from ..errors import BatcherClosedError, QueueFullError
@@ -91,13 +91,12 @@ class Batcher:
             check_counts(most=_MOST_IN_FLIGHT, max_in_flight=max_in_flight)
         check_functions(split=split)
         check_functions(optional=True, size_of=size_of, collate=collate)
-        check_seconds(timeout=timeout)
-        check_seconds(optional=False, max_wait=max_wait, max_age=max_age)
-        check_seconds(positive=True, hang_timeout=hang_timeout)
+        max_wait, max_age = as_seconds("max_wait", max_wait), as_seconds("max_age", max_age)
+        hang_timeout = as_optional_seconds("hang_timeout", hang_timeout, positive=True)
         check_runtime(runtime)
         _check_lengths(size_of, max_cost, max_padding, pad)
         if retry not in ("halve", "none"):
-            raise ValueError(f'retry must be "halve" or "none", but got {retry!r}.')
+            raise ValueError(f'retry must be "halve" or "none", but got {shown(retry)}.')
         shapes = checked_shapes(pad_to, can_pad=pad is not None and collate is None)
         padding = Padding() if collate is None and pad is not None and size_of is None else None
         check_name(name)
@@ -112,7 +111,7 @@ class Batcher:
         )
         self._capture = capture_of(engine)
         self._size_of = size_of
-        self._timeout = timeout
+        self._timeout = as_optional_seconds("timeout", timeout)
 
     def __repr__(self) -> str:
         stats = self.statistics()
@@ -142,8 +141,7 @@ class Batcher:
             timeout: seconds after which batches that still run fail with `LaneHungError` and are abandoned,
                 which a warning says, and calls that wait fail with `BatcherClosedError`; None for ever.
         """
-        check_seconds(timeout=timeout)
-        await self._dispatcher.aclose(timeout)
+        await self._dispatcher.aclose(as_optional_seconds("timeout", timeout))
 
     async def __call__(self, sample: Any, *, timeout: float | None = None, priority: int = 0) -> Any:
         """Run one sample as part of some batch; wait for room if the queue is full.
@@ -203,12 +201,7 @@ class Batcher:
             raise TypeError(
                 f"samples must be a list of samples, but got a {type(samples).__name__}. Put it in a list."
             )
-        queue, count = self._dispatcher.queue, len(samples)
-        if count > queue.max_queue:
-            raise ValueError(
-                f"{count} samples never fit in a queue of {queue.max_queue}. "
-                "Make several requests of them, or raise max_queue."
-            )
+        count = len(samples)
         try:
             self._check_room(count)
             checked = [self._checked(sample, timeout, priority) for sample in samples]
@@ -227,12 +220,12 @@ class Batcher:
 
         Raises:
             QueueFullError: the queue has no room for them now.
-            ValueError: `num_samples` is no number of samples.
+            ValueError: `num_samples` is no number of samples, or more than the queue ever holds.
         """
         check_counts(num_samples=num_samples)
         try:
             self._check_room(num_samples)
-        except QueueFullError as error:
+        except Exception as error:
             self._dispatcher.recorder.on_refused(error, num_samples)
             raise
 
@@ -243,6 +236,11 @@ class Batcher:
 
     def _check_room(self, count: int) -> None:
         queue = self._dispatcher.queue
+        if count > queue.max_queue:
+            raise ValueError(
+                f"{shown(count)} samples never fit in a queue of {queue.max_queue}. "
+                "Make several requests of them, or raise max_queue."
+            )
         if not queue.has_room(count):
             raise QueueFullError("this batcher", queue.max_queue, count)
 
@@ -258,34 +256,41 @@ class Batcher:
         self, sample: Any, timeout: float | None, priority: int
     ) -> tuple[Any, float, int, float | None]:
         """Return the arguments by which the dispatcher queues a sample."""
-        if timeout is None:
-            timeout = self._timeout
-        else:
-            check_seconds(timeout=timeout)
+        timeout = self._timeout if timeout is None else as_seconds("timeout", timeout)
         if isinstance(priority, bool) or not isinstance(priority, int):
-            raise ValueError(f"priority must be an int, but got {priority!r}. Higher goes first.")
+            raise ValueError(f"priority must be an int, but got {shown(priority)}. Higher goes first.")
         size = 0.0 if self._size_of is None else _checked_size(self._size_of(sample))
         if self._capture is not None:
             sample = StatedSample(self._capture(records=False), sample)
         return sample, size, priority, timeout
 
 
-def _check_lengths(size_of: object, max_cost: Any, max_padding: Any, pad: object) -> None:
-    if pad is not None and not isinstance(pad, numbers.Real):
-        raise ValueError(f"pad must be a number or None, but got {pad!r}.")
+def _check_lengths(size_of: object, max_cost: Any, max_padding: Any, pad: Any) -> None:
+    if pad is not None and not _can_fill(pad):
+        raise ValueError(f"pad must be a number or None, but got {shown(pad)}.")
     if not (is_number(max_padding) and 0 <= max_padding <= 1):
-        raise ValueError(f"max_padding is a share from 0 to 1, but got {max_padding!r}.")
+        raise ValueError(f"max_padding is a share from 0 to 1, but got {shown(max_padding)}.")
     if max_cost is not None and not (is_number(max_cost) and max_cost > 0):
-        raise ValueError(f"max_cost must be more than 0, but got {max_cost!r}. None sets no limit.")
+        raise ValueError(f"max_cost must be more than 0, but got {shown(max_cost)}. None sets no limit.")
     if max_cost is not None and size_of is None:
         raise ValueError("max_cost needs to know how long samples are. Pass size_of= too.")
+
+
+def _can_fill(pad: Any) -> bool:
+    if not isinstance(pad, numbers.Real):
+        return False
+    try:
+        float(pad)
+    except OverflowError:
+        return False
+    return True
 
 
 def _checked_size(size: Any) -> float:
     try:
         length = float(size)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         length = math.nan
     if not 0 <= length < math.inf:
-        raise ValueError(f"size_of gave {size!r} as the length of a sample. Return a number from 0 up.")
+        raise ValueError(f"size_of gave {shown(size)} as the length of a sample. Return a number from 0 up.")
     return length

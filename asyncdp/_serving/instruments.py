@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .._checks import shown
 from ..errors import (
     BatcherClosedError,
     DeviceLostError,
@@ -154,7 +155,7 @@ def dispatcher_to_export(batcher: Batcher) -> Dispatcher:
         TypeError: it is no batcher.
     """
     if not isinstance(batcher, Batcher):
-        raise TypeError(f"batcher must be an asyncdp.Batcher, but got {batcher!r}.")
+        raise TypeError(f"batcher must be an asyncdp.Batcher, but got {shown(batcher)}.")
     dispatcher = batcher._dispatcher
     if dispatcher.state is BatcherState.CLOSED:
         raise BatcherClosedError("a closed batcher has nothing to export")

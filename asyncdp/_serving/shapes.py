@@ -9,6 +9,7 @@ from operator import le
 from typing import Any
 
 from .. import _tree
+from .._checks import shown
 
 
 class Shapes:
@@ -60,7 +61,7 @@ def checked_shapes(pad_to: Any, *, can_pad: bool) -> Shapes | None:
     if not shapes or not all(shapes) or not are_counts:
         raise ValueError(
             f"pad_to must hold shapes such as (8, 64), 8 samples of length 64, or numbers of samples, "
-            f"but got {pad_to!r}."
+            f"but got {shown(pad_to)}."
         )
     found = Shapes(shapes)
     if found.has_lengths and not can_pad:

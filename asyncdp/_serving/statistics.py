@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+from .._checks import shown
 from .._runtime import trace
 from ..errors import BatcherClosedError, DeviceLostError, QueueFullError
 from .call import CallState, Outcomes, Request
@@ -27,7 +28,7 @@ REASONS = (*_REASONS.values(), INVALID)
 def check_name(name: object) -> None:
     """Raise `ValueError` unless metrics can be labelled by this name, or there is none."""
     if name is not None and not (isinstance(name, str) and name):
-        raise ValueError(f"the name of a batcher must be a text that is not empty, but got {name!r}.")
+        raise ValueError(f"the name of a batcher must be a text that is not empty, but got {shown(name)}.")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_flags
+from .._checks import check_flags, shown
 from .._devices.threads import set_intra_op_threads
 from .._torch_private import hooks_of
 from ..errors import ClosureOptimizerError, LossReductionError, NotAnOptimizerError, NotASchedulerError
@@ -43,16 +43,16 @@ class StepOptions:
             raise LossReductionError(self.loss_reduction)
         if not callable(self.loss_fn):
             raise TypeError(
-                f"loss_fn must be a function of outputs and targets, but got {self.loss_fn!r}. "
+                f"loss_fn must be a function of outputs and targets, but got {shown(self.loss_fn)}. "
                 "Pass torch.nn.functional.cross_entropy, say, or lambda outputs, targets: outputs.mean()."
             )
         if self.before_step is not None and not callable(self.before_step):
             raise TypeError(
-                f"before_step must be a function without arguments, but got {self.before_step!r}. "
+                f"before_step must be a function without arguments, but got {shown(self.before_step)}. "
                 "Pass lambda: clip_grad_norm_(module.parameters(), 1.0), say."
             )
         if self.scaler is not None and not hasattr(self.scaler, "scale"):
-            raise TypeError(f"scaler must be a torch.amp.GradScaler or None, but got {self.scaler!r}.")
+            raise TypeError(f"scaler must be a torch.amp.GradScaler or None, but got {shown(self.scaler)}.")
         check_flags(reduce_only=self.reduce_only)
         if self.reduce_only:
             return

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
+from .._checks import shown
+
 
 class PerRow(list[Any]):
     """A list with one entry for each row of a batch: texts, images, detection targets.
@@ -22,7 +24,7 @@ class PerRow(list[Any]):
     def __init__(self, entries: Iterable[Any] = ()) -> None:
         if isinstance(entries, (str, bytes)) or not hasattr(entries, "__iter__"):
             raise TypeError(
-                f"expected one entry per row, but got the {type(entries).__name__} {entries!r}. "
+                f"expected one entry per row, but got the {type(entries).__name__} {shown(entries)}. "
                 "Put it into a list, or say asyncdp.Whole(value) if it belongs to the whole batch."
             )
         super().__init__(entries)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_flags, check_list
+from .._checks import check_flags, check_list, shown
 from .._runtime import Task, default_runtime, scheduler_of
 
 
@@ -71,5 +71,5 @@ def _tensors(name: str, given: Any, *others: type) -> tuple[Any, ...]:
     check_list(name, given)
     for each in given:
         if not isinstance(each, (Tensor, *others)):
-            raise TypeError(f"an entry of {name} must be a tensor, but got {each!r}.")
+            raise TypeError(f"an entry of {name} must be a tensor, but got {shown(each)}.")
     return tuple(given)

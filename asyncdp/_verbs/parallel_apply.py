@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .. import _tree
-from .._checks import check_list
+from .._checks import check_list, shown
 from .._devices import Devices, parse_devices
 from .._runtime import Lane, Scheduler, Task, default_lanes, default_runtime, scheduler_of
 from ..errors import CountMismatchError, NotAModuleError
@@ -75,7 +75,7 @@ def _check_counts(
             check_list(name, given, sized=True)
     for each in kwargs or ():
         if not isinstance(each, Mapping):
-            raise TypeError(f"an entry of kwargs must be a dict, but got {each!r}.")
+            raise TypeError(f"an entry of kwargs must be a dict, but got {shown(each)}.")
     for module in modules:
         if not isinstance(module, nn.Module):
             raise NotAModuleError(module)

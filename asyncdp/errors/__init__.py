@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from .._checks import shown
 from .base import AsyncDPError as AsyncDPError
 from .checkpoints import CheckpointError as CheckpointError
 from .checkpoints import CheckpointMismatchError as CheckpointMismatchError
@@ -42,7 +43,7 @@ class UnknownDeviceError(AsyncDPError, ValueError):
 
     def __init__(self, spec: object, cause: str) -> None:
         super().__init__(
-            f"cannot use device {spec!r}: {cause}. "
+            f"cannot use device {shown(spec)}: {cause}. "
             'Name devices as "cpu", "cpu*4", "cuda", "cuda:0,cuda:1" or a sequence of such names.'
         )
 
@@ -346,7 +347,7 @@ class LossReductionError(AsyncDPError, ValueError):
 
     def __init__(self, got: object) -> None:
         super().__init__(
-            f'loss_reduction must be "mean" or "sum", but got {got!r}. '
+            f'loss_reduction must be "mean" or "sum", but got {shown(got)}. '
             "It says how loss_fn combines the rows of a batch; another kind of loss cannot be split."
         )
 

@@ -7,6 +7,8 @@ import itertools
 import threading
 from collections.abc import Callable
 
+from .._checks import as_seconds
+
 
 class VirtualClock:
     """Time in seconds from 0 that passes only by `advance`; every method may be called from any thread."""
@@ -34,11 +36,9 @@ class VirtualClock:
         """Let time pass, and make the calls that fall due in the order of their times.
 
         Raises:
-            ValueError: `seconds` is negative.
+            ValueError: `seconds` is negative, or no number.
         """
-        if seconds < 0:
-            raise ValueError(f"time cannot go back by {-seconds} s. Advance by 0 s or more.")
-        end = self._now + seconds
+        end = self._now + as_seconds("seconds", seconds)
         while (function := self._pop_due(end)) is not None:
             function()
         self._now = end

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import _loops
+from .._checks import as_seconds
 from .._devices.base import LaneDevice
 from .._loops import Completion
 from .clock import VirtualClock
@@ -63,7 +64,7 @@ class FakeDevice(LaneDevice):
             floats are NaN, others 0, until their task completes.
 
     Raises:
-        ValueError: `seconds` or a delay without a clock.
+        ValueError: `seconds` or a delay without a clock; `seconds` is negative, or no number.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class FakeDevice(LaneDevice):
         super().__init__(torch.device("cpu", index))
         self.prefetches = copies
         self._faults = dict(faults or {})
+        seconds = as_seconds("seconds", seconds)
         if clock is None and (seconds or any(fault.seconds for fault in self._faults.values())):
             raise ValueError("a task that takes time needs a clock. Pass clock=VirtualClock().")
         self._given_clock = clock

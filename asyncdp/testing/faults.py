@@ -5,6 +5,8 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+from .._checks import as_seconds
+
 
 class FaultKind(enum.Enum):
     """What goes wrong with one task."""
@@ -30,8 +32,12 @@ class Fault:
 
     @classmethod
     def delay(cls, seconds: float) -> Fault:
-        """Make a fault by which the task takes `seconds` of virtual time longer."""
-        return cls(FaultKind.DELAY, seconds=seconds)
+        """Make a fault by which the task takes `seconds` of virtual time longer.
+
+        Raises:
+            ValueError: `seconds` is negative, or no number.
+        """
+        return cls(FaultKind.DELAY, seconds=as_seconds("seconds", seconds))
 
     @classmethod
     def hang(cls) -> Fault:

@@ -6,10 +6,12 @@ import asyncio
 import math
 import time
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import anyio
 import anyio.lowlevel
+import numpy
 import pytest
 import torch
 
@@ -285,12 +287,37 @@ async def test_wrong_options_of_a_call_are_refused(options: dict[str, Any], caus
         (lambda: Batcher(double, max_queue=1.5), "max_queue must be 1 or more, an int"),  # type: ignore[arg-type]
         (lambda: Batcher(double, max_cost=math.nan, size_of=len), "max_cost"),
         (lambda: Batcher(double, max_padding=math.nan), "from 0 to 1"),
+        (lambda: Batcher(double, max_wait=Fraction(10**400)), "max_wait"),  # type: ignore[arg-type]
     ],
 )
 def test_numbers_that_are_none_are_refused(make: Callable[[], object], cause: str) -> None:
     """NaN, negative durations and fractions of calls are refused when the batcher is made."""
     with pytest.raises(ValueError, match=cause):
         make()
+
+
+@pytest.mark.parametrize("kind", [numpy.float32, numpy.int64, Fraction])
+async def test_durations_are_any_numbers(kind: Callable[[int], Any]) -> None:
+    """Whatever kind of number a duration is, time is counted by floats: others round or overflow."""
+    device = FakeDevice(held=True)
+    async with Runtime([device]) as runtime, Batcher(double, runtime=runtime, timeout=kind(0)) as batcher:
+        for call in (batcher.call_nowait(ONE), batcher.call_nowait(ONE, timeout=kind(0))):
+            with pytest.raises(CallTimeoutError, match=r"within 0.0 s"):
+                await call
+        call = batcher.call_nowait(ONE, timeout=kind(1000))
+        device.release()
+        assert (await call).item() == 2.0
+
+
+@pytest.mark.parametrize("size", [10**400, -(10**4000), math.nan, -1, None])
+async def test_lengths_that_are_none_are_refused(size: Any) -> None:
+    """What `size_of` gives must be a length that a float can hold."""
+    async with (
+        Runtime("cpu") as runtime,
+        Batcher(double, runtime=runtime, size_of=lambda sample: size) as batcher,
+    ):
+        with pytest.raises(ValueError, match="size_of gave"):
+            await batcher(ONE)
 
 
 async def test_a_batcher_that_waits_for_itself_is_refused() -> None:
@@ -412,6 +439,8 @@ async def test_a_request_with_a_mistake_queues_nothing() -> None:
             batcher.call_many_nowait([torch.zeros(2), ONE])
         with pytest.raises(ValueError, match="never fit"):
             batcher.call_many_nowait([torch.zeros(2)] * 3)
+        with pytest.raises(ValueError, match="never fit"):
+            batcher.check_room(3)
         with pytest.raises(ValueError, match="priority"):
             batcher.call_many_nowait([torch.zeros(2)], priority="1")  # type: ignore[arg-type]
         with pytest.raises(TypeError, match="got a str"):

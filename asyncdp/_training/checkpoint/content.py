@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..._checks import shown
 from ...errors import CheckpointMismatchError, NotAnOptimizerError, NotASchedulerError
 from .entries import Entries, Kind, Path_, kind_of, some_of
 from .optimizers import optimizer_entries, optimizer_state
@@ -41,7 +42,7 @@ class Content:
         ):
             raise NotASchedulerError(scheduler)
         if scaler is not None and not (_has_state(scaler) and hasattr(scaler, "scale")):
-            raise TypeError(f"scaler must be a torch.amp.GradScaler or None, but got {scaler!r}.")
+            raise TypeError(f"scaler must be a torch.amp.GradScaler or None, but got {shown(scaler)}.")
 
     @property
     def _helpers(self) -> dict[str, Any]:

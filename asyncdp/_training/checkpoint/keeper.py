@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from ... import _loops
+from ..._checks import shown
 from ..._replicas.order import Use, in_turn, passes, wait_turn
 from ..._replicas.replica_set import ReplicaSet
 from ..._runtime import Lane, Scheduler, Task
@@ -151,8 +152,8 @@ def _place(path: str | os.PathLike[str]) -> Path:
         ) from None
     if not place or "://" in place:
         raise ValueError(
-            f"path must name a folder of a file system, but got {place!r}. Save to a local or shared folder, "
-            "and copy it to a store from there."
+            f"path must name a folder of a file system, but got {shown(place)}. "
+            "Save to a local or shared folder, and copy it to a store from there."
         )
     return Path(place)
 

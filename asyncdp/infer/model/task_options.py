@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Collection
 
 from ...errors import JobUsageError
@@ -93,7 +94,7 @@ class TaskOptions:
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise JobUsageError(f"{_flag(name)} is {value}", f"Give {least} or more.")
-        if self.chunk_seconds is not None and not 0 < self.chunk_seconds < float("inf"):
+        if self.chunk_seconds is not None and not 0 < self.chunk_seconds <= sys.float_info.max:
             raise JobUsageError(
                 f"--chunk-seconds is {self.chunk_seconds}", "Give a number above 0, as in 30."
             )
