@@ -222,7 +222,7 @@ def _kept(values: Sequence[Any]) -> Any:
     first = values[0]
     if isinstance(first, torch.Tensor):
         return _column(torch.stack(list(values)))
-    return np.stack(list(values)) if isinstance(first, np.ndarray | np.generic) else list(values)
+    return _column(np.stack(list(values)) if isinstance(first, np.ndarray | np.generic) else list(values))
 
 
 def _named(output: Any) -> Mapping[Any, Any]:

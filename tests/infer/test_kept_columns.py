@@ -69,6 +69,33 @@ def test_every_type_is_kept(run, work, path):
         assert column.equals(expected), name
 
 
+@pytest.mark.parametrize("output_format", ["parquet", "jsonl", "arrow", "sqlite"])
+@pytest.mark.parametrize("width", [(), (2,)])
+def test_texts_of_arrays_are_kept_however_wide(run, work, width, output_format):
+    """An array of texts is as wide as its longest, so that batches and shards differ in dtype."""
+    texts = np.array([["a" * (1 + index), "b"] for index in range(6)])
+    texts = texts if width else texts[:, 0]
+    np.savez(work / "in.npz", x=np.ones((6, 3), np.float32), text=texts)
+    run(
+        work / "in.npz",
+        SUMS,
+        columns=("x",),
+        keep=("text",),
+        batch_size=2,
+        shard_size=4,
+        output_format=output_format,
+    )
+    if output_format == "parquet":
+        assert table(work)["text"].to_pylist() == texts.tolist()
+    if output_format == "jsonl":
+        lines = [
+            line
+            for part in sorted((work / "out").glob("part-*.jsonl"))
+            for line in part.read_text().splitlines()
+        ]
+        assert [json.loads(line)["text"] for line in lines] == texts.tolist()
+
+
 def test_values_that_python_cannot_hold(path):
     """They are NumPy's where a function gets them, at any depth; the others are Python's."""
     first, second = (record.value for record in open_inputs([str(path)], None, Selection()).read())
