@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._replicas.lane_module import ModuleState
 from .._replicas.snapshot import ModuleSnapshot
 from .._runtime import Task
 from .._runtime.schedule import split_sizes
@@ -48,7 +49,8 @@ class Adaptive:
         """Run one batch."""
         if batch.rows_over(self._num_lanes) is None:
             return await self._route.run_whole_with_all_threads(batch)
-        workload = self._workload("call", batch, self._route.parts())
+        state = self._route.capture()
+        workload = self._workload("call", batch, self._route.in_own_mode(state.snapshot))
         is_trial = workload.is_learning
         num_lanes = workload.choose()
         is_all = num_lanes == self._num_lanes
@@ -56,11 +58,11 @@ class Adaptive:
         random = None if is_all or workload.is_compared(num_lanes) else self._random_states()
         started = time.perf_counter()
         try:
-            result = await self._run(batch, num_lanes)
+            result = await self._run(batch, state, num_lanes)
         except GatherError:
             if is_all:
                 raise
-            return await self._stay_on_all(workload, batch, NOT_ROWS)
+            return await self._stay_on_all(workload, batch, state, NOT_ROWS)
         seconds = time.perf_counter() - started
         workload.record(num_lanes, seconds, batch.num_elements)
         if is_trial and _versions(batch) != versions:
@@ -69,9 +71,9 @@ class Adaptive:
             if is_trial and not self._keeps_its_meaning(workload, result, batch):
                 workload.fix(NOT_ROWS)
         elif is_trial and not self._keeps_its_meaning(workload, result, batch):
-            return await self._stay_on_all(workload, batch, NOT_ROWS)
+            return await self._stay_on_all(workload, batch, state, NOT_ROWS)
         elif random is not None and self._splits_differ(batch, num_lanes):
-            return await self._compare(workload, batch, result, num_lanes, random)
+            return await self._compare(workload, batch, state, result, num_lanes, random)
         return result
 
     def choose_for_step(
@@ -83,24 +85,30 @@ class Adaptive:
         size = sum(batch.num_elements for batch in batches)
         return num_lanes, partial(workload.record, num_lanes, size=size)
 
-    def _run(self, batch: Batch, num_lanes: int) -> Awaitable[Any]:
+    def _run(self, batch: Batch, state: ModuleState, num_lanes: int) -> Awaitable[Any]:
         if num_lanes == 1:
-            return self._route.run_whole_with_all_threads(batch)
-        return self._route.run_split(batch, num_lanes)
+            return self._route.run_whole_with_all_threads(batch, state)
+        return self._route.run_split(batch, num_lanes, state)
 
-    async def _stay_on_all(self, workload: Workload, batch: Batch, reason: str) -> Any:
+    async def _stay_on_all(self, workload: Workload, batch: Batch, state: ModuleState, reason: str) -> Any:
         """Take all lanes from now on, and return what they give."""
         workload.fix(reason)
-        return await self._run(batch, self._num_lanes)
+        return await self._run(batch, state, self._num_lanes)
 
     async def _compare(
-        self, workload: Workload, batch: Batch, result: Any, num_lanes: int, random: list[Tensor]
+        self,
+        workload: Workload,
+        batch: Batch,
+        state: ModuleState,
+        result: Any,
+        num_lanes: int,
+        random: list[Tensor],
     ) -> Any:
         """Run a batch on all lanes too; return what they give if it is something else, else `result`.
 
         Values are not compared if the forward draws random numbers.
         """
-        expected = await self._run(batch, self._num_lanes)
+        expected = await self._run(batch, state, self._num_lanes)
         if layout(result) != layout(expected):
             workload.fix(NOT_ROWS)
             return expected

@@ -64,8 +64,11 @@ class Route:
 
     def parts(self) -> ModuleSnapshot:
         """Return what the module consists of now, in the route's own mode, if it has one."""
-        parts = self.replicas.snapshots.parts(self.module)
-        return parts if self._training is None else parts.in_mode(self._training)
+        return self.in_own_mode(self.replicas.snapshots.parts(self.module))
+
+    def in_own_mode(self, snapshot: ModuleSnapshot) -> ModuleSnapshot:
+        """Return a snapshot as if the module were in the route's own mode, if it has one."""
+        return snapshot if self._training is None else snapshot.in_mode(self._training)
 
     def capture(self, *, records: bool | None = None) -> ModuleState:
         """Return the state of the module as it is now, but in the route's own mode, if it has one."""
@@ -76,25 +79,30 @@ class Route:
         with self._counting:
             self.num_passes += 1
 
-    async def run_split(self, batch: Batch, num_lanes: int) -> Any:
+    async def run_split(self, batch: Batch, num_lanes: int, state: ModuleState | None = None) -> Any:
         """Scatter, replicate, apply and gather on at most `num_lanes` lanes.
 
         All shards get the weights of one moment: no training step runs meanwhile. Only views are made on the
         calling thread; everything else happens on lanes.
+
+        Args:
+            batch: what to run.
+            num_lanes: how many lanes at most.
+            state: of the module at the call; None for now.
         """
         if batch.rows_over(num_lanes) is None:
-            return await self.run_whole(batch)
+            return await self.run_whole(batch, state)
         split_inputs = SplitInputs()
         suspects = self.scheduler.schedule.suspects
         if suspects:
             num_suspect = sum(lane._index in suspects for lane in self.lanes)
             num_lanes = max(1, min(num_lanes, len(self.lanes) - num_suspect))
         shards = batch.split(num_lanes, split_inputs)
-        state = self.capture()
+        state = self.capture() if state is None else state
         use = Use(state.snapshot)
         try:
             ambient = None if passes.arrive(use) else await self._wait_turn(use)
-            positions = self._positions(len(shards))
+            positions = self._positions(len(shards), state)
             lanes = list(map(self.lanes.__getitem__, positions))
 
             def apply_stage(modules: Sequence[LaneModule]) -> Stage:
@@ -142,25 +150,24 @@ class Route:
         with self.replicas.readers[position]:
             return batch.apply(module, self.lanes[position].device, shard)
 
-    async def run_whole(self, batch: Batch) -> Any:
+    async def run_whole(self, batch: Batch, state: ModuleState | None = None) -> Any:
         """Run a whole batch on the lane that `pick` picks."""
-        state = self.capture()
-        position = self.pick()
+        state = self.capture() if state is None else state
+        position = self.pick(state)
         task = Task(self.lanes[position], partial(self.run_whole_batch, position, batch, state), "run")
         num_threads = self.scheduler.thread_share(len(self.lanes))
         return (await self.scheduler.run([task], num_threads=num_threads))[0]
 
-    async def run_whole_with_all_threads(self, batch: Batch) -> Any:
+    async def run_whole_with_all_threads(self, batch: Batch, state: ModuleState | None = None) -> Any:
         """Run a whole batch on the first lane, with the intra-op threads of all lanes.
 
         While that lane is busy another one runs it, with its own share of the threads: no lane's thread
         count ever changes.
         """
         first = self.lanes[0]
-        if self.scheduler.least_busy(self.lanes)[0] is not first and not self._needs_first_lane():
-            return await self.run_whole(batch)
-
-        state = self.capture()
+        state = self.capture() if state is None else state
+        if self.scheduler.least_busy(self.lanes)[0] is not first and not self._needs_first_lane(state):
+            return await self.run_whole(batch, state)
 
         def whole() -> Any:
             with self.replicas.readers[0]:
@@ -173,9 +180,9 @@ class Route:
         num_threads = self.scheduler.thread_share(1)
         return (await self.scheduler.run([Task(first, whole, "run")], num_threads=num_threads))[0]
 
-    def pick(self) -> int:
+    def pick(self, state: ModuleState | None = None) -> int:
         """Return the position of the lane for a whole batch: the least busy, or 0 if buffers change."""
-        if len(self.lanes) == 1 or self._needs_first_lane():
+        if len(self.lanes) == 1 or self._needs_first_lane(state):
             return 0
         return self.lanes.index(self.scheduler.least_busy(self.lanes)[0])
 
@@ -215,15 +222,16 @@ class Route:
         split_inputs.end_forward(output)
         return output
 
-    def _positions(self, count: int) -> list[int]:
+    def _positions(self, count: int, state: ModuleState) -> list[int]:
         """Return the lanes for `count` shards. If buffers change, lane 0 must run: its own survive."""
-        if count == len(self.lanes) or self._needs_first_lane():
+        if count == len(self.lanes) or self._needs_first_lane(state):
             return list(range(count))
         return [self.lanes.index(lane) for lane in self.scheduler.least_busy(self.lanes, count)]
 
-    def _needs_first_lane(self) -> bool:
+    def _needs_first_lane(self, state: ModuleState | None) -> bool:
         """Return whether forwards are likely to change what survives, which is lane 0's."""
-        return self.parts().updates_buffers or bool(self.replicas.written.known)
+        parts = self.parts() if state is None else self.in_own_mode(state.snapshot)
+        return parts.updates_buffers or bool(self.replicas.written.known)
 
     def _gather_lane(self, last: Lane) -> Lane:
         """Return a lane on the output device: the one that ended last, if it is there."""
