@@ -146,6 +146,7 @@ class Request:
         timeout: seconds it may take in all.
         within: the batchers whose batches wait for it.
         state: a result that comes when it is no longer pending is dropped.
+        has_run: whether it is queued again since a batch with it raised, though perhaps not by its fault.
     """
 
     queue: BatchQueue[Request]
@@ -159,6 +160,7 @@ class Request:
     within: frozenset[object]
     ordinal: int = field(init=False)
     state: CallState = field(default=CallState.PENDING, init=False)
+    has_run: bool = field(default=False, init=False)
     _waiter: Waiter | None = field(default=None, init=False)  # made when somebody awaits the call
     _value: Any = field(default=None, init=False)
     _error: BaseException | None = field(default=None, init=False)

@@ -236,7 +236,10 @@ class Dispatcher:
         """Have a search go on, unless it is over."""
         if search is None:
             return
-        self.queue.put_back([call for call in search.put_back if call.state is CallState.PENDING])
+        left = [call for call in search.put_back if call.state is CallState.PENDING]
+        for call in left:
+            call.has_run = True
+        self.queue.put_back(left)
         search.put_back = []
         if search.is_model_down:
             self._health.on_down(search.error)

@@ -113,7 +113,7 @@ GAUGES = (
 
 
 def _waits(run: Run) -> Sequence[float]:
-    return [] if run.is_retry else [run.started - call.arrived for call in run.calls]
+    return [] if run.is_retry else [run.started - call.arrived for call in run.calls if not call.has_run]
 
 
 def _ends(run: Run) -> Sequence[float]:
@@ -137,7 +137,7 @@ HISTOGRAMS = (
         "{sample}",
         "Samples of a batch.",
         _SAMPLES,
-        lambda run: [] if run.is_retry else [len(run.calls)],
+        lambda run: [] if run.is_retry or all(call.has_run for call in run.calls) else [len(run.calls)],
     ),
 )
 

@@ -71,7 +71,7 @@ class BatcherStatistics:
     num_refused: int
     """Calls that were not queued, see `refused`."""
     num_batches: int
-    """Batches taken from the queue; parts of one that run again are not counted."""
+    """Batches taken from the queue; what runs again, after a batch that raised, is not counted again."""
     num_samples: int
     """Samples of those batches."""
     num_retried: int
@@ -150,6 +150,7 @@ class Recorder:
     runs: deque[float] = field(default_factory=lambda: deque(maxlen=_NUM_KEPT))
     observers: list[Observer] = field(default_factory=list)
     _waits: deque[float] = field(default_factory=lambda: deque(maxlen=_NUM_KEPT))
+    _num_filled: int = 0  # places in batches
     _total_size: float = 0.0
     _padded_size: float = 0.0
 
@@ -159,12 +160,15 @@ class Recorder:
 
     def on_batch(self, calls: Sequence[Request], now: float) -> None:
         """Count a batch whose calls have waited until now."""
-        sizes = [call.size for call in calls]
-        self._waits.extend([now - call.arrived for call in calls])
+        new = [call for call in calls if not call.has_run]
+        if not new:
+            return  # all of them are what is left of batches that raised, and were counted then
+        self._waits.extend([now - call.arrived for call in new])
         self.num_batches += 1
-        self.num_samples += len(calls)
-        self._total_size += sum(sizes)
-        self._padded_size += len(calls) * max(sizes)
+        self.num_samples += len(new)
+        self._num_filled += len(calls)
+        self._total_size += sum(call.size for call in new)
+        self._padded_size += len(new) * max(call.size for call in calls)
 
     def on_run(
         self,
@@ -232,7 +236,7 @@ class Recorder:
             "real_tokens": real,
             "padding_tokens": padded - real,
             "padding_waste": 1 - real / padded if padded else 0.0,
-            "batch_fill": self.num_samples / capacity if capacity else 0.0,
+            "batch_fill": self._num_filled / capacity if capacity else 0.0,
             **{name: count for name, count in vars(self).items() if name.startswith("num_")},
         }
 

@@ -67,6 +67,17 @@ async def test_one_bad_sample_costs_few_runs(is_warm: bool, num_samples: int, pl
     assert len(model.sizes) <= 3 + 2 * num_samples.bit_length()
 
 
+async def test_a_sample_counts_once_however_often_it_runs() -> None:
+    """What is left of a batch that raised runs in other batches, but is counted with the first alone."""
+    model = Model()
+    values = [-1.0 if n % 7 == 3 else float(n) for n in range(64)]
+    async with Runtime("cpu") as runtime, Batcher(model, runtime=runtime, max_batch_size=16) as batcher:
+        assert await outcomes_of(batcher, values) == expected(values)
+        stats = batcher.statistics()
+    assert sum(model.sizes) > 64
+    assert stats.num_samples == stats.num_done + stats.num_failed == 64
+
+
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("share", [0.05, 0.15])
 async def test_many_bad_samples_hurt_nobody(seed: int, share: float) -> None:
