@@ -124,7 +124,8 @@ def test_types_of_arrow_widen_as_those_of_parquet(run, work, records):
     assert len({str(pa.ipc.open_file(shard).schema) for shard in (work / "arrow").glob("part-*")}) == 1
     expected = pyarrow.dataset.dataset(work / "parquet", format="parquet").to_table()
     assert table(work / "arrow").cast(expected.schema).equals(expected)
-    with pytest.raises(JobError, match=r"column 'a' is int64, then string in the shard .* record 1\b"):
+    either = r"column 'a' is (int64, then string .* record 1|string, then int64 .* record 0)\b"  # ends first
+    with pytest.raises(JobError, match=either):
         run(records({"a": 1}, {"a": "x"}), ECHO, output_format="arrow", **SINGLE)
 
 
