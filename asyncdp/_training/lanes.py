@@ -76,6 +76,7 @@ class TrainingLane:
         self._watch = ParameterWatch(self._parameters, closely=False)
         self._before: Look | None = None
         self._tags: Tags = {}
+        self._reads_values = False
         self.wrote_uncounted = False
         """Whether the forward wrote into buffers what no version counts."""
         self.survivors: Survivors | None = None

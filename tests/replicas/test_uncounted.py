@@ -126,5 +126,6 @@ async def test_a_look_at_values_leaves_memory_resizable() -> None:
     module.register_buffer("turned", torch.randn(2, dtype=torch.complex64).conj())
     module.weight = nn.Parameter(torch.randn(2, dtype=torch.complex64).conj())
     module.forward = lambda x: x  # type: ignore[method-assign]
-    await asyncdp.data_parallel(module.eval(), torch.ones(2, 1), "cpu*2")
-    module.table.resize_(8)
+    x = torch.ones(2, 1)
+    assert torch.equal(await asyncdp.data_parallel(module.eval(), x, "cpu*2"), x)
+    assert module.table.resize_(8).shape == (8,)
